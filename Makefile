@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a virtual environment, torch, the tools, and fusedpo itself, rebuilt when its sources changed.
+# Another Python or environment: make test PYTHON=python3.12 VENV=/tmp/venv. The torch that is already in VENV: make test TORCH=
+
+PYTHON ?= python3
+VENV ?= .venv
+# The Triton that a CUDA build of this torch asks for; a CPU build brings none.
+TORCH ?= torch==2.13.0 "triton==3.7.1; sys_platform == 'linux'"
+
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(PY) examples/train_arithmetic.py --out out
+	$(PY) examples/compare_losses.py --out out
+
+test: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+clean:
+	rm -rf build dist out .*_cache python/*.egg-info python/fusedpo/_C.* python/fusedpo/_build.py $(VENV)/.ready
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: any other requirement on it would let pip choose the newest, with gigabytes of CUDA.
+$(VENV)/.torch: | $(PY)
+	$(if $(TORCH),$(INSTALL) -c .ci/constraints.txt $(TORCH))
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.torch .ci/constraints.txt
+	$(INSTALL) -c .ci/constraints.txt setuptools cmake ninja pybind11
+	touch $@
+
+$(READY): $(VENV)/.tools $(NATIVE)
+	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[triton,test,bench,examples,dev]"
+	touch $@

@@ -1,0 +1,14 @@
+// Which build of the row kernels runs on this machine.
+#pragma once
+
+#include "rows.h"
+
+namespace fusedpo {
+
+// "avx512", "avx2" or "portable": the best that was built and that the processor has, or at most what the environment
+// variable FUSEDPO_CPU_CAPABILITY names. Throws std::invalid_argument if that names nothing known.
+const char* cpu_capability();
+
+const RowKernelTable& row_kernels();
+
+}  // namespace fusedpo

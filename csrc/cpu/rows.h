@@ -1,0 +1,53 @@
+// The interface of the row kernels: reductions of one row of logits, and the gradient of one row. Free of torch.
+//
+// A row is reduced to (reference, rest, weighted) with e_j = exp((x_j - reference) / T): 1 + rest is the sum of e_j,
+// and weighted the sum of e_j (x_j - reference) / T where the entropy is wanted. The reference is a logit of the row,
+// close enough to the maximum for the sums to stay in range; its own e is the 1, so that nothing is lost beside a
+// dominant logit. (A row that is -inf everywhere has rest = -1.) Everything else follows:
+//   log p_y = (x_y - reference) / T - log1p(rest),   entropy = log1p(rest) - weighted / (1 + rest).
+#pragma once
+
+#include <cstdint>
+
+namespace fusedpo {
+
+struct RowStats {
+  float reference;
+  float rest;
+  float weighted;
+};
+
+// What reaches the log-probs and the entropy of one row from above.
+struct RowGradient {
+  const int64_t* token_ids;    // [num_ids], the ids whose log-probs were taken; repeats are fine
+  const float* grad_logprobs;  // [num_ids]
+  float* scratch;              // [num_ids]
+  int64_t num_ids;
+  float grad_entropy;
+  float temperature;
+};
+
+// The kernels of one dtype. Pointers are to elements of that dtype; `size` is V.
+struct RowKernels {
+  // Reads the row once.
+  RowStats (*reduce)(const void* logits, int64_t size, float temperature, bool entropy);
+  // Reads `logits` once and writes `grad` once; the two may be the same memory.
+  void (*gradient)(const void* logits, void* grad, int64_t size, const RowStats&, const RowGradient&);
+  float (*value)(const void* logits, int64_t index);
+};
+
+struct RowKernelTable {
+  RowKernels float32, bfloat16, float16;
+};
+
+namespace portable {
+extern const RowKernelTable kRowKernels;
+}
+namespace avx2 {
+extern const RowKernelTable kRowKernels;
+}
+namespace avx512 {
+extern const RowKernelTable kRowKernels;
+}
+
+}  // namespace fusedpo

@@ -1,0 +1,214 @@
+#include "token_logprobs.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace fusedpo::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const RowKernels& kernels_for(ScalarType dtype) {
+  const RowKernelTable& table = row_kernels();
+  if (dtype == ScalarType::Float) return table.float32;
+  if (dtype == ScalarType::BFloat16) return table.bfloat16;
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "logits must be float16, bfloat16 or float32");
+  return table.float16;
+}
+
+// Where the rows of a tensor [..., V] start: leading dimensions of any strides, unit stride along V.
+class Rows {
+ public:
+  explicit Rows(const Tensor& tensor) : base_(static_cast<char*>(tensor.data_ptr())), bytes_(tensor.element_size()) {
+    const int64_t dims = tensor.dim() - 1;
+    size = tensor.size(dims);
+    STD_TORCH_CHECK(size <= 1 || tensor.stride(dims) == 1 || tensor.numel() == 0,
+                    "logits must have stride 1 along the vocabulary");
+    for (int64_t d = 0; d < dims; ++d) {
+      sizes_.push_back(tensor.size(d));
+      strides_.push_back(tensor.stride(d));
+      count *= tensor.size(d);
+    }
+  }
+
+  char* operator[](int64_t row) const {
+    int64_t offset = 0;
+    for (int64_t d = (int64_t)sizes_.size() - 1; d >= 0; --d) {
+      offset += row % sizes_[d] * strides_[d];
+      row /= sizes_[d];
+    }
+    return base_ + offset * bytes_;
+  }
+
+  size_t bytes_per_row() const { return size * bytes_; }
+
+  int64_t size = 0;
+  int64_t count = 1;
+
+ private:
+  char* base_;
+  int64_t bytes_;
+  std::vector<int64_t> sizes_, strides_;
+};
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+template <class T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+// The rows for which a predicate holds, in order: threads share these evenly, however they cluster.
+template <class Predicate>
+std::vector<int64_t> rows_where(int64_t count, Predicate predicate) {
+  std::vector<int64_t> rows;
+  rows.reserve(count);
+  for (int64_t row = 0; row < count; ++row)
+    if (predicate(row)) rows.push_back(row);
+  return rows;
+}
+
+// Calls visit(row, scratch) for every row, on several threads; `scratch` holds `scratch_size` floats of the thread's
+// own.
+template <class Visit>
+void for_each_row(const std::vector<int64_t>& rows, int64_t row_size, int64_t scratch_size, Visit visit) {
+  // Below some 32k elements a thread is not worth waking.
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_size));
+  torch::stable::parallel_for(0, (int64_t)rows.size(), grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(scratch_size);
+    for (int64_t i = begin; i < end; ++i) visit(rows[i], scratch.data());
+  });
+}
+
+struct Temperatures {
+  const float* value;
+  bool per_row;
+  float operator[](int64_t row) const { return value[per_row ? row : 0]; }
+};
+
+void gradient(const std::optional<Tensor>& grad_logprobs_, const std::optional<Tensor>& grad_entropy_,
+              const Tensor& logits, const Tensor& grad_logits, const Tensor& token_ids_, const Tensor& temperature_,
+              const std::optional<Tensor>& mask_, const Tensor& stats_) {
+  const auto grad_logprobs = contiguous(grad_logprobs_), grad_entropy = contiguous(grad_entropy_),
+             mask = contiguous(mask_);
+  const Tensor token_ids = torch::stable::contiguous(token_ids_);
+  const Tensor temperature_rows = torch::stable::contiguous(temperature_);
+  const Rows from(logits), to(grad_logits);
+  const RowKernels& kernels = kernels_for(logits.scalar_type());
+  const int64_t num_ids = from.count == 0 ? 1 : token_ids.numel() / from.count;
+  const int64_t* ids = data<int64_t>(token_ids);
+  const float* grad_logprob = data<float>(grad_logprobs);
+  const float* grad_of_entropy = data<float>(grad_entropy);
+  const float* stats = data<float>(stats_);
+  const bool* kept = data<bool>(mask);
+  const Temperatures temperatures{data<float>(temperature_rows), temperature_rows.numel() > 1};
+  const std::vector<float> zeros(grad_logprob ? 0 : num_ids, 0.0f);
+  const auto upstream = [&](int64_t row) { return grad_logprob ? grad_logprob + row * num_ids : zeros.data(); };
+  const auto upstream_entropy = [&](int64_t row) { return grad_of_entropy ? grad_of_entropy[row] : 0.0f; };
+  const auto live = [&](int64_t row) {
+    if (kept && !kept[row]) return false;
+    return upstream_entropy(row) != 0 ||
+           std::any_of(upstream(row), upstream(row) + num_ids, [](float g) { return g != 0; });
+  };
+
+  for_each_row(rows_where(from.count, live), from.size, num_ids, [&](int64_t row, float* scratch) {
+    const RowStats row_stats{stats[3 * row], stats[3 * row + 1], stats[3 * row + 2]};
+    kernels.gradient(from[row], to[row], from.size, row_stats,
+                     {ids + row * num_ids, upstream(row), scratch, num_ids, upstream_entropy(row), temperatures[row]});
+  });
+  const auto dead = rows_where(from.count, [&](int64_t row) { return !live(row); });
+  for_each_row(dead, from.size, 0, [&](int64_t row, float*) { std::memset(to[row], 0, to.bytes_per_row()); });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_ids_, Tensor temperature_,
+                                                  std::optional<Tensor> mask_, bool return_entropy) {
+  const Rows rows(logits);
+  const RowKernels& kernels = kernels_for(logits.scalar_type());
+  const Tensor token_ids = torch::stable::contiguous(token_ids_);
+  const Tensor temperature_rows = torch::stable::contiguous(temperature_);
+  const auto mask = contiguous(mask_);
+  const std::vector<int64_t> row_shape(logits.sizes().begin(), logits.sizes().end() - 1);
+  std::vector<int64_t> stats_shape = row_shape;
+  stats_shape.push_back(3);
+  const auto filled = [&](const std::vector<int64_t>& shape) {
+    Tensor result = torch::stable::new_empty(logits, shape, ScalarType::Float);
+    if (mask) torch::stable::zero_(result);  // masked rows are visited by nobody
+    return result;
+  };
+  const Tensor logprobs = filled({token_ids.sizes().begin(), token_ids.sizes().end()});
+  const Tensor entropy = filled(return_entropy ? row_shape : std::vector<int64_t>{0});
+  const Tensor stats = filled(stats_shape);
+
+  const int64_t num_ids = rows.count == 0 ? 1 : token_ids.numel() / rows.count;
+  const int64_t* ids = data<int64_t>(token_ids);
+  const Temperatures temperatures{data<float>(temperature_rows), temperature_rows.numel() > 1};
+  float* logprob_out = mutable_data<float>(logprobs);
+  float* entropy_out = mutable_data<float>(entropy);
+  float* stats_out = mutable_data<float>(stats);
+  const bool* kept = data<bool>(mask);
+  std::atomic<int64_t> bad_id{-1}, bad_row{-1};  // a throw inside parallel_for would lose its message
+
+  for_each_row(
+      rows_where(rows.count, [&](int64_t row) { return !kept || kept[row]; }), rows.size, 0, [&](int64_t row, float*) {
+        const float temperature = temperatures[row];
+        if (!(temperature > 0)) bad_row = row;
+        const char* x = rows[row];
+        const RowStats row_stats = kernels.reduce(x, rows.size, temperature, return_entropy);
+        const double log_sum = std::log1p((double)row_stats.rest);
+        for (int64_t k = row * num_ids; k < (row + 1) * num_ids; ++k) {
+          if (ids[k] >= 0 && ids[k] < rows.size)
+            logprob_out[k] = (float)(((double)kernels.value(x, ids[k]) - row_stats.reference) / temperature - log_sum);
+          else
+            bad_id = k;
+        }
+        if (return_entropy) entropy_out[row] = (float)(log_sum - row_stats.weighted / (1.0 + row_stats.rest));
+        stats_out[3 * row] = row_stats.reference;
+        stats_out[3 * row + 1] = row_stats.rest;
+        stats_out[3 * row + 2] = row_stats.weighted;
+      });
+  if (const int64_t k = bad_id; k >= 0)
+    throw std::invalid_argument("token_ids must be in [0, " + std::to_string(rows.size) + ") at kept rows, got " +
+                                std::to_string(ids[k]) + " at flat position " + std::to_string(k));
+  if (const int64_t row = bad_row; row >= 0)
+    throw std::invalid_argument("temperature must be positive, got " + std::to_string(temperatures[row]) + " at row " +
+                                std::to_string(row));
+  return {logprobs, entropy, stats};
+}
+
+Tensor token_logprobs_backward(std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy, Tensor logits,
+                               Tensor token_ids, Tensor temperature, std::optional<Tensor> mask, Tensor stats) {
+  const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
+  gradient(grad_logprobs, grad_entropy, logits, grad_logits, token_ids, temperature, mask, stats);
+  return grad_logits;
+}
+
+void token_logprobs_backward_(std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy, Tensor logits,
+                              Tensor token_ids, Tensor temperature, std::optional<Tensor> mask, Tensor stats) {
+  gradient(grad_logprobs, grad_entropy, logits, logits, token_ids, temperature, mask, stats);
+}
+
+}  // namespace fusedpo::cpu

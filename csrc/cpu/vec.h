@@ -1,0 +1,215 @@
+// Vectors of floats for the row kernels: one source, compiled once per instruction set (FUSEDPO_ISA names the variant).
+//
+// Everything here lives in a namespace of its own per variant, and nothing from torch or the standard containers is
+// instantiated: a template shared between variants could be merged by the linker, and AVX-512 code would run
+// everywhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef FUSEDPO_ISA
+#error "compile with -DFUSEDPO_ISA=portable|avx2|avx512"
+#endif
+
+namespace fusedpo::FUSEDPO_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kBytes = 32;
+#else
+inline constexpr int kBytes = 16;
+#endif
+inline constexpr int kLanes = kBytes / 4;
+inline constexpr int kChunk = 2 * kLanes;  // elements that one load2 brings in
+
+typedef float Vec __attribute__((vector_size(kBytes)));
+typedef int32_t Int __attribute__((vector_size(kBytes)));
+typedef uint32_t UInt __attribute__((vector_size(kBytes)));
+
+#define FUSEDPO_INLINE static inline __attribute__((always_inline))
+
+FUSEDPO_INLINE Vec splat(float x) { return Vec{} + x; }
+
+// a > b ? a : b, so a NaN in a is dropped and one in b stays.
+FUSEDPO_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FUSEDPO_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+FUSEDPO_INLINE float reduce_add(Vec v) {
+  // A tree of fixed shape: the order of the sum depends on the instruction set alone.
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+FUSEDPO_INLINE float reduce_max(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^t for -200 <= t <= 64, within 1.1 ulp; results below 2^-126 may be flushed to 0; NaN stays NaN.
+FUSEDPO_INLINE Vec exp2(Vec t) {
+#if defined(__AVX512F__)
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const Vec shifted = t + magic;
+  const Vec n = shifted - magic;
+#endif
+  const Vec f = t - n;  // exact, |f| <= 1/2
+  // The minimax polynomial of degree 6 with constant term 1: relative error 2.6e-9 before rounding.
+  Vec p = splat(1.5594672e-4f);
+  p = fma(p, f, splat(1.3406643e-3f));
+  p = fma(p, f, splat(9.6176928e-3f));
+  p = fma(p, f, splat(5.5503104e-2f));
+  p = fma(p, f, splat(0.24022653f));
+  p = fma(p, f, splat(0.69314724f));
+  p = fma(p, f, splat(1.0f));
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const Int biased = (Int)shifted - (Int)magic + 127;
+  const Int exponent = biased > 0 ? biased : Int{};  // 2^n below the normal range becomes 0
+  return p * (Vec)(exponent << 23);
+#endif
+}
+
+// ---------------------------------------------------------------------------------- storage types
+// load2 and store2 move one chunk. Which lane holds which element is theirs to choose: the row
+// kernels only ever combine lanes with symmetric reductions and write a lane back where it was read.
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+FUSEDPO_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+FUSEDPO_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+FUSEDPO_INLINE float to_float(float x) { return x; }
+FUSEDPO_INLINE float to_float(BFloat16 x) { return bits_to_float((uint32_t)x.bits << 16); }
+
+// The exponent is re-based by a multiplication, which is right for subnormals too.
+FUSEDPO_INLINE float to_float(Half x) {
+  const uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13;
+  const float value = bits_to_float(magnitude) * 0x1p112f;
+  const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : float_to_bits(value);
+  return bits_to_float(bits | (uint32_t)(x.bits & 0x8000) << 16);
+}
+
+template <class T>
+T from_float(float x);
+
+template <>
+inline __attribute__((always_inline)) float from_float<float>(float x) {
+  return x;
+}
+
+template <>
+inline __attribute__((always_inline)) BFloat16 from_float<BFloat16>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if (x != x) return {(uint16_t)(bits >> 16 | 0x40)};
+  return {(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <>
+inline __attribute__((always_inline)) Half from_float<Half>(float x) {
+  const uint32_t sign = float_to_bits(x) >> 16 & 0x8000;
+  const uint32_t magnitude = float_to_bits(x) & 0x7fffffff;
+  if (magnitude > 0x7f800000u) return {(uint16_t)(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000u) return {(uint16_t)(sign | 0x7c00)};  // rounds to more than 65504
+  if (magnitude < 0x38800000u)  // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
+    return {(uint16_t)(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u))};
+  return {(uint16_t)(sign | ((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+}
+
+FUSEDPO_INLINE void load2(const float* p, Vec& a, Vec& b) {
+  std::memcpy(&a, p, kBytes);
+  std::memcpy(&b, p + kLanes, kBytes);
+}
+
+FUSEDPO_INLINE void store2(float* p, Vec a, Vec b) {
+  std::memcpy(p, &a, kBytes);
+  std::memcpy(p + kLanes, &b, kBytes);
+}
+
+// A 32-bit word holds two bfloat16: the even element moved up, the odd one with its neighbour masked off.
+FUSEDPO_INLINE void load2(const BFloat16* p, Vec& a, Vec& b) {
+  UInt words;
+  std::memcpy(&words, p, kBytes);
+  a = (Vec)(words << 16);
+  b = (Vec)(words & 0xffff0000u);
+}
+
+FUSEDPO_INLINE UInt round_to_bfloat16(Vec x) {
+  const UInt bits = (UInt)x;
+  const UInt rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  return x == x ? rounded : (bits | 0x400000u);
+}
+
+FUSEDPO_INLINE void store2(BFloat16* p, Vec a, Vec b) {
+  const UInt words = round_to_bfloat16(a) >> 16 | (round_to_bfloat16(b) & 0xffff0000u);
+  std::memcpy(p, &words, kBytes);
+}
+
+FUSEDPO_INLINE void load2(const Half* p, Vec& a, Vec& b) {
+#if defined(__AVX512F__)
+  a = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  b = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + kLanes)));
+#elif defined(__AVX2__)
+  a = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  b = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + kLanes)));
+#else
+  for (int i = 0; i < kLanes; ++i) a[i] = to_float(p[i]), b[i] = to_float(p[kLanes + i]);
+#endif
+}
+
+FUSEDPO_INLINE void store2(Half* p, Vec a, Vec b) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)(p + kLanes), _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + kLanes), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<Half>(a[i]), p[kLanes + i] = from_float<Half>(b[i]);
+#endif
+}
+
+}  // namespace fusedpo::FUSEDPO_ISA

@@ -1,0 +1,30 @@
+// The pybind11 module fusedpo._C: what was built, with what and for which architectures. Its import registers the
+// operators.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  auto words = [](const char* text) { return py::str(text).attr("split")(); };
+  py::dict info;
+  info["compiler"] = BUILD_COMPILER;
+  info["flags"] = BUILD_FLAGS;
+  info["torch"] = TORCH_VERSION;
+  info["cpu_variants"] = words(BUILD_CPU_VARIANTS);
+  info["cpu_capability"] = fusedpo::cpu_capability();
+  info["cuda_architectures"] = words(BUILD_CUDA_ARCHITECTURES);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.def("build_info", &build_info,
+             "What this module was built with (compiler, flags, torch) and for (cpu_variants, cuda_architectures), and "
+             "which of the CPU variants runs here (cpu_capability).");
+}

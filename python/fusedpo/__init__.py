@@ -1,0 +1,32 @@
+"""Fused kernels for the token-level policy-optimisation objectives that train language models.
+
+Layer 1, :mod:`fusedpo.logprobs`: log-probs and entropy of the sampled tokens. Layer 2, :mod:`fusedpo.losses`: ratio, forward
+trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantages`. The parts of a loss are in
+:mod:`fusedpo.objectives`, the plain PyTorch specification of everything in :mod:`fusedpo.reference`.
+"""
+
+from importlib.metadata import version
+
+from . import advantages, objectives, reference
+from .backends import BackendUnavailable, backend
+from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
+from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
+from .objectives import Objective
+
+__version__ = version("fusedpo")
+
+__all__ = [
+    "BackendUnavailable",
+    "Objective",
+    "PolicyLossOutput",
+    "advantages",
+    "backend",
+    "linear_token_logprobs",
+    "next_tokens",
+    "objectives",
+    "policy_loss",
+    "policy_loss_from_hidden",
+    "policy_loss_from_logits",
+    "reference",
+    "token_logprobs",
+]

@@ -1,0 +1,122 @@
+"""Which implementation of an operator runs where, and why not another.
+
+``reference`` is plain PyTorch and runs everywhere; ``native`` is C++ and CUDA; ``triton`` is for accelerators (and for the CPU
+under ``TRITON_INTERPRET=1``). ``auto`` takes the first of the device's order that can run; a backend that was forced never
+falls back. The choice is a module global: a ``ContextVar`` would break the graph under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("reference", "native", "triton")
+
+# What each operator has been written for, by backend and device type.
+IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "token_logprobs": {"native": ("cpu",)},
+    "linear_token_logprobs": {},
+    "policy_loss": {},
+    "advantages": {},
+}
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ORDER = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference; other devices: triton
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for cannot run here; the message says why."""
+
+
+def _load_native() -> str | None:
+    """Loads the native extension; returns why it is missing, if it is."""
+    try:
+        from . import _C  # noqa: F401  (registers the operators)
+    except ImportError as error:
+        try:
+            from ._build import NATIVE_MISSING
+        except ImportError:
+            NATIVE_MISSING = None
+        return NATIVE_MISSING or f"the native extension does not load: {error}"
+    return None
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+NATIVE_MISSING = _load_native()
+TRITON_MISSING = _triton_missing()
+if NATIVE_MISSING is not None and os.environ.get("FUSEDPO_NATIVE") != "0":
+    warnings.warn(f"fusedpo runs without its native kernels: {NATIVE_MISSING}", stacklevel=2)
+
+
+def _parse(name: str) -> str | None:
+    if name in ("", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = _parse(os.environ.get("FUSEDPO_BACKEND", ""))
+
+
+class backend:
+    """``with fusedpo.backend("reference"): ...`` forces one implementation; ``"auto"`` lifts that.
+
+    The environment variable ``FUSEDPO_BACKEND`` does the same for a whole process. Raises ``ValueError`` for an unknown name;
+    an operator that the forced backend cannot run raises :class:`BackendUnavailable`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = _parse(name)
+
+    def __enter__(self) -> None:
+        global _forced
+        self._before = _forced
+        _forced = self._name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._before
+
+
+def why_not(name: str, operator: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why backend ``name`` cannot run ``operator`` on ``device`` (a device type) for ``dtype``; None if it can."""
+    if name == "reference":
+        return None
+    devices = IMPLEMENTATIONS[operator].get(name)
+    if devices is None:
+        return f"{operator} has no {name} kernel"
+    if name == "native" and NATIVE_MISSING is not None:
+        return NATIVE_MISSING
+    if name == "triton" and TRITON_MISSING is not None:
+        return TRITON_MISSING
+    interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device not in devices and not interpreted:
+        return f"the {name} kernel of {operator} runs on {', '.join(devices)}, not on {device}"
+    if dtype not in _KERNEL_DTYPES:
+        return f"kernels compute in float32 for {', '.join(str(d) for d in _KERNEL_DTYPES)}, not for {dtype}"
+    return None
+
+
+def choose(operator: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs ``operator`` for tensors of this device type and dtype."""
+    if _forced is not None:
+        reason = why_not(_forced, operator, device, dtype)
+        if reason is not None:
+            raise BackendUnavailable(f"backend {_forced!r} was forced for {operator}, but {reason}")
+        return _forced
+    for name in _ORDER.get(device, ("triton",)):
+        if why_not(name, operator, device, dtype) is None:
+            return name
+    return "reference"

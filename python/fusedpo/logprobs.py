@@ -1,0 +1,176 @@
+"""Layer 1: how likely was each sampled token, and how uncertain was the policy there?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks, backends, ops, reference
+from .reference import next_tokens
+
+__all__ = ["linear_token_logprobs", "next_tokens", "token_logprobs"]
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-prob of each token under ``softmax(logits / temperature)``, and the entropy of that distribution.
+
+    Args:
+        logits: ``[..., V]``, float16, bfloat16 or float32 (float64 runs on the reference); rows may be strided.
+        token_ids: ``[...]``, or ``[..., K]`` for K tokens per row; int32 or int64, in ``[0, V)`` at kept rows. Ids at masked
+            rows are neither read nor checked (-100 is fine there).
+        temperature: positive float, or a tensor ``[...]`` of one value per row.
+        mask: ``[...]``, nonzero keeps a row. The logits of the other rows are not read; their results and gradients are 0.
+        return_entropy: return the entropy as well.
+        inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves a tensor of their size. A use of
+            the logits that was saved before raises then; reading them afterwards gives the gradient, undetected.
+            Ignored by the reference and under ``torch.compile``.
+
+    Returns:
+        ``logprobs`` in nats, shaped like ``token_ids``, float32; with ``return_entropy`` a tuple with the entropy ``[...]`` in
+        nats, float32. A column at -inf has probability 0 and adds 0 to the entropy; NaN, +inf and a row that is all -inf give
+        NaN.
+
+    Both results are differentiable with respect to ``logits``, once. Nothing else is.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, devices, ids out of range and a temperature that is not positive (on the CPU; on
+            other devices under ``FUSEDPO_DEBUG=1``).
+    """
+    _check_token_logprobs(logits, token_ids, temperature, mask)
+    backend = backends.choose("token_logprobs", logits.device.type, logits.dtype)
+    if backend == "reference":
+        return reference.token_logprobs(
+            logits, token_ids, temperature=temperature, mask=mask, return_entropy=return_entropy
+        )
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, dtype=torch.float32, device=logits.device)
+    logprobs, entropy = ops.token_logprobs(
+        logits,
+        token_ids.to(torch.int64),
+        temperature.to(torch.float32),
+        None if mask is None else mask != 0 if mask.dtype != torch.bool else mask,
+        return_entropy,
+        inplace_backward,
+        backend,
+    )
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    return_entropy: bool = True,
+    chunk_tokens: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`token_logprobs` of the logits ``hidden @ weight.T``, which are never all in memory if ``chunk_tokens`` is given.
+
+    Args:
+        hidden: ``[..., H]``, the last hidden state. ``weight``: ``[V, H]``, same dtype. ``bias``: ``[V]``.
+        softcap: ``softcap * tanh(logits / softcap)`` (Gemma). ``logit_scale``: multiplies the logits (Cohere). The order is
+            matrix product, bias, ``logit_scale``, ``softcap``, ``temperature``.
+        chunk_tokens: rows per chunk; each chunk's logits are computed again in the backward. None: one chunk, kept.
+        token_ids, temperature, mask, return_entropy: as in :func:`token_logprobs`.
+
+    Returns and raises as :func:`token_logprobs`; differentiable with respect to ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        TypeError: ``weight`` is a DTensor or empty (a shard): gather it once per step, before the call.
+    """
+    _check_linear(hidden, weight, bias)
+    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    rows = hidden.shape[:-1]
+    _check_rows(rows, hidden, "hidden", token_ids, temperature, mask)
+    backends.choose("linear_token_logprobs", hidden.device.type, hidden.dtype)
+    return reference.linear_token_logprobs(
+        hidden,
+        weight,
+        token_ids,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        mask=mask,
+        return_entropy=return_entropy,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_token_logprobs(
+    logits: Tensor, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None
+) -> None:
+    _checks.floating("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
+    _check_rows(logits.shape[:-1], logits, "logits", token_ids, temperature, mask)
+
+
+def _check_rows(
+    rows: torch.Size,
+    source: Tensor,
+    name: str,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+) -> None:
+    _checks.integer("token_ids", token_ids)
+    if token_ids.shape[: len(rows)] != rows or token_ids.dim() > len(rows) + 1:
+        raise ValueError(
+            f"token_ids must have shape {list(rows)} or {[*rows, 'K']} (the rows of {name}), got {list(token_ids.shape)}"
+        )
+    _checks.same_device("token_ids", token_ids, name, source)
+    _checks.mask(mask, tuple(rows), f"the rows of {name}", name, source)
+    if isinstance(temperature, Tensor):
+        _checks.floating("temperature", temperature)
+        if temperature.dim() > 0:
+            _checks.shape("temperature", temperature, tuple(rows), f"one value per row of {name}")
+        _checks.same_device("temperature", temperature, name, source)
+    elif not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _checks.floating("hidden", hidden)
+    _checks.floating("weight", weight)
+    if type(weight).__name__ == "DTensor" or weight.numel() == 0:
+        raise TypeError(
+            f"weight must be a whole plain tensor, got {'a DTensor' if weight.numel() else 'an empty tensor'}: gather it "
+            "once per step before the call (FSDP2: weight.full_tensor(); ZeRO-3: deepspeed.zero.GatheredParameters)"
+        )
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    _checks.same_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        _checks.floating("bias", bias)
+        _checks.shape("bias", bias, (weight.shape[0],), "one value per row of weight")
+        _checks.same_device("bias", bias, "hidden", hidden)
+
+
+def _check_options(*, softcap: float | None, logit_scale: float, chunk_tokens: int | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if logit_scale == 0:
+        raise ValueError("logit_scale must not be 0")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1 or None, got {chunk_tokens}")

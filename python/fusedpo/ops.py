@@ -1,0 +1,151 @@
+"""The operators ``torch.ops.fusedpo.*``: schemas, fake kernels, and the autograd Functions over the raw kernels.
+
+An operator has one overload per implementation, ``native`` (C++ and CUDA, registered by ``csrc/ops.cpp``) and ``triton``
+(registered by ``fusedpo.triton_kernels``); all overloads share schema and fake kernel. Which one runs is decided by
+:mod:`fusedpo.backends` and is visible in a traced graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fusedpo", "DEF")
+
+_BACKWARD = (
+    "(Tensor? grad_logprobs, Tensor? grad_entropy, {logits} logits, Tensor token_ids, Tensor temperature, "
+    "Tensor? mask, Tensor stats) -> {result}"
+)
+_SCHEMAS = {
+    "token_logprobs": (
+        "(Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask, bool return_entropy)"
+        " -> (Tensor logprobs, Tensor entropy, Tensor stats)"
+    ),
+    "token_logprobs_backward": _BACKWARD.format(logits="Tensor", result="Tensor"),
+    "token_logprobs_backward_": _BACKWARD.format(logits="Tensor(a!)", result="()"),
+}
+
+
+def _token_logprobs_fake(
+    logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None, return_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[:-1]
+    return (
+        logits.new_empty(token_ids.shape, dtype=torch.float32),
+        logits.new_empty(rows if return_entropy else (0,), dtype=torch.float32),
+        logits.new_empty((*rows, 3), dtype=torch.float32),
+    )
+
+
+def _token_logprobs_backward_fake(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *_: Any
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _token_logprobs_backward_inplace_fake(*_: Any) -> None:
+    return None
+
+
+_FAKES = {
+    "token_logprobs": _token_logprobs_fake,
+    "token_logprobs_backward": _token_logprobs_backward_fake,
+    "token_logprobs_backward_": _token_logprobs_backward_inplace_fake,
+}
+
+for _name, _schema in _SCHEMAS.items():
+    for _backend in ("native", "triton"):
+        LIBRARY.define(f"{_name}.{_backend}{_schema}")
+        torch.library.register_fake(f"fusedpo::{_name}.{_backend}", _FAKES[_name], lib=LIBRARY)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` without the 20 us that binding ``setup_context``'s signature costs in eager mode."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """Identity in ``gradient``, differentiable in the ``sources`` it came from: going through it once more raises."""
+
+    @staticmethod
+    def forward(gradient: Tensor, name: str, *sources: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.name = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: double backward is not supported; use fusedpo.backend('reference') for it")
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        token_ids: Tensor,
+        temperature: Tensor,
+        mask: Tensor | None,
+        return_entropy: bool,
+        inplace_backward: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operator = getattr(torch.ops.fusedpo.token_logprobs, backend)
+        return operator(logits, token_ids, temperature, mask, return_entropy)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        logits, token_ids, temperature, mask, return_entropy, ctx.inplace_backward, ctx.backend = inputs
+        _, entropy, stats = output
+        ctx.mark_non_differentiable(stats, *(() if return_entropy else (entropy,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, token_ids, temperature, mask, stats)
+        ctx.overwritten = False
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
+        none = (None,) * 6
+        if grad_logprobs is None and grad_entropy is None:
+            return None, *none
+        if ctx.overwritten:
+            raise RuntimeError(
+                "token_logprobs(inplace_backward=True): the first backward has overwritten the logits with their "
+                "gradient, a second one needs inplace_backward=False"
+            )
+        logits, *rest = ctx.saved_tensors
+        args = (grad_logprobs, grad_entropy, logits, *rest)
+        if ctx.inplace_backward:
+            ctx.overwritten = True
+            getattr(torch.ops.fusedpo.token_logprobs_backward_, ctx.backend)(*args)
+            torch.autograd.graph.increment_version(logits)
+            gradient = logits.detach()
+        else:
+            gradient = getattr(torch.ops.fusedpo.token_logprobs_backward, ctx.backend)(*args)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradient = _apply(_NoDoubleBackward, gradient, "token_logprobs", logits, grad_logprobs, grad_entropy)
+        return gradient, *none
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    return_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy by the kernels of ``backend``; arguments as the operator's schema has them."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+        args = (logits, token_ids, temperature, mask, return_entropy, inplace_backward, backend)
+        logprobs, entropy, _ = _apply(_TokenLogprobs, *args)
+    else:
+        operator = getattr(torch.ops.fusedpo.token_logprobs, backend)
+        logprobs, entropy, _ = operator(logits, token_ids, temperature, mask, return_entropy)
+    return logprobs, entropy

@@ -1,0 +1,9 @@
+"""The specification: every operation in plain PyTorch, vectorised, and differentiated by autograd.
+
+Results are float64 for float64 input, float32 otherwise. Arguments are not checked.
+"""
+
+from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
+from .losses import METRICS, PolicyLossOutput, policy_loss
+
+__all__ = ["METRICS", "PolicyLossOutput", "linear_token_logprobs", "next_tokens", "policy_loss", "token_logprobs"]

@@ -1,0 +1,158 @@
+"""What the builds contain: source distribution, wheels with and without native part, object files."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+EXTENSION = f"fusedpo/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDPO_") and k != "PYTHONPATH"}
+
+REPORT = "import fusedpo._C as c; info = c.build_info(); print(c.__file__, info['cpu_capability'], info['torch'])"
+
+pytestmark = pytest.mark.slow
+
+
+def python(*arguments: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def build(hook: str, source: Path, out: Path, *flags: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Calls a hook of PEP 517 as pip does."""
+    call = f"import setuptools.build_meta as backend; backend.{hook}({str(out)!r})"
+    return python(*flags, "-c", call, cwd=source, **options)
+
+
+def unpack(wheel_directory: Path) -> Path:
+    (wheel,) = wheel_directory.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(wheel_directory / "site")
+    return wheel_directory / "site"
+
+
+def use(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python on an unpacked wheel. -S keeps the import hook of an editable install away."""
+    return python("-S", *arguments, cwd=site, PYTHONPATH=os.pathsep.join([str(site), *sys.path]))
+
+
+def files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unpacked source distribution. Every wheel here is built from it."""
+    out = tmp_path_factory.mktemp("sdist")
+    build("build_sdist", ROOT, out)
+    (archive,) = out.glob("fusedpo-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(out, filter="data")
+    return out / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def native(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    missing = importlib.import_module("fusedpo._build").NATIVE_MISSING
+    if missing:
+        pytest.skip(f"the installed fusedpo has no native part: {missing}")
+    out = tmp_path_factory.mktemp("native")
+    build("build_wheel", source, out, FUSEDPO_NATIVE="1")
+    return unpack(out)
+
+
+def test_source_distribution_is_complete(source: Path) -> None:
+    generated = re.compile(r"__pycache__|\.so$|/_build\.py$|\.egg-info/")
+    for directory in ("csrc", "python", "tests", "triton_kernels"):
+        expected = {file for file in files(ROOT / directory) if not generated.search(f"/{file}")}
+        assert {file for file in files(source / directory) if ".egg-info/" not in file} == expected
+    for file in ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"):
+        assert (source / file).read_bytes() == (ROOT / file).read_bytes()
+
+
+def test_native_wheel(native: Path) -> None:
+    (wheel,) = native.parent.glob("*.whl")
+    abi = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{abi}-{abi}-" in wheel.name
+    assert {EXTENSION, "fusedpo/py.typed", "fusedpo/triton_kernels/__init__.py"} <= files(native)
+    assert {path.name for path in native.iterdir()} == {"fusedpo", f"fusedpo-{wheel.name.split('-')[1]}.dist-info"}
+    file, capability, compiled_with = use(native, "-c", REPORT).stdout.split()
+    assert file == str(native / EXTENSION)
+    assert capability in ("portable", "avx2", "avx512")
+    assert torch.__version__.startswith(compiled_with)
+
+
+def test_instruction_sets_share_no_weak_symbols(source: Path, native: Path) -> None:
+    """Of a weak symbol the linker keeps one copy: here, perhaps one that the processor cannot run."""
+    definitions = defaultdict(set)
+    objects = list(source.glob("build/cmake-*/CMakeFiles/*.dir/**/*.o"))
+    variants = {path for path in objects if re.search(r"_(avx2|avx512)\.dir/", str(path))}
+    if not variants:
+        pytest.skip("this processor family has one instruction set")
+    for path in objects:
+        symbols = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        for symbol in re.findall(r"^\w+ [VWu] (\S+)$", symbols, re.MULTILINE):
+            definitions[symbol].add(path)
+    assert definitions, "nm listed no weak symbol at all, not even those of pybind11"
+    assert {symbol: paths for symbol, paths in definitions.items() if len(paths) > 1 and paths & variants} == {}
+
+
+def test_cmake_has_the_only_list_of_native_sources() -> None:
+    sources = {
+        path.relative_to(ROOT).as_posix() for ending in ("cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{ending}")
+    }
+    assert set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text())) == sources
+    for other in ("setup.py", "pyproject.toml", "Makefile"):
+        assert re.findall(r"\w+\.(?:cpp|cu)\b", (ROOT / other).read_text()) == []
+
+
+def test_wheel_without_native_part(source: Path, tmp_path: Path) -> None:
+    build("build_wheel", source, tmp_path, FUSEDPO_NATIVE="0")
+    assert [path.name.split("-", 2)[2] for path in tmp_path.glob("*.whl")] == ["py3-none-any.whl"]
+    site = unpack(tmp_path)
+    packaged = {f"fusedpo/{file}" for file in files(source / "python/fusedpo")}
+    packaged |= {f"fusedpo/triton_kernels/{file}" for file in files(source / "triton_kernels")}
+    assert {file for file in files(site) if ".dist-info/" not in file} == packaged | {"fusedpo/_build.py"}
+    # With nothing but torch around it.
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['numpy', 'triton', 'rich', 'matplotlib']))"
+    script = "import fusedpo, torch; print(fusedpo.token_logprobs(torch.zeros(1, 8), torch.tensor([1])).exp().item())"
+    assert use(site, "-c", f"{blocked}; {script}").stdout.strip() == "0.125"
+
+
+def test_isolated_build_says_how_to_get_the_native_part(source: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for pattern in ("setuptools*", "_distutils_hack", "pybind11"):
+        for path in Path(sysconfig.get_path("purelib")).glob(pattern):
+            (tools / path.name).symlink_to(path)
+    build("build_wheel", source, tmp_path, "-S", PYTHONPATH=str(tools))
+    site = unpack(tmp_path)
+    assert EXTENSION not in files(site)
+    imported = use(site, "-c", "import fusedpo")
+    assert "isolated" in imported.stderr
+    assert "pip install --no-build-isolation fusedpo" in imported.stderr
+    assert "pip install --no-build-isolation fusedpo" in use(site, "-m", "fusedpo", "env").stdout
+
+
+def test_build_without_compiler(source: Path, tmp_path: Path) -> None:
+    environment = {"PATH": "", "CXX": ""}
+    built = build("build_wheel", source, tmp_path, **environment)
+    assert "no C++ and CUDA kernels" in built.stderr
+    assert "without a C++ compiler" in built.stderr
+    assert EXTENSION not in files(unpack(tmp_path))
+    demanded = build("build_wheel", source, tmp_path, check=False, FUSEDPO_NATIVE="1", **environment)
+    assert demanded.returncode != 0
+    assert "without a C++ compiler" in demanded.stderr
