@@ -30,6 +30,7 @@ clean:
 	rm -rf build dist out .*_cache python/*.egg-info python/fusedpo/_C.* python/fusedpo/_build.py $(VENV)/.ready
 
 $(PY):
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or later is needed: make PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and by itself: any other requirement on it would let pip choose the newest, with gigabytes of CUDA.

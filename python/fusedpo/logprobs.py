@@ -53,7 +53,7 @@ def token_logprobs(
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     if not isinstance(temperature, Tensor):
-        temperature = torch.full((), temperature, dtype=torch.float32, device=logits.device)
+        temperature = ops.scalar(temperature, logits.device)
     logprobs, entropy = ops.token_logprobs(
         logits,
         token_ids.to(torch.int64),

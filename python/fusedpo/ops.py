@@ -61,6 +61,13 @@ for _name, _schema in _SCHEMAS.items():
         torch.library.register_fake(f"fusedpo::{_name}.{_backend}", _FAKES[_name], lib=LIBRARY)
 
 
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A number as a float32 0-d tensor; while tracing, in the one form that does not recompile for every value."""
+    if torch.compiler.is_compiling():
+        return torch.ones((), device=device) * value
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` without the 20 us that binding ``setup_context``'s signature costs in eager mode."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
