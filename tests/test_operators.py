@@ -36,7 +36,7 @@ def reference_grad(logits: Tensor, *args, **kwargs) -> Tensor:
 def total(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     """A scalar with a different upstream gradient for every element."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return sum((o * torch.linspace(-1, 2, o.numel()).reshape(o.shape)).sum() for o in outputs)
+    return sum((o * torch.arange(o.numel()).cos().reshape(o.shape)).sum() for o in outputs)
 
 
 # -------------------------------------------------------------------------------------------------------- the operators

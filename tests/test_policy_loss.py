@@ -38,7 +38,7 @@ REGIONS = [
     O.NoTrustRegion(),
     O.PPOClip(0.1, 0.2),
     O.PPOClip(0.1, 0.2, dual=1.3),
-    O.PPOClip(0.1, 0.2, cap=0.9),
+    O.PPOClip(0.1, 0.2, cap=1.05),
     O.PPOClip(0.1, 0.2, on="product"),
     O.PPOClip(0.1, 0.2, dual=1.3, cap=1.5, on="product"),
     O.CISPO(0.1, 0.2),
@@ -90,7 +90,7 @@ def random_batch(rows=3, width=5, seed=0, holes=True, spread=0.25):
     mask[-1] = False
     return {
         "logprobs": lp,
-        "old_logprobs": lp + spread * randn(rows, width),
+        "old_logprobs": (lp + spread * randn(rows, width)).clamp(max=-0.01),
         "advantages": randn(rows, width),
         "mask": mask if holes else torch.ones_like(mask),
         "ref_logprobs": lp + spread * randn(rows, width),
@@ -695,7 +695,7 @@ def test_arguments_are_left_alone():
 
 
 def test_metrics_by_their_definitions():
-    batch = random_batch(seed=2)
+    batch = random_batch(4, 8, seed=2)
     objective = O.nfpo(3, 0.1, 0.2, kl=O.KL("k3", 0.1))
     metrics = fusedpo.policy_loss(**batch, objective=objective).metrics
     kept = [tuple(index) for index in batch["mask"].nonzero().tolist()]
@@ -1061,20 +1061,14 @@ def test_the_entropy_is_differentiated_only_with_a_coefficient():
 
 
 @pytest.mark.parametrize(
-    "objective",
+    ("objective", "packed"),
     [
-        O.grpo(kl=O.KL("k3+", 0.1, 10.0)),
-        O.nfpo(4, trust_region=O.PPOClip(dual=3.0, cap=20.0, on="product"), entropy_coef=0.1),
-        O.nfpo(1000, differentiate=True, trust_region=O.BinaryTV(cap=None)),
-        O.gspo(),
-        O.dppo_kl(),
-        O.sapo(),
-        O.cispo(),
-        O.reinforce(),
+        (O.nfpo(4, trust_region=O.PPOClip(dual=3.0, cap=20.0, on="product"), kl=O.KL("k3+", 0.1, 10.0)), False),
+        (O.nfpo(4, differentiate=True, trust_region=O.BinaryKL(cap=None), aggregation="seq-mean-token-sum-norm"), True),
+        (O.gspo(), True),
     ],
-    ids=name_of,
+    ids=["nfpo", "differentiated", "gspo"],
 )
-@pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_a_break(objective, packed):
     def loss(batch):
         return fusedpo.policy_loss(**batch, objective=objective)

@@ -189,8 +189,11 @@ def policy_loss_from_hidden(
     _checks.floating("hidden", hidden)
     _check("hidden", hidden, hidden.shape[:-1], old_logprobs, advantages, **options)
     _check_token_ids(token_ids, "hidden", hidden)
-    if num_live is not None and not 0 <= num_live <= token_ids.numel():
-        raise ValueError(f"num_live must be None or between 0 and the {token_ids.numel()} tokens, got {num_live}")
+    if num_live is not None:
+        if isinstance(num_live, bool) or not isinstance(num_live, int):
+            raise TypeError(f"num_live must be an int or None, got {type(num_live).__name__}")
+        if not 0 <= num_live <= token_ids.numel():
+            raise ValueError(f"num_live must be between 0 and the number of tokens {token_ids.numel()}, got {num_live}")
     logprobs, entropy = linear_token_logprobs(
         hidden,
         weight,
