@@ -128,7 +128,7 @@ class SourceDistribution(sdist):
             self.filelist.graft(directory)
         for file in ("CHANGELOG.md", "CMakeLists.txt", "Makefile"):
             self.filelist.include(file)
-        for generated in ("_build.py", "*.so", "*.pyc"):
+        for generated in ("_build.py", "*.so", "*.pyc", ".*_cache/**"):
             self.filelist.global_exclude(generated)
         super().make_distribution()
 

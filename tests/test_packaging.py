@@ -75,9 +75,9 @@ def native(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_source_distribution_is_complete(source: Path) -> None:
-    generated = re.compile(r"__pycache__|\.so$|/_build\.py$|\.egg-info/")
+    generated = re.compile(r"__pycache__/|_cache/|\.egg-info/|\.so$|/_build\.py$")
     for directory in ("csrc", "python", "tests", "triton_kernels"):
-        expected = {file for file in files(ROOT / directory) if not generated.search(f"/{file}")}
+        expected = {file for file in files(ROOT / directory) if not generated.search(file)}
         assert {file for file in files(source / directory) if ".egg-info/" not in file} == expected
     for file in ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"):
         assert (source / file).read_bytes() == (ROOT / file).read_bytes()

@@ -72,7 +72,7 @@ def test_gae_against_the_recursion(gamma, lam, length):
         torch.testing.assert_close(result.returns[b], double(expected[1]), **CLOSE)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6),
     mask_seed=st.integers(0, 99),

@@ -17,7 +17,7 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLowest = -200.0f;  // 2^-200 is 0; -inf is moved here so that 0 * -inf never arises
 constexpr float kMove = 8.0f;
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 64 * kChunk;  // 64 additions in float32 per lane, then sums are carried on in float64
 constexpr float kInfinity = __builtin_inff();
 
 // A copy of the last, incomplete chunk of a row; the missing elements are -inf and contribute exactly nothing.
@@ -62,7 +62,7 @@ struct BlockSums {
 // reference, elements equal to it are counted apart: what lies beside a dominant logit keeps its digits.
 template <bool kEntropy, bool kHoldsReference, class T>
 BlockSums sum_block(const T* row, int64_t size, float reference, float scale) {
-  Vec sum_a{}, sum_b{}, weighted{}, at_reference{}, top = splat(-kInfinity);
+  Vec sum_a{}, sum_b{}, weighted_a{}, weighted_b{}, at_reference{}, top = splat(-kInfinity);
   const Vec offset = splat(reference), factor = splat(scale), lowest = splat(kLowest);
   const Vec zero{}, one = splat(1.0f);
   for_each_chunk(row, size, [&](const T* chunk) {
@@ -79,9 +79,12 @@ BlockSums sum_block(const T* row, int64_t size, float reference, float scale) {
     }
     sum_a += ea;
     sum_b += eb;
-    if constexpr (kEntropy) weighted = fma(eb, b, fma(ea, a, weighted));
+    if constexpr (kEntropy) {
+      weighted_a = fma(ea, a, weighted_a);
+      weighted_b = fma(eb, b, weighted_b);
+    }
   });
-  return {reduce_add(sum_a + sum_b), kEntropy ? reduce_add(weighted) : 0.0f, reduce_max(top),
+  return {reduce_add(sum_a + sum_b), kEntropy ? reduce_add(weighted_a + weighted_b) : 0.0f, reduce_max(top),
           kHoldsReference ? reduce_add(at_reference) : 0.0f};
 }
 

@@ -47,6 +47,7 @@ def token_logprobs(
     _check_token_logprobs(logits, token_ids, temperature, mask)
     backend = backends.choose("token_logprobs", logits.device.type, logits.dtype)
     if backend == "reference":
+        _check_values(token_ids, logits.shape[-1], temperature, mask)
         return reference.token_logprobs(
             logits, token_ids, temperature=temperature, mask=mask, return_entropy=return_entropy
         )
@@ -97,6 +98,7 @@ def linear_token_logprobs(
     _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
     rows = hidden.shape[:-1]
     _check_rows(rows, hidden, "hidden", token_ids, temperature, mask)
+    _check_values(token_ids, weight.shape[0], temperature, mask)
     backends.choose("linear_token_logprobs", hidden.device.type, hidden.dtype)
     return reference.linear_token_logprobs(
         hidden,
@@ -146,6 +148,21 @@ def _check_rows(
         _checks.same_device("temperature", temperature, name, source)
     elif not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _check_values(token_ids: Tensor, size: int, temperature: float | Tensor, mask: Tensor | None) -> None:
+    """What the kernels check by themselves, for the reference."""
+    if _checks.values_are_free(token_ids):
+        kept = torch.ones_like(token_ids, dtype=torch.bool)
+        if mask is not None:
+            kept = (mask != 0).reshape(*mask.shape, *[1] * (token_ids.dim() - mask.dim())).expand_as(token_ids)
+        bad = token_ids[kept & ((token_ids < 0) | (token_ids >= size))]
+        if bad.numel() > 0:
+            raise ValueError(f"token_ids must be in [0, {size}) at kept rows, got {int(bad[0])}")
+    if isinstance(temperature, Tensor) and _checks.values_are_free(temperature):
+        bad = temperature[~(temperature > 0) & (True if mask is None or temperature.dim() == 0 else mask != 0)]
+        if bad.numel() > 0:
+            raise ValueError(f"temperature must be positive, got {float(bad[0])}")
 
 
 def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

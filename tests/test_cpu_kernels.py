@@ -1,0 +1,64 @@
+"""The builds of the CPU kernels: each instruction set by itself, and the exponential they share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedpo import backends
+
+TESTS = Path(__file__).parent
+FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+LEVEL = {"DEFAULT": 0, "NO AVX": 0, "AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
+BUILDS = [
+    pytest.param(name, marks=pytest.mark.skipif(level > LEVEL, reason=f"this processor has no {name}"))
+    for level, name in enumerate(FLAGS)
+]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_error_of_the_exponential(build, tmp_path):
+    """At most 2 units in the last place, sampled over every binade in use."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "exp2_error"
+    source = [str(TESTS / "cpp" / "exp2_error.cpp"), "-I", str(TESTS.parent / "csrc"), f"-DFUSEDPO_ISA={build}"]
+    flags = ["-std=c++17", "-O3", "-w", "-ffp-contract=off", *FLAGS[build]]
+    subprocess.run([compiler, *flags, *source, "-o", str(program)], check=True)
+    error, corners = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.split()
+    assert corners == "1"
+    assert float(error) <= 2.0
+
+
+@pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+@pytest.mark.parametrize("build", BUILDS)
+def test_each_build_is_right(build):
+    """The accuracy tests once more, in a process that is forced to this instruction set."""
+    environment = {**os.environ, "FUSEDPO_CPU_CAPABILITY": build}
+    show = "import json; from fusedpo import _C; print(json.dumps(_C.build_info()['cpu_capability']))"
+    used = subprocess.run([sys.executable, "-c", show], env=environment, check=True, capture_output=True, text=True)
+    assert json.loads(used.stdout) == build
+    chosen = "(values and (1000 or 4099)) or extremes or several or minus or subnormal or depend"
+    pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", str(TESTS / "test_token_logprobs.py"), "-k", chosen]
+    result = subprocess.run(pytest_run, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+def test_unknown_capability_is_refused():
+    environment = {**os.environ, "FUSEDPO_CPU_CAPABILITY": "sse9"}
+    code = "from fusedpo import _C; _C.build_info()"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "FUSEDPO_CPU_CAPABILITY must be avx512, avx2 or portable, got sse9" in result.stderr
