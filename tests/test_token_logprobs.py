@@ -67,7 +67,9 @@ def assert_accurate(logits: Tensor, ids: Tensor, **options) -> None:
     torch_result = run(reference.token_logprobs, logits, upstream, **options)
     result = run(fusedpo.token_logprobs, logits, upstream, **options)
     eps = [EPS, EPS, torch.finfo(logits.dtype).eps]
-    for name, got, torchs, want, e in zip(("logprobs", "entropy", "grad"), result, torch_result, truth, eps, strict=True):
+    for name, got, torchs, want, e in zip(
+        ("logprobs", "entropy", "grad"), result, torch_result, truth, eps, strict=True
+    ):
         finite = want.isfinite()
         assert torch.equal(got.isfinite(), finite), name
         assert torch.equal(got[~finite].nan_to_num(1), want[~finite].nan_to_num(1)), name

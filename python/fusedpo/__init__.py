@@ -1,7 +1,7 @@
 """Fused kernels for the token-level policy-optimisation objectives that train language models.
 
-Layer 1, :mod:`fusedpo.logprobs`: log-probs and entropy of the sampled tokens. Layer 2, :mod:`fusedpo.losses`: ratio, forward
-trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantages`. The parts of a loss are in
+Layer 1, :mod:`fusedpo.logprobs`: log-probs and entropy of the sampled tokens. Layer 2, :mod:`fusedpo.losses`: ratio,
+forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantages`. The parts of a loss are in
 :mod:`fusedpo.objectives`, the plain PyTorch specification of everything in :mod:`fusedpo.reference`.
 """
 

@@ -1,7 +1,7 @@
 """Checks of arguments. Every message names the argument, what was given and what is expected.
 
-Types and shapes cost nothing and are always checked. Values live on the device: they are checked where reading them is free
-(:func:`values_are_free`), on the CPU, and on other devices under ``FUSEDPO_DEBUG=1``.
+Types and shapes cost nothing and are always checked. Values live on the device: they are checked where reading them is
+free (:func:`values_are_free`), on the CPU, and on other devices under ``FUSEDPO_DEBUG=1``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which implementation of an operator runs where, and why not another.
 
-``reference`` is plain PyTorch and runs everywhere; ``native`` is C++ and CUDA; ``triton`` is for accelerators (and for the CPU
-under ``TRITON_INTERPRET=1``). ``auto`` takes the first of the device's order that can run; a backend that was forced never
-falls back. The choice is a module global: a ``ContextVar`` would break the graph under ``torch.compile``.
+``reference`` is plain PyTorch and runs everywhere; ``native`` is C++ and CUDA; ``triton`` is for accelerators (and for
+the CPU under ``TRITON_INTERPRET=1``). ``auto`` takes the first of the device's order that can run; a backend that was
+forced never falls back. The choice is a module global: a ``ContextVar`` would break the graph under ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ _forced: str | None = _parse(os.environ.get("FUSEDPO_BACKEND", ""))
 class backend:
     """``with fusedpo.backend("reference"): ...`` forces one implementation; ``"auto"`` lifts that.
 
-    The environment variable ``FUSEDPO_BACKEND`` does the same for a whole process. Raises ``ValueError`` for an unknown name;
-    an operator that the forced backend cannot run raises :class:`BackendUnavailable`.
+    The environment variable ``FUSEDPO_BACKEND`` does the same for a whole process. Raises ``ValueError`` for an
+    unknown name; an operator that the forced backend cannot run raises :class:`BackendUnavailable`.
     """
 
     def __init__(self, name: str) -> None:

@@ -24,25 +24,26 @@ def token_logprobs(
 
     Args:
         logits: ``[..., V]``, float16, bfloat16 or float32 (float64 runs on the reference); rows may be strided.
-        token_ids: ``[...]``, or ``[..., K]`` for K tokens per row; int32 or int64, in ``[0, V)`` at kept rows. Ids at masked
-            rows are neither read nor checked (-100 is fine there).
+        token_ids: ``[...]``, or ``[..., K]`` for K tokens per row; int32 or int64, in ``[0, V)`` at kept rows. Ids at
+            masked rows are neither read nor checked (-100 is fine there).
         temperature: positive float, or a tensor ``[...]`` of one value per row.
-        mask: ``[...]``, nonzero keeps a row. The logits of the other rows are not read; their results and gradients are 0.
+        mask: ``[...]``, nonzero keeps a row. The logits of the other rows are not read; their results and gradients
+            are 0.
         return_entropy: return the entropy as well.
-        inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves a tensor of their size. A use of
-            the logits that was saved before raises then; reading them afterwards gives the gradient, undetected.
-            Ignored by the reference and under ``torch.compile``.
+        inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves a tensor of their
+            size. A use of the logits that was saved before raises then; reading them afterwards gives the gradient,
+            undetected. Ignored by the reference and under ``torch.compile``.
 
     Returns:
-        ``logprobs`` in nats, shaped like ``token_ids``, float32; with ``return_entropy`` a tuple with the entropy ``[...]`` in
-        nats, float32. A column at -inf has probability 0 and adds 0 to the entropy; NaN, +inf and a row that is all -inf give
-        NaN.
+        ``logprobs`` in nats, shaped like ``token_ids``, float32; with ``return_entropy`` a tuple with the entropy
+        ``[...]`` in nats, float32. A column at -inf has probability 0 and adds 0 to the entropy; NaN, +inf and a row
+        that is all -inf give NaN.
 
     Both results are differentiable with respect to ``logits``, once. Nothing else is.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, devices, ids out of range and a temperature that is not positive (on the CPU; on
-            other devices under ``FUSEDPO_DEBUG=1``).
+        TypeError: dtypes. ValueError: shapes, devices, ids out of range and a temperature that is not positive (on the
+            CPU; on other devices under ``FUSEDPO_DEBUG=1``).
     """
     _check_token_logprobs(logits, token_ids, temperature, mask)
     backend = backends.choose("token_logprobs", logits.device.type, logits.dtype)
@@ -80,12 +81,12 @@ def linear_token_logprobs(
     return_entropy: bool = True,
     chunk_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`token_logprobs` of the logits ``hidden @ weight.T``, which are never all in memory if ``chunk_tokens`` is given.
+    """:func:`token_logprobs` of the logits ``hidden @ weight.T``, never all in memory where ``chunk_tokens`` is given.
 
     Args:
         hidden: ``[..., H]``, the last hidden state. ``weight``: ``[V, H]``, same dtype. ``bias``: ``[V]``.
-        softcap: ``softcap * tanh(logits / softcap)`` (Gemma). ``logit_scale``: multiplies the logits (Cohere). The order is
-            matrix product, bias, ``logit_scale``, ``softcap``, ``temperature``.
+        softcap: ``softcap * tanh(logits / softcap)`` (Gemma). ``logit_scale``: multiplies the logits (Cohere). The
+            order is matrix product, bias, ``logit_scale``, ``softcap``, ``temperature``.
         chunk_tokens: rows per chunk; each chunk's logits are computed again in the backward. None: one chunk, kept.
         token_ids, temperature, mask, return_entropy: as in :func:`token_logprobs`.
 
@@ -117,9 +118,7 @@ def linear_token_logprobs(
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_token_logprobs(
-    logits: Tensor, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None
-) -> None:
+def _check_token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None) -> None:
     _checks.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
@@ -137,7 +136,8 @@ def _check_rows(
     _checks.integer("token_ids", token_ids)
     if token_ids.shape[: len(rows)] != rows or token_ids.dim() > len(rows) + 1:
         raise ValueError(
-            f"token_ids must have shape {list(rows)} or {[*rows, 'K']} (the rows of {name}), got {list(token_ids.shape)}"
+            f"token_ids must have shape {list(rows)} or {[*rows, 'K']} (the rows of {name}), "
+            f"got {list(token_ids.shape)}"
         )
     _checks.same_device("token_ids", token_ids, name, source)
     _checks.mask(mask, tuple(rows), f"the rows of {name}", name, source)
@@ -170,8 +170,8 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _checks.floating("weight", weight)
     if type(weight).__name__ == "DTensor" or weight.numel() == 0:
         raise TypeError(
-            f"weight must be a whole plain tensor, got {'a DTensor' if weight.numel() else 'an empty tensor'}: gather it "
-            "once per step before the call (FSDP2: weight.full_tensor(); ZeRO-3: deepspeed.zero.GatheredParameters)"
+            f"weight must be a whole plain tensor, got {'a DTensor' if weight.numel() else 'an empty tensor'}: gather "
+            "it once per step before the call (FSDP2: weight.full_tensor(); ZeRO-3: deepspeed.zero.GatheredParameters)"
         )
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

@@ -40,9 +40,7 @@ __all__ = [
     "sapo",
 ]
 
-Aggregation = Literal[
-    "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-]
+Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 KLKind = Literal["k1", "k2", "k3", "k3+"]
 
 
@@ -51,7 +49,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ratios
+# --------------------------------------------------------------------------------------------------------------- ratios
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class SequenceRatio:
 
 @dataclass(frozen=True)
 class ForwardTrace:
-    """NFPO: the token's ratio times the likelihood ratio of the next ``n - 1`` positions, ``F = exp(sum_{k<n} l_{t+k})``.
+    """NFPO: the ratio times ``F = exp(sum_{0<k<n} l_{t+k})``, the likelihood ratio of the next ``n - 1`` positions.
 
     ``l = lp - olp`` at kept tokens and 0 at masked ones, so a masked position inside the window counts as ratio 1; the
     window ends with its sequence. ``n=1`` is :class:`TokenRatio`; ``n >= T`` is the whole suffix.
@@ -94,7 +92,7 @@ class OnPolicy:
 Ratio = TokenRatio | SequenceRatio | ForwardTrace | OnPolicy
 
 
-# --------------------------------------------------------------------------------------------------------- trust regions
+# -------------------------------------------------------------------------------------------------------- trust regions
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,9 @@ class NoTrustRegion:
 class PPOClip:
     """``sg(F) * max(-A rho, -A clip(rho, 1 - low, 1 + high))``.
 
-    ``dual``: where ``A < 0`` the loss is at most ``-A * dual`` (dual clip, usually 3). ``cap``: the weight ``rho * F`` is at
-    most ``cap`` (``F`` is lowered to ``cap / rho``). ``on="product"``: the clip (and ``dual``) looks at ``rho * sg(F)``.
+    ``dual``: where ``A < 0`` the loss is at most ``-A * dual`` (dual clip, usually 3). ``cap``: the weight ``rho * F``
+    is at most ``cap`` (``F`` is lowered to ``cap / rho``). ``on="product"``: the clip (and ``dual``) looks at
+    ``rho * sg(F)``.
     """
 
     low: float = 0.2
@@ -117,7 +116,9 @@ class PPOClip:
     on: Literal["ratio", "product"] = "ratio"
 
     def __post_init__(self) -> None:
-        _require(self.low >= 0 and self.high >= 0, f"PPOClip: low and high must be >= 0, got {self.low} and {self.high}")
+        _require(
+            self.low >= 0 and self.high >= 0, f"PPOClip: low and high must be >= 0, got {self.low} and {self.high}"
+        )
         _require(self.dual is None or self.dual > 1, f"PPOClip: dual must be > 1 or None, got {self.dual}")
         _require(self.cap is None or self.cap > 0, f"PPOClip: cap must be > 0 or None, got {self.cap}")
         _require(self.on in ("ratio", "product"), f"PPOClip: on must be 'ratio' or 'product', got {self.on!r}")
@@ -125,7 +126,7 @@ class PPOClip:
 
 @dataclass(frozen=True)
 class CISPO:
-    """``-A * sg(clip(rho, 1 - low, 1 + high) * F) * lp``: the clipped ratio is a weight, every token keeps a gradient."""
+    """``-A * sg(clip(rho, 1 - low, 1 + high) * F) * lp``: a clipped ratio is a weight, every token keeps a gradient."""
 
     low: float = 10.0
     high: float = 0.2
@@ -194,8 +195,9 @@ TrustRegion = NoTrustRegion | PPOClip | CISPO | BinaryTV | BinaryKL | SAPO
 class KL:
     """``coef`` times an estimate of the KL divergence to the reference policy (needs ``ref_logprobs``), in nats.
 
-    With ``d = lp - ref``: ``k1 = d``; ``k2 = d^2 / 2``; ``k3 = exp(-d) - 1 + d`` (``d`` clamped to +-20 before ``exp``);
-    ``k3+`` has the value of k3 and the gradient of k2. ``clamp`` bounds the value to +-clamp (no gradient beyond it).
+    With ``d = lp - ref``: ``k1 = d``; ``k2 = d^2 / 2``; ``k3 = exp(-d) - 1 + d`` (``d`` clamped to +-20 before
+    ``exp``); ``k3+`` has the value of k3 and the gradient of k2. ``clamp`` bounds the value to +-clamp (no gradient
+    beyond it).
     """
 
     kind: KLKind
@@ -221,8 +223,9 @@ class Objective:
     ``token-sum``                ``sum(l m)``
     ``seq-mean-token-mean``      mean over sequences with any kept token of ``sum_t(l m) / sum_t(m)``
     ``seq-mean-token-sum``       mean over those sequences of ``sum_t(l m)``
-    ``seq-mean-token-sum-norm``  ``seq-mean-token-sum / length_norm``; ``length_norm=None`` takes the padded width, or the
-                                 longest sequence of a packed batch (Dr. GRPO wants a constant: pass the generation limit)
+    ``seq-mean-token-sum-norm``  ``seq-mean-token-sum / length_norm``; ``length_norm=None`` takes the padded width, or
+                                 the longest sequence of a packed batch (Dr. GRPO wants a constant: pass the generation
+                                 limit)
     ===========================  ====================================================================================
 
     Raises ``ValueError`` where two parts disagree.
@@ -373,8 +376,8 @@ def nfpo(
 ) -> Objective:
     """NFPO (2605.20865): PPO's clipped surrogate times the likelihood ratio of the next ``n - 1`` tokens.
 
-    ``trust_region`` replaces the clip, e.g. ``BinaryTV(0.15, 0.15)``. ``nfpo(n=1)`` is :func:`ppo`. The paper's own choice of
-    ``n``, thresholds and aggregation is not known to us: the defaults are PPO's.
+    ``trust_region`` replaces the clip, e.g. ``BinaryTV(0.15, 0.15)``. ``nfpo(n=1)`` is :func:`ppo`. The paper's own
+    choice of ``n``, thresholds and aggregation is not known to us: the defaults are PPO's.
     """
     region = PPOClip(clip_low, clip_high) if trust_region is None else trust_region
     return Objective(ForwardTrace(n, differentiate), region, kl, entropy_coef, aggregation)

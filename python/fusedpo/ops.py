@@ -1,12 +1,13 @@
 """The operators ``torch.ops.fusedpo.*``: schemas, fake kernels, and the autograd Functions over the raw kernels.
 
-An operator has one overload per implementation, ``native`` (C++ and CUDA, registered by ``csrc/ops.cpp``) and ``triton``
-(registered by ``fusedpo.triton_kernels``); all overloads share schema and fake kernel. Which one runs is decided by
-:mod:`fusedpo.backends` and is visible in a traced graph.
+An operator has one overload per implementation, ``native`` (C++ and CUDA, registered by ``csrc/ops.cpp``) and
+``triton`` (registered by ``fusedpo.triton_kernels``); all overloads share schema and fake kernel. Which one runs is
+decided by :mod:`fusedpo.backends` and is visible in a traced graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def _token_logprobs_backward_inplace_fake(*_: Any) -> None:
     return None
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "token_logprobs": _token_logprobs_fake,
     "token_logprobs_backward": _token_logprobs_backward_fake,
     "token_logprobs_backward_": _token_logprobs_backward_inplace_fake,
