@@ -123,6 +123,14 @@ def test_env_reports_versions_and_the_choice_for_every_operator():
             r"temperature must have shape \[3\]",
             lambda: fusedpo.token_logprobs(X, IDS, temperature=torch.ones(2)),
         ),
+        (TypeError, "input_ids must have dtype", lambda: fusedpo.next_tokens(X)),
+        (
+            ValueError,
+            r"input_ids must have shape \[T\] or \[1, T\] with cu_seqlens, got \[2, 3\]",
+            lambda: fusedpo.next_tokens(IDS.expand(2, 3), cu_seqlens=IDS),
+        ),
+        (ValueError, "cu_seqlens must", lambda: fusedpo.next_tokens(IDS, cu_seqlens=torch.tensor([0, 2, 1, 3]))),
+        (ValueError, r"mask must have shape \[3\]", lambda: fusedpo.next_tokens(IDS, torch.ones(2))),
         (ValueError, r"mask must have shape \[3\]", lambda: fusedpo.token_logprobs(X, IDS, mask=torch.ones(3, 1))),
         (
             ValueError,

@@ -86,7 +86,7 @@ def per_group(
 ) -> Tensor:
     """``estimate(sorted rewards, groups)``, its results in the order of the samples and 0 where the mask is."""
     kept = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
-    r = rewards.double().where(kept, 0)
+    r = rewards.double()
     groups = Groups.of(r, group_labels(rewards, group_size, group_ids), kept)
     result = torch.empty_like(r).index_copy(0, groups.order, estimate(r[groups.order], groups))
     return result.where(kept, 0).to(result_dtype(rewards))

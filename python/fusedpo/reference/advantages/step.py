@@ -17,9 +17,8 @@ class GAE(NamedTuple):
 
 
 def _continues(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Whether the next position belongs to the same sequence: bool ``[T]``."""
+    """Whether the next position, if there is one, belongs to the same sequence: bool ``[T]``."""
     boundary = torch.zeros(like.shape[-1] + 1, dtype=torch.bool, device=like.device)
-    boundary[-1] = True
     if cu_seqlens is not None:
         boundary.index_fill_(0, cu_seqlens.long(), True)
     return ~boundary[1:]
