@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedpo import advantages
+import fusedpo
+from fusedpo import advantages, backends
 
 NAN = math.nan
 
@@ -320,6 +321,14 @@ def test_compiles_without_a_graph_break():
     expected = list(every_estimator(*arguments("cpu")))
     for result, reference in zip(compiled(*arguments("cpu")), expected, strict=True):
         assert torch.equal(result, reference)
+
+
+def test_a_forced_backend_that_is_missing_raises(monkeypatch):
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "advantages", {})
+    with fusedpo.backend("triton"), pytest.raises(fusedpo.BackendUnavailable, match="advantages has no triton kernel"):
+        advantages.maxpo(R4, k=1, group_size=4)
+    with fusedpo.backend("reference"):
+        assert advantages.maxpo(R4, k=3, group_size=4).argmax() == 3
 
 
 @pytest.mark.gpu

@@ -291,6 +291,13 @@ def test_passk_formula(n):
         torch.testing.assert_close(result, torch.tensor([a] * right + [b] * wrong), rtol=1e-6, atol=1e-7)
 
 
+def test_passk_reads_no_sample_left_out():
+    r = torch.tensor([0.0, 1.0, float("nan"), 0.5, 1.0, 0.0])
+    result = advantages.passk(r, k=2, group_size=6, mask=torch.tensor([1, 1, 0, 0, 1, 1]))
+    expected = advantages.passk(torch.tensor([0, 1, 1, 0]), k=2, group_size=4)
+    assert result.tolist() == [*expected[:2].tolist(), 0, 0, *expected[2:].tolist()]
+
+
 def test_passk_is_scaled_maxpo():
     r, n, k = double(REWARDS["binary"]), 8, 3
     rate = advantages.max_at_k(r, k=k, group_size=n)

@@ -1,1 +1,22 @@
-"""Triton kernels and their launchers, one file per layer. Imported where triton is installed and wanted."""
+"""The Triton implementations of the operators. Importing this registers them; Triton itself is imported by the first call."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from fusedpo.ops import LIBRARY
+
+_OPERATORS = {"logprobs": ("token_logprobs", "token_logprobs_backward", "token_logprobs_backward_")}
+
+
+def _launcher(module: str, operator: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        return getattr(import_module(f".{module}", __name__), operator)(*args)
+
+    return launch
+
+
+for _module, _names in _OPERATORS.items():
+    for _name in _names:
+        for _key in ("CUDA", "XPU", "CPU"):  # the CPU: under TRITON_INTERPRET=1
+            LIBRARY.impl(f"{_name}.triton", _launcher(_module, _name), _key)

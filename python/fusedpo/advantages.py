@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from . import _checks
+from . import _checks, backends
 from .reference import advantages as reference
 from .reference.advantages import GAE
 from .reference.advantages.segments import group_labels
@@ -188,6 +188,7 @@ def grpo(
     _check_groups(rewards, group_size, group_ids, mask)
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.grpo(rewards, group_size=group_size, group_ids=group_ids, std=std, eps=eps, mask=mask)
 
 
@@ -197,6 +198,7 @@ def dr_grpo(
 ) -> Tensor:
     """Dr. GRPO (2503.20783): ``r - mean`` of the group, ``[G]`` to ``[G]``; equal rewards give exactly 0."""
     _check_groups(rewards, group_size, group_ids, mask)
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.dr_grpo(rewards, group_size=group_size, group_ids=group_ids, mask=mask)
 
 
@@ -209,6 +211,7 @@ def rloo(
     Equal rewards give exactly 0; so does a group of one, which has no others.
     """
     _check_groups(rewards, group_size, group_ids, mask)
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.rloo(rewards, group_size=group_size, group_ids=group_ids, mask=mask)
 
 
@@ -243,6 +246,7 @@ def opo(
         kept = lengths if mask is None else lengths[mask != 0]
         if not bool((kept >= 0).all()):
             raise ValueError(f"lengths must be >= 0, got {kept.min()}")
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.opo(rewards, lengths=lengths, group_size=group_size, group_ids=group_ids, scope=scope, mask=mask)
 
 
@@ -277,6 +281,7 @@ def maxpo(
     _check_integer("k", k, at_least=1)
     _check_choice("scale", scale, ("mean", "unbiased"))
     _check_k(k, 1, rewards, group_size, group_ids, mask)
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.maxpo(rewards, k=k, scale=scale, group_size=group_size, group_ids=group_ids, mask=mask)
 
 
@@ -311,6 +316,7 @@ def pkpo(
     _check_choice("variant", variant, ("s", "sloo", "sloo-1"))
     _check_integer("k", k, at_least=2 if variant == "sloo-1" else 1)
     _check_k(k, 1 if variant == "sloo" else 0, rewards, group_size, group_ids, mask)
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.pkpo(rewards, k=k, variant=variant, group_size=group_size, group_ids=group_ids, mask=mask)
 
 
@@ -338,6 +344,7 @@ def passk(
         other = kept[(kept != 0) & (kept != 1)]
         if other.numel():
             raise ValueError(f"rewards must be 0 or 1 for passk, got {other[0].item()}")
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.passk(rewards, k=k, group_size=group_size, group_ids=group_ids, mask=mask)
 
 
@@ -357,6 +364,7 @@ def max_at_k(
     _check_groups(rewards, group_size, group_ids, mask)
     _check_integer("k", k, at_least=1)
     _check_k(k, 0, rewards, group_size, group_ids, mask)
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.max_at_k(rewards, k=k, group_size=group_size, group_ids=group_ids, mask=mask)
 
 
@@ -388,6 +396,7 @@ def gae(
     _checks.same_device("values", values, "rewards", rewards)
     _check_unit_interval("gamma", gamma)
     _check_unit_interval("lam", lam)
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.gae(rewards, values, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam)
 
 
@@ -401,6 +410,7 @@ def reinforce_plus_plus(
     """
     _check_tokens("rewards", rewards, mask, cu_seqlens)
     _check_unit_interval("gamma", gamma)
+    backends.choose("advantages", rewards.device.type, rewards.dtype)
     return reference.reinforce_plus_plus(rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma)
 
 
@@ -430,6 +440,7 @@ def vineppo(values: Tensor, *, step_rewards: Tensor, step_ids: Tensor, whiten: b
     _checks.same_device("step_ids", step_ids, "values", values)
     if _checks.values_are_free(step_ids) and bool((step_ids >= steps).any()):
         raise ValueError(f"step_ids must be less than the number of steps {steps}, got {int(step_ids.max())}")
+    backends.choose("advantages", values.device.type, values.dtype)
     return reference.vineppo(values, step_rewards=step_rewards, step_ids=step_ids, whiten=whiten)
 
 
@@ -440,4 +451,5 @@ def whiten(advantages: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """
     _check_real("advantages", advantages)
     _checks.mask(mask, tuple(advantages.shape), "that of advantages", "advantages", advantages)
+    backends.choose("advantages", advantages.device.type, advantages.dtype)
     return reference.whiten(advantages, mask=mask)

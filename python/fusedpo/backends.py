@@ -18,7 +18,7 @@ BACKENDS = ("reference", "native", "triton")
 
 # What each operator has been written for, by backend and device type.
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "token_logprobs": {"native": ("cpu",)},
+    "token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "linear_token_logprobs": {},
     "policy_loss": {},
     "advantages": {},
@@ -48,6 +48,8 @@ def _load_native() -> str | None:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    from . import triton_kernels  # noqa: F401  (registers the operators)
+
     return None
 
 
