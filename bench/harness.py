@@ -2,6 +2,7 @@
 
 Providers of one case take turns, so that whatever else the machine does falls on all of them; a ratio within one run
 means something, an absolute time on another machine does not. A row whose output is wrong has no time.
+"""
 
 from __future__ import annotations
 

@@ -234,17 +234,21 @@ def _token_logprobs_backward_kernel(
         in_range = in_range & live[:, None]
         t = (tl.load(row + ids, mask=in_range, other=0.0).to(tl.float32) - reference[:, None]) * scale[:, None]
         e = tl.exp2(t)
-        chosen = g_sum[:, None] * (rest[:, None] + (1 - e))
+        others = tl.zeros_like(g)
+        if IDS > 1:
+            here = tl.zeros_like(g)
+            first = rows.to(tl.int64) * num_ids
+            for k in range(num_ids):
+                same = ids == tl.load(token_ids + first + k, mask=live, other=-1)[:, None]
+                g_k = tl.load(grad_logprobs + first + k, mask=live, other=0.0)[:, None]
+                here += tl.where(same, g_k, 0.0)
+                others += tl.where(same, 0.0, g_k)
+        else:
+            here = g
+        chosen = here * (rest[:, None] + (1 - e)) - others * e
         if grad_entropy is not None:
             chosen -= g_entropy[:, None] * e * (LN2 * tl.maximum(t, LOWEST) - mean[:, None])
-        chosen *= inverse[:, None]
-        if IDS > 1:
-            first = rows.to(tl.int64) * num_ids
-            for other in range(num_ids):
-                other_id = tl.load(token_ids + first + other, mask=live, other=-1)
-                other_g = tl.load(grad_logprobs + first + other, mask=live, other=0.0)
-                chosen -= tl.where(ids == other_id[:, None], 0.0, other_g[:, None])
-        chosen = tl.div_rn(chosen, T[:, None])
+        chosen = tl.div_rn(chosen * inverse[:, None], T[:, None])
         tl.debug_barrier()  # all threads have read the chosen logits, which the sweep may overwrite
 
     per_e = tl.div_rn(inverse, T)

@@ -2,7 +2,10 @@
 
 An :class:`Objective` says how one token's log-prob should move. Its parts are independent, so a new algorithm is a new
 combination. Notation of the formulas: ``lp`` current log-prob, ``olp`` old one, ``A`` advantage, ``sg`` stop-gradient,
-``rho = exp(lp - olp)``, ``F`` the forward trace (1 without one). Losses are minimised.
+``rho = exp(lp - olp)``, ``F`` the trace (1 without one), ``M`` a mask of 0 and 1. Losses are minimised.
+
+The checks are plain ``if``s: an :class:`Objective` can be built inside a function that ``torch.compile`` traces, where
+a message that is formatted before it is needed would break the graph.
 """
 
 from __future__ import annotations
@@ -12,12 +15,17 @@ from typing import Literal, get_args
 
 __all__ = [
     "CISPO",
+    "CPPO",
+    "DRO",
+    "GMPO",
     "KL",
     "SAPO",
+    "VESPO",
     "Aggregation",
     "BinaryKL",
     "BinaryTV",
     "ForwardTrace",
+    "LogClip",
     "NoTrustRegion",
     "Objective",
     "OnPolicy",
@@ -25,28 +33,33 @@ __all__ = [
     "Ratio",
     "SequenceRatio",
     "TokenRatio",
+    "Trace",
     "TrustRegion",
     "cispo",
+    "cppo",
+    "ctpo",
     "dapo",
     "dppo_kl",
     "dppo_tv",
     "dr_grpo",
+    "dro",
+    "gmpo",
     "grpo",
     "gspo",
+    "luspo",
     "nfpo",
     "opo",
     "ppo",
     "reinforce",
     "sapo",
+    "two_sided_grpo",
+    "vespo",
 ]
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 KLKind = Literal["k1", "k2", "k3", "k3+"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+AGGREGATIONS = get_args(Aggregation)
+KL_KINDS = get_args(KLKind)
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
@@ -66,22 +79,55 @@ class SequenceRatio:
 
 
 @dataclass(frozen=True)
-class ForwardTrace:
-    """NFPO: the ratio times ``F = exp(sum_{0<k<n} l_{t+k})``, the likelihood ratio of the next ``n - 1`` positions.
+class Trace:
+    """The ratio times ``F = exp(clamp(sum of l over a window, -20, 20))``, the likelihood ratio of the neighbours.
 
-    ``l = lp - olp`` at kept tokens and 0 at masked ones, so a masked position inside the window counts as ratio 1; the
-    window ends with its sequence. ``n=1`` is :class:`TokenRatio`; ``n >= T`` is the whole suffix.
+    The window holds the ``back`` positions before the token and the ``ahead`` positions after it, not the token itself;
+    ``"all"`` reaches to the end of the sequence, where every window ends. ``l = lp - olp`` at kept tokens and 0 at
+    masked ones, so a masked position inside the window counts as ratio 1.
+
+    ``Trace(0, 0)`` is :class:`TokenRatio`, ``Trace(0, n - 1)`` is ``ForwardTrace(n)`` (NFPO), ``Trace("all", 0)`` gives
+    the prefix ratio (CTPO), ``Trace("all", "all")`` the ratio of the whole sequence (VESPO).
 
     ``differentiate=False`` takes ``F`` as a weight (no gradient through it). ``differentiate=True`` means the term
-    ``-A M (rho - 1) F`` with the mask ``M`` of the trust region detached, differentiated through ``rho`` and ``F``: for
-    ``n >= T`` without a trust region its expectation is exactly the policy improvement, and its gradient exact too.
+    ``-A M (rho - 1) F`` with the mask ``M`` of the trust region detached, differentiated through ``rho`` and ``F``. For
+    the whole prefix or the whole suffix, without a trust region, its expectation is exactly the policy improvement, and
+    its gradient exact too.
+    """
+
+    back: int | Literal["all"] = 0
+    ahead: int | Literal["all"] = 0
+    differentiate: bool = False
+
+    def __post_init__(self) -> None:
+        for count in (self.back, self.ahead):
+            if count != "all" and (not isinstance(count, int) or count < 0):
+                raise ValueError(
+                    f"Trace: back and ahead must be integers >= 0 or 'all', got {self.back!r} and {self.ahead!r}"
+                )
+
+
+@dataclass(frozen=True)
+class ForwardTrace:
+    """NFPO: ``Trace(0, n - 1)``, the ratio times the likelihood ratio of the next ``n - 1`` positions.
+
+    ``n=1`` is :class:`TokenRatio`; ``n >= T`` is the whole suffix.
     """
 
     n: int
     differentiate: bool = False
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.n, int) and self.n >= 1, f"ForwardTrace: n must be an integer >= 1, got {self.n!r}")
+        if not isinstance(self.n, int) or self.n < 1:
+            raise ValueError(f"ForwardTrace: n must be an integer >= 1, got {self.n!r}")
+
+    @property
+    def back(self) -> int:
+        return 0
+
+    @property
+    def ahead(self) -> int:
+        return self.n - 1
 
 
 @dataclass(frozen=True)
@@ -89,7 +135,7 @@ class OnPolicy:
     """No ratio: the loss is ``-A * lp`` (REINFORCE, OPO). ``old_logprobs`` only feed the metrics."""
 
 
-Ratio = TokenRatio | SequenceRatio | ForwardTrace | OnPolicy
+Ratio = TokenRatio | SequenceRatio | Trace | ForwardTrace | OnPolicy
 
 
 # -------------------------------------------------------------------------------------------------------- trust regions
@@ -116,12 +162,35 @@ class PPOClip:
     on: Literal["ratio", "product"] = "ratio"
 
     def __post_init__(self) -> None:
-        _require(
-            self.low >= 0 and self.high >= 0, f"PPOClip: low and high must be >= 0, got {self.low} and {self.high}"
-        )
-        _require(self.dual is None or self.dual > 1, f"PPOClip: dual must be > 1 or None, got {self.dual}")
-        _require(self.cap is None or self.cap > 0, f"PPOClip: cap must be > 0 or None, got {self.cap}")
-        _require(self.on in ("ratio", "product"), f"PPOClip: on must be 'ratio' or 'product', got {self.on!r}")
+        if not (self.low >= 0 and self.high >= 0):
+            raise ValueError(f"PPOClip: low and high must be >= 0, got {self.low} and {self.high}")
+        if not (self.dual is None or self.dual > 1):
+            raise ValueError(f"PPOClip: dual must be > 1 or None, got {self.dual}")
+        if not (self.cap is None or self.cap > 0):
+            raise ValueError(f"PPOClip: cap must be > 0 or None, got {self.cap}")
+        if self.on not in ("ratio", "product"):
+            raise ValueError(f"PPOClip: on must be 'ratio' or 'product', got {self.on!r}")
+
+
+@dataclass(frozen=True)
+class LogClip:
+    """PPO's clip of the product ``w = rho * sg(F)`` in log space, in a range that grows with the position (CTPO).
+
+    ``max(-A w, -A exp(clip(log w, -low t^power, high t^power)))``, and where ``A < 0`` at most
+    ``-A exp(dual t^power)``. ``t`` counts the kept tokens of the sequence up to this one, from 1. ``power=0`` clips all
+    positions alike; ``power=0.5`` follows the standard deviation of a sum of ``t`` log-ratios.
+    """
+
+    low: float
+    high: float
+    dual: float | None = None
+    power: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.low >= 0 and self.high >= 0):
+            raise ValueError(f"LogClip: low and high must be >= 0, got {self.low} and {self.high}")
+        if not (self.dual is None or self.dual > 0):
+            raise ValueError(f"LogClip: dual must be > 0 or None, got {self.dual}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +201,8 @@ class CISPO:
     high: float = 0.2
 
     def __post_init__(self) -> None:
-        _require(self.low >= 0 and self.high >= 0, f"CISPO: low and high must be >= 0, got {self.low} and {self.high}")
+        if not (self.low >= 0 and self.high >= 0):
+            raise ValueError(f"CISPO: low and high must be >= 0, got {self.low} and {self.high}")
 
 
 @dataclass(frozen=True)
@@ -167,8 +237,30 @@ class BinaryKL:
 
 
 def _check_binary(name: str, low: float, high: float, cap: float | None) -> None:
-    _require(low >= 0 and high >= 0, f"{name}: low and high must be >= 0, got {low} and {high}")
-    _require(cap is None or cap > 0, f"{name}: cap must be > 0 or None, got {cap}")
+    if not (low >= 0 and high >= 0):
+        raise ValueError(f"{name}: low and high must be >= 0, got {low} and {high}")
+    if not (cap is None or cap > 0):
+        raise ValueError(f"{name}: cap must be > 0 or None, got {cap}")
+
+
+@dataclass(frozen=True)
+class CPPO:
+    """``-A M rho * sg(F)``: a bound on the divergence of a token that is tighter early on, and a budget for its prefix.
+
+    With ``D = |p - p_old|`` of the token (binary total variation), ``t`` its place among the ``T`` kept tokens of the
+    sequence and ``w_t = 1 - (1 - min_weight) (t - 1) / (T - 1)``, a token is kept where ``A (rho - 1) <= 0``, or where
+    ``w_t D_t <= threshold`` and ``sum_{s<=t} w_s D_s <= threshold + budget * sum_{s<t} w_s``.
+    """
+
+    threshold: float = 0.15
+    budget: float = 0.015
+    min_weight: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not (self.threshold >= 0 and self.budget >= 0):
+            raise ValueError(f"CPPO: threshold and budget must be >= 0, got {self.threshold} and {self.budget}")
+        if not 0 < self.min_weight <= 1:
+            raise ValueError(f"CPPO: min_weight must be in (0, 1], got {self.min_weight}")
 
 
 @dataclass(frozen=True)
@@ -179,13 +271,59 @@ class SAPO:
     tau_neg: float = 1.05
 
     def __post_init__(self) -> None:
-        _require(
-            self.tau_pos > 0 and self.tau_neg > 0,
-            f"SAPO: tau_pos and tau_neg must be > 0, got {self.tau_pos} and {self.tau_neg}",
-        )
+        if not (self.tau_pos > 0 and self.tau_neg > 0):
+            raise ValueError(f"SAPO: tau_pos and tau_neg must be > 0, got {self.tau_pos} and {self.tau_neg}")
 
 
-TrustRegion = NoTrustRegion | PPOClip | CISPO | BinaryTV | BinaryKL | SAPO
+@dataclass(frozen=True)
+class VESPO:
+    """``-A * sg(phi(rho * F)) * lp`` with ``phi(w) = w^k exp(lambda (1 - w))``, which is 1 at ``w = 1``.
+
+    ``k_pos`` and ``lambda_pos`` hold where ``A >= 0``. ``log w`` is clamped to ``[log 1e-8, 20]``.
+    """
+
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (self.k_pos >= 0 and self.k_neg >= 0):
+            raise ValueError(f"VESPO: k_pos and k_neg must be >= 0, got {self.k_pos} and {self.k_neg}")
+        if not (self.lambda_pos > 0 and self.lambda_neg > 0):
+            raise ValueError(
+                f"VESPO: lambda_pos and lambda_neg must be > 0, got {self.lambda_pos} and {self.lambda_neg}"
+            )
+
+
+@dataclass(frozen=True)
+class GMPO:
+    """``-A exp(mean_t x_t)``, where ``x`` are the token log-ratios clipped before their mean is taken.
+
+    ``x = min(lp - olp, high)`` where ``A > 0`` and ``max(lp - olp, -low)`` where ``A < 0``. As with
+    :class:`SequenceRatio`, which it needs, each token carries the gradient of its own ``x``.
+    """
+
+    low: float = 0.4
+    high: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not (self.low >= 0 and self.high >= 0):
+            raise ValueError(f"GMPO: low and high must be >= 0, got {self.low} and {self.high}")
+
+
+@dataclass(frozen=True)
+class DRO:
+    """``-A lp + beta / 2 (lp - olp)^2``: a quadratic penalty in place of a ratio; needs :class:`OnPolicy`."""
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"DRO: beta must be > 0, got {self.beta}")
+
+
+TrustRegion = NoTrustRegion | PPOClip | LogClip | CISPO | BinaryTV | BinaryKL | CPPO | SAPO | VESPO | GMPO | DRO
 
 
 # ------------------------------------------------------------------------------------------------------------------- KL
@@ -205,8 +343,10 @@ class KL:
     clamp: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.kind in get_args(KLKind), f"KL: kind must be one of {get_args(KLKind)}, got {self.kind!r}")
-        _require(self.clamp is None or self.clamp > 0, f"KL: clamp must be > 0 or None, got {self.clamp}")
+        if self.kind not in KL_KINDS:
+            raise ValueError(f"KL: kind must be one of {KL_KINDS}, got {self.kind!r}")
+        if not (self.clamp is None or self.clamp > 0):
+            raise ValueError(f"KL: clamp must be > 0 or None, got {self.clamp}")
 
 
 # ------------------------------------------------------------------------------------------------------------ objective
@@ -239,43 +379,46 @@ class Objective:
     length_norm: float | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            self.aggregation in get_args(Aggregation),
-            f"Objective: aggregation must be one of {get_args(Aggregation)}, got {self.aggregation!r}",
-        )
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"Objective: aggregation must be one of {AGGREGATIONS}, got {self.aggregation!r}")
         if self.length_norm is not None:
-            _require(
-                self.aggregation == "seq-mean-token-sum-norm",
-                f"Objective: length_norm has no meaning with aggregation={self.aggregation!r}",
-            )
-            _require(self.length_norm > 0, f"Objective: length_norm must be > 0, got {self.length_norm}")
+            if self.aggregation != "seq-mean-token-sum-norm":
+                raise ValueError(f"Objective: length_norm has no meaning with aggregation={self.aggregation!r}")
+            if not self.length_norm > 0:
+                raise ValueError(f"Objective: length_norm must be > 0, got {self.length_norm}")
+        self._check_ratio_and_trust_region()
+
+    def _check_ratio_and_trust_region(self) -> None:
         ratio, region = self.ratio, self.trust_region
-        if isinstance(ratio, OnPolicy):
-            _require(
-                isinstance(region, NoTrustRegion),
-                f"Objective: OnPolicy has no ratio that {type(region).__name__} could restrict; use NoTrustRegion",
+        ratio_name, region_name = type(ratio).__name__, type(region).__name__
+        if isinstance(ratio, OnPolicy) and not isinstance(region, NoTrustRegion | DRO):
+            raise ValueError(
+                f"Objective: OnPolicy has no ratio that {region_name} could restrict; use NoTrustRegion or DRO"
             )
-        if isinstance(ratio, SequenceRatio):
-            _require(
-                not isinstance(region, BinaryTV | BinaryKL),
-                f"Objective: {type(region).__name__} compares the probabilities of one token, SequenceRatio has none",
+        if isinstance(region, DRO) and not isinstance(ratio, OnPolicy):
+            raise ValueError(f"Objective: DRO penalises the log-ratio, it has no use for {ratio_name}; use OnPolicy")
+        if isinstance(region, GMPO) and not isinstance(ratio, SequenceRatio):
+            raise ValueError(f"Objective: GMPO is a mean over the sequence, {ratio_name} is not; use SequenceRatio")
+        if isinstance(ratio, SequenceRatio) and isinstance(region, BinaryTV | BinaryKL | CPPO):
+            raise ValueError(
+                f"Objective: {region_name} compares the probabilities of one token, SequenceRatio has none"
             )
-        if isinstance(region, PPOClip) and region.on == "product":
-            _require(
-                isinstance(ratio, ForwardTrace) and not ratio.differentiate,
-                "Objective: PPOClip(on='product') needs ForwardTrace(differentiate=False)",
+        trace = ratio if isinstance(ratio, Trace | ForwardTrace) else None
+        if isinstance(region, PPOClip) and region.on == "product" and (trace is None or trace.differentiate):
+            raise ValueError(
+                f"Objective: PPOClip(on='product') needs a Trace or ForwardTrace with differentiate=False, got {ratio}"
             )
-        if isinstance(ratio, ForwardTrace) and ratio.differentiate:
-            _require(
-                not isinstance(region, CISPO | SAPO),
-                f"Objective: ForwardTrace(differentiate=True) needs a trust region that is a mask; "
-                f"{type(region).__name__} is not one",
-            )
-            _require(
-                getattr(region, "cap", None) is None,
-                f"Objective: {type(region).__name__}(cap=...) truncates a detached weight; "
-                "ForwardTrace(differentiate=True) has none (pass cap=None)",
-            )
+        if trace is not None and trace.differentiate:
+            if isinstance(region, LogClip | CISPO | SAPO | VESPO):
+                raise ValueError(
+                    f"Objective: {ratio_name}(differentiate=True) needs a trust region that is a mask of tokens; "
+                    f"{region_name} is not one"
+                )
+            if getattr(region, "cap", None) is not None:
+                raise ValueError(
+                    f"Objective: {region_name}(cap=...) truncates a detached weight; "
+                    f"{ratio_name}(differentiate=True) has none (pass cap=None)"
+                )
 
 
 # -------------------------------------------------------------------------------------------------------------- presets
@@ -315,6 +458,24 @@ def dr_grpo(
     )
 
 
+def two_sided_grpo(
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    *,
+    delta: float = 4.0,
+    kl: KL | None = None,
+    aggregation: Aggregation = "seq-mean-token-mean",
+) -> Objective:
+    """GRPO whose ratio is bounded by ``delta`` where ``A < 0`` too (INTELLECT-2, 2505.07291; TRL's ``delta``).
+
+    That is ``-min(min(rho, delta) A, clip(rho) A)``, which is dual clip for every ``delta > 1 + clip_high``, the range
+    that TRL recommends. The aggregation of the report is not known to us: the default is GRPO's.
+    """
+    if not delta > 1 + clip_high:
+        raise ValueError(f"two_sided_grpo: delta must be > 1 + clip_high = {1 + clip_high}, got {delta}")
+    return Objective(TokenRatio(), PPOClip(clip_low, clip_high, delta), kl, aggregation=aggregation)
+
+
 def dapo(clip_low: float = 0.2, clip_high: float = 0.28, *, dual: float | None = None) -> Objective:
     """DAPO (2503.14476): asymmetric clip, mean over the tokens of the batch."""
     return Objective(TokenRatio(), PPOClip(clip_low, clip_high, dual))
@@ -323,6 +484,37 @@ def dapo(clip_low: float = 0.2, clip_high: float = 0.28, *, dual: float | None =
 def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
     """GSPO: PPO's clip on the length-normalised sequence ratio."""
     return Objective(SequenceRatio(), PPOClip(clip_low, clip_high), aggregation="seq-mean-token-mean")
+
+
+def luspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
+    """LUSPO (2602.05261): GSPO with each sequence weighted by its length, as TRL 1.16 computes it.
+
+    That is the mean over sequences of the sum over tokens. The paper's thresholds are not known to us: the defaults are
+    GSPO's.
+    """
+    return Objective(SequenceRatio(), PPOClip(clip_low, clip_high), aggregation="seq-mean-token-sum")
+
+
+def gmpo(low: float = 0.4, high: float = 0.4) -> Objective:
+    """GMPO (2507.20673): the geometric mean of token ratios that are clipped in log space, mean over sequences.
+
+    As verl's ``geo_mean`` for advantages per sequence, the only kind for which the method is defined.
+    """
+    return Objective(SequenceRatio(), GMPO(low, high), aggregation="seq-mean-token-mean")
+
+
+def vespo(k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0) -> Objective:
+    """VESPO (2602.10693): a smooth weight of the whole sequence's ratio. Formula and defaults are those of TRL 1.16.
+
+    TRL puts the ratio of trainer and inference engine into the sequence's ratio: pass the log-probs of the engine as
+    ``old_logprobs``, and no ``is_weights``.
+    """
+    return Objective(Trace("all", "all"), VESPO(k_pos, lambda_pos, k_neg, lambda_neg))
+
+
+def ctpo(low: float = 0.025, high: float = 0.05, *, dual: float | None = 0.05, power: float = 0.5) -> Objective:
+    """CTPO (2605.07331): the cumulative ratio of the prefix, clipped in log space by position (authors' code)."""
+    return Objective(Trace("all", 0), LogClip(low, high, dual, power))
 
 
 def cispo(low: float = 10.0, high: float = 0.2) -> Objective:
@@ -353,8 +545,38 @@ def dppo_kl(
     )
 
 
+def cppo(
+    threshold: float = 0.15,
+    budget: float = 0.015,
+    *,
+    min_weight: float = 0.8,
+    length_norm: float | None = None,
+) -> Objective:
+    """CPPO (2606.10968, eqs 8-11) with binary total variation.
+
+    The defaults are the paper's for a dense, post-trained model; a mixture of experts had the threshold 0.2. Its
+    experiments estimate the divergence from the 20 most likely tokens, and for base models adapt the budget to each
+    sequence: neither is done here.
+    """
+    return Objective(
+        TokenRatio(),
+        CPPO(threshold, budget, min_weight),
+        aggregation="seq-mean-token-sum-norm",
+        length_norm=length_norm,
+    )
+
+
+def dro(beta: float, *, aggregation: Aggregation = "token-mean") -> Objective:
+    """DRO as in verl: log-likelihood weighted by the advantage, minus ``beta / 2`` times the squared log-ratio.
+
+    It is also :func:`reinforce` with ``KL("k2", beta)`` and ``ref_logprobs=old_logprobs``. No default of ``beta`` is
+    known to us.
+    """
+    return Objective(OnPolicy(), DRO(beta), aggregation=aggregation)
+
+
 def reinforce(*, kl: KL | None = None, entropy_coef: float = 0.0) -> Objective:
-    """REINFORCE: ``-A * lp``, mean over tokens. Use ``is_weights`` for off-policy corrections."""
+    """REINFORCE, and the loss of GPG: ``-A * lp``, mean over tokens. Use ``is_weights`` for off-policy corrections."""
     return Objective(OnPolicy(), NoTrustRegion(), kl, entropy_coef)
 
 
