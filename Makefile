@@ -43,5 +43,5 @@ $(VENV)/.tools: $(VENV)/.torch .ci/constraints.txt
 	touch $@
 
 $(READY): $(VENV)/.tools $(NATIVE)
-	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[triton,test,bench,examples,dev]"
+	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[triton,test,bench,examples,peers,dev]"
 	touch $@
