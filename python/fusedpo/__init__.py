@@ -7,11 +7,13 @@ forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantag
 
 from importlib.metadata import version
 
-from . import advantages, objectives, reference
+from . import advantages, corrections, covariance, objectives, reference
+from .aggregation import aggregate, global_denominator
 from .backends import BackendUnavailable, backend
 from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
+from .values import ValueLossOutput, value_loss
 
 __version__ = version("fusedpo")
 
@@ -19,8 +21,13 @@ __all__ = [
     "BackendUnavailable",
     "Objective",
     "PolicyLossOutput",
+    "ValueLossOutput",
     "advantages",
+    "aggregate",
     "backend",
+    "corrections",
+    "covariance",
+    "global_denominator",
     "linear_token_logprobs",
     "next_tokens",
     "objectives",
@@ -29,4 +36,5 @@ __all__ = [
     "policy_loss_from_logits",
     "reference",
     "token_logprobs",
+    "value_loss",
 ]

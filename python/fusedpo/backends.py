@@ -20,7 +20,7 @@ BACKENDS = ("reference", "native", "triton")
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "linear_token_logprobs": {},
-    "policy_loss": {},
+    "policy_loss": {"native": ("cpu",)},
     "advantages": {},
 }
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _checks, backends, reference
+from . import _checks, backends, ops, ops_policy_loss, reference
 from .logprobs import linear_token_logprobs, token_logprobs
 from .objectives import Objective
 from .reference import PolicyLossOutput
@@ -210,8 +210,57 @@ def policy_loss_from_hidden(
 
 
 def _policy_loss(logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **options: Any) -> PolicyLossOutput:
-    backends.choose("policy_loss", logprobs.device.type, logprobs.dtype)
-    return reference.policy_loss(logprobs, old_logprobs, advantages, **options)
+    backend = backends.choose("policy_loss", logprobs.device.type, logprobs.dtype)
+    if backend == "reference":
+        return reference.policy_loss(logprobs, old_logprobs, advantages, **options)
+    return _by_kernel(backend, logprobs, old_logprobs, advantages, **options)
+
+
+def _by_kernel(
+    backend: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    objective: Objective,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    is_weights: Tensor | None,
+    denominator: float | Tensor | None,
+    loss_scale: float | Tensor,
+    reduction: str,
+) -> PolicyLossOutput:
+    def per_token_or_sequence(x: Tensor) -> Tensor:
+        per_token = x.shape[-1:] == logprobs.shape[-1:] and x.numel() == logprobs.numel()
+        return x.float().reshape(logprobs.shape if per_token else (-1, 1))
+
+    def number(x: float | Tensor) -> Tensor:
+        return x.float() if isinstance(x, Tensor) else ops.scalar(x, logprobs.device)
+
+    used_entropy = entropy if entropy is None or objective.entropy_coef != 0 else entropy.detach()
+    loss, metrics = ops_policy_loss.policy_loss(
+        logprobs.float(),
+        None if old_logprobs is None else old_logprobs.float(),
+        per_token_or_sequence(advantages),
+        None if mask is None else mask != 0 if mask.dtype != torch.bool else mask,
+        None if cu_seqlens is None else cu_seqlens.to(torch.int64),
+        None if ref_logprobs is None else ref_logprobs.float(),
+        None if used_entropy is None else used_entropy.float(),
+        None if is_weights is None else per_token_or_sequence(is_weights),
+        None if denominator is None else number(denominator),
+        number(loss_scale),
+        objective=objective,
+        per_token=reduction == "none",
+        backend=backend,
+    )
+    return PolicyLossOutput(
+        loss,
+        dict(zip(reference.METRICS, metrics.unbind(), strict=True)),
+        logprobs.detach(),
+        None if entropy is None else entropy.detach(),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- checks

@@ -132,7 +132,7 @@ class ForwardTrace:
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """No ratio: the loss is ``-A * lp`` (REINFORCE, OPO). ``old_logprobs`` only feed the metrics."""
+    """No ratio: the loss is ``-A * lp`` (REINFORCE, OPO). ``old_logprobs`` feed the metrics and :class:`DRO` only."""
 
 
 Ratio = TokenRatio | SequenceRatio | Trace | ForwardTrace | OnPolicy

@@ -15,6 +15,13 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("fusedpo", "DEF")
 
+
+def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    for backend in ("native", "triton"):
+        LIBRARY.define(f"{name}.{backend}{schema}")
+        torch.library.register_fake(f"fusedpo::{name}.{backend}", fake, lib=LIBRARY)
+
+
 _BACKWARD = (
     "(Tensor? grad_logprobs, Tensor? grad_entropy, {logits} logits, Tensor token_ids, Tensor temperature, "
     "Tensor? mask, Tensor stats) -> {result}"
@@ -57,9 +64,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 for _name, _schema in _SCHEMAS.items():
-    for _backend in ("native", "triton"):
-        LIBRARY.define(f"{_name}.{_backend}{_schema}")
-        torch.library.register_fake(f"fusedpo::{_name}.{_backend}", _FAKES[_name], lib=LIBRARY)
+    define(_name, _schema, _FAKES[_name])
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
@@ -69,7 +74,7 @@ def scalar(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` without the 20 us that binding ``setup_context``'s signature costs in eager mode."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
@@ -90,6 +95,13 @@ class _NoDoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(f"{ctx.name}: double backward is not supported; use fusedpo.backend('reference') for it")
+
+
+def once_differentiable(name: str, gradient: Tensor, *sources: Tensor | None) -> Tensor:
+    """``gradient``, through which a second backward raises where one could be asked for."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return apply(_NoDoubleBackward, gradient, name, *sources)
+    return gradient
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -134,8 +146,7 @@ class _TokenLogprobs(torch.autograd.Function):
             gradient = logits.detach()
         else:
             gradient = getattr(torch.ops.fusedpo.token_logprobs_backward, ctx.backend)(*args)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradient = _apply(_NoDoubleBackward, gradient, "token_logprobs", logits, grad_logprobs, grad_entropy)
+        gradient = once_differentiable("token_logprobs", gradient, logits, grad_logprobs, grad_entropy)
         return gradient, *none
 
 
@@ -152,7 +163,7 @@ def token_logprobs(
     if logits.requires_grad and torch.is_grad_enabled():
         inplace_backward = inplace_backward and not torch.compiler.is_compiling()
         args = (logits, token_ids, temperature, mask, return_entropy, inplace_backward, backend)
-        logprobs, entropy, _ = _apply(_TokenLogprobs, *args)
+        logprobs, entropy, _ = apply(_TokenLogprobs, *args)
     else:
         operator = getattr(torch.ops.fusedpo.token_logprobs, backend)
         logprobs, entropy, _ = operator(logits, token_ids, temperature, mask, return_entropy)

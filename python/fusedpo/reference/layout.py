@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ class Layout(NamedTuple):
     """Shape of the array that was flattened."""
     sequence: Tensor
     """``[tokens]``: the sequence of each token."""
+    before: Tensor
+    """``[tokens]``: positions of its sequence before each token."""
     left: Tensor
     """``[tokens]``: positions from each token to the end of its sequence, its own included."""
     lengths: Tensor
@@ -29,27 +32,54 @@ class Layout(NamedTuple):
             return x.reshape(-1)
         return x.reshape(-1)[self.sequence]
 
+    def kept(self, mask: Tensor | None) -> Tensor:
+        """Which tokens ``mask`` keeps, all without one; bool."""
+        return torch.ones_like(self.sequence, dtype=torch.bool) if mask is None else mask.reshape(-1) != 0
+
     def sum_per_sequence(self, x: Tensor) -> Tensor:
         """``[tokens] -> [num_sequences]``."""
         return x.new_zeros(self.lengths.shape).index_add(0, self.sequence, x)
+
+    def place(self, kept: Tensor) -> Tensor:
+        """How many tokens of its sequence are kept, up to each token and with it: integers, so the sums are exact."""
+        total = kept.long().cumsum(0)
+        position = torch.arange(total.numel(), device=total.device)
+        return total - (total - kept.long())[position - self.before]
 
     def ahead(self, x: Tensor, by: int) -> Tensor:
         """``x`` at the position ``by`` further on in the same sequence, 0 beyond its end."""
         return x.roll(-by).masked_fill(self.left <= by, 0)
 
-    def sum_ahead(self, x: Tensor, count: int) -> Tensor:
-        """The sum over the next ``count`` positions of the same sequence, in ``log2(count)`` shifted adds.
+    def behind(self, x: Tensor, by: int) -> Tensor:
+        """``x`` at the position ``by`` earlier in the same sequence, 0 before its start."""
+        return x.roll(by).masked_fill(self.before < by, 0)
+
+    def sum_ahead(self, x: Tensor, count: int | Literal["all"]) -> Tensor:
+        """The sum over the next ``count`` positions of the same sequence."""
+        return self._sum(x, count, self.ahead)
+
+    def sum_behind(self, x: Tensor, count: int | Literal["all"]) -> Tensor:
+        """The sum over the previous ``count`` positions of the same sequence."""
+        return self._sum(x, count, self.behind)
+
+    def _sum(self, x: Tensor, count: int | Literal["all"], shift: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """A window sum in ``log2(count)`` shifted adds.
 
         Binary doubling, ``S_2w[t] = S_w[t] + S_w[t+w]``: no difference of cumulative sums, so nothing cancels and a NaN
         stays in the windows that hold it. The order of the additions does not depend on the layout.
         """
+        if count == "all":
+            # a number of tokens that is traced must not decide how often the loop runs
+            for power in range(31 if torch.compiler.is_compiling() else x.numel().bit_length()):
+                x = x + shift(x, 1 << power)
+            return shift(x, 1)
         total = torch.zeros_like(x)
         offset, width = 1, 1
         while width <= count:
             if count & width:
-                total = total + self.ahead(x, offset)
+                total = total + shift(x, offset)
                 offset += width
-            x = x + self.ahead(x, width)
+            x = x + shift(x, width)
             width *= 2
         return total
 
@@ -62,4 +92,6 @@ def layout(tokens: Tensor, cu_seqlens: Tensor | None = None) -> Layout:
     ends = cu_seqlens[1:].to(torch.int64)
     position = torch.arange(tokens.numel(), device=tokens.device)
     sequence = torch.bucketize(position, ends, right=True)
-    return Layout(tokens.shape, sequence, ends[sequence] - position, cu_seqlens.to(torch.int64).diff())
+    lengths = cu_seqlens.to(torch.int64).diff()
+    left = ends[sequence] - position
+    return Layout(tokens.shape, sequence, lengths[sequence] - left, left, lengths)

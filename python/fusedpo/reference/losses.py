@@ -6,6 +6,7 @@ replaced by 0 before anything is computed from them, so that what they hold reac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,23 +15,31 @@ from torch import Tensor
 
 from ..objectives import (
     CISPO,
+    CPPO,
+    DRO,
+    GMPO,
     KL,
     SAPO,
+    VESPO,
     BinaryKL,
     BinaryTV,
     ForwardTrace,
+    LogClip,
     NoTrustRegion,
     Objective,
     OnPolicy,
     PPOClip,
     SequenceRatio,
     TokenRatio,
+    Trace,
 )
+from .aggregation import aggregate
 from .layout import Layout, layout
 
 LOG_RATIO_CLAMP = 20.0
 """Log-ratios and log-traces are clamped to +- this before ``exp``; beyond it there is no gradient."""
 SEQUENCE_LOG_RATIO_MAX = 10.0
+VESPO_LOG_WEIGHT_MIN = math.log(1e-8)
 
 METRICS = (
     "tokens",
@@ -78,7 +87,7 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """See :func:`fusedpo.policy_loss`."""
     where = layout(logprobs, cu_seqlens)
-    kept = torch.ones_like(where.sequence, dtype=torch.bool) if mask is None else mask.reshape(-1) != 0
+    kept = where.kept(mask)
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
 
     def tokens(x: Tensor) -> Tensor:
@@ -88,7 +97,7 @@ def policy_loss(
     olp = lp.detach() if old_logprobs is None else tokens(old_logprobs).detach()
     log_ratio = (lp - olp).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     ratio, trace, clamped = _RATIOS[type(objective.ratio)](objective.ratio, log_ratio, kept, where)
-    inputs = _Inputs(lp, olp, tokens(advantages).detach(), ratio, trace)
+    inputs = _Inputs(lp, olp, tokens(advantages).detach(), ratio, trace, log_ratio, kept, where)
 
     loss, clipped_low, clipped_high = _policy_term(objective, inputs)
     if is_weights is not None:
@@ -107,7 +116,9 @@ def policy_loss(
     if reduction == "none":
         loss = loss.reshape(logprobs.shape)
     else:
-        loss = _aggregate(objective, loss, kept, where, denominator)
+        loss = aggregate(
+            loss, kept, where, objective.aggregation, length_norm=objective.length_norm, denominator=denominator
+        )
 
     if isinstance(loss_scale, Tensor):
         loss_scale = loss_scale.detach().to(dtype)
@@ -121,13 +132,25 @@ def policy_loss(
 
 
 class _Inputs(NamedTuple):
-    """What a trust region sees of each token, all ``[tokens]``."""
+    """What a trust region sees of each token, all ``[tokens]``. Most need the first five only."""
 
     lp: Tensor
     olp: Tensor
     advantages: Tensor
     ratio: Tensor
     trace: Tensor
+    log_ratio: Tensor
+    kept: Tensor
+    where: Layout
+
+    def place(self) -> Tensor:
+        """Which of the kept tokens of its sequence each token is, from 1."""
+        return self.where.place(self.kept).clamp(min=1).to(self.lp.dtype)
+
+    def length(self) -> Tensor:
+        """How many tokens of its sequence are kept, at least 1."""
+        counts = self.where.sum_per_sequence(self.kept.to(self.lp.dtype)).clamp(min=1)
+        return counts[self.where.sequence]
 
 
 class _Term(NamedTuple):
@@ -139,7 +162,7 @@ class _Term(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
-# From the clamped log-ratio, 0 at masked tokens: ratio, forward trace, and where a clamp of its own acted.
+# From the clamped log-ratio, 0 at masked tokens: ratio, trace, and where a clamp of its own acted.
 
 _Ratio = tuple[Tensor, Tensor, Tensor]
 
@@ -160,8 +183,9 @@ def _sequence_ratio(part: SequenceRatio, log_ratio: Tensor, kept: Tensor, where:
     return ratio, torch.ones_like(ratio), log_s > SEQUENCE_LOG_RATIO_MAX
 
 
-def _forward_trace(part: ForwardTrace, log_ratio: Tensor, kept: Tensor, where: Layout) -> _Ratio:
-    log_trace = where.sum_ahead(log_ratio if part.differentiate else log_ratio.detach(), part.n - 1)
+def _trace(part: Trace | ForwardTrace, log_ratio: Tensor, kept: Tensor, where: Layout) -> _Ratio:
+    window = log_ratio if part.differentiate else log_ratio.detach()
+    log_trace = where.sum_behind(window, part.back) + where.sum_ahead(window, part.ahead)
     trace = log_trace.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     return log_ratio.exp(), trace, log_trace.abs() > LOG_RATIO_CLAMP
 
@@ -169,7 +193,8 @@ def _forward_trace(part: ForwardTrace, log_ratio: Tensor, kept: Tensor, where: L
 _RATIOS: dict[type, Callable[[Any, Tensor, Tensor, Layout], _Ratio]] = {
     TokenRatio: _token_ratio,
     SequenceRatio: _sequence_ratio,
-    ForwardTrace: _forward_trace,
+    Trace: _trace,
+    ForwardTrace: _trace,
     OnPolicy: _on_policy,
 }
 
@@ -178,32 +203,53 @@ _RATIOS: dict[type, Callable[[Any, Tensor, Tensor, Layout], _Ratio]] = {
 
 
 def _policy_term(objective: Objective, x: _Inputs) -> _Term:
-    term = _TRUST_REGIONS[type(objective.trust_region)](objective.trust_region, x)
-    if isinstance(objective.ratio, OnPolicy):
+    ratio, region = objective.ratio, objective.trust_region
+    term = _TRUST_REGIONS[type(region)](region, x)
+    if isinstance(ratio, OnPolicy) and isinstance(region, NoTrustRegion):
         return term._replace(loss=-x.advantages * x.lp)
-    if isinstance(objective.ratio, ForwardTrace) and objective.ratio.differentiate:
+    if isinstance(ratio, Trace | ForwardTrace) and ratio.differentiate:
         surrogate = -x.advantages * (x.ratio - 1) * x.trace
         return term._replace(loss=surrogate.masked_fill(term.low | term.high, 0))
     return term
 
 
+def _nowhere(x: _Inputs) -> Tensor:
+    return torch.zeros_like(x.kept)
+
+
 def _no_trust_region(part: NoTrustRegion, x: _Inputs) -> _Term:
-    nowhere = torch.zeros_like(x.lp, dtype=torch.bool)
-    return _Term(-x.advantages * x.ratio * x.trace, nowhere, nowhere)
+    return _Term(-x.advantages * x.ratio * x.trace, _nowhere(x), _nowhere(x))
 
 
 def _ppo_clip(part: PPOClip, x: _Inputs) -> _Term:
     trace = x.trace if part.cap is None else x.trace.minimum(part.cap / x.ratio.detach())
     ratio, weight = (x.ratio * trace, 1) if part.on == "product" else (x.ratio, trace)
-    low = (x.advantages < 0) & (ratio < 1 - part.low)
-    high = (x.advantages > 0) & (ratio > 1 + part.high)
-    # -A clip(ratio) is the larger one, strictly, just there: at a tie the gradient is that of -A ratio
-    ratio = torch.where(low | high, ratio.detach().clamp(1 - part.low, 1 + part.high), ratio)
-    if part.dual is not None:
-        dual = (x.advantages < 0) & (ratio > part.dual)
-        ratio = ratio.masked_fill(dual, part.dual)
-        high = high | dual
+    ratio, low, high = pessimistic_clip(x.advantages, ratio, 1 - part.low, 1 + part.high, part.dual)
     return _Term(-x.advantages * ratio * weight, low, high)
+
+
+def _log_clip(part: LogClip, x: _Inputs) -> _Term:
+    scale = x.place() ** part.power
+    dual = None if part.dual is None else (part.dual * scale).exp()
+    product, low, high = pessimistic_clip(
+        x.advantages, x.ratio * x.trace, (-part.low * scale).exp(), (part.high * scale).exp(), dual
+    )
+    return _Term(-x.advantages * product, low, high)
+
+
+def pessimistic_clip(
+    advantages: Tensor, ratio: Tensor, lower: Tensor | float, upper: Tensor | float, dual: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's clip of ``ratio``, and where its lower and its upper bound acted (``dual`` is an upper one)."""
+    low = (advantages < 0) & (ratio < lower)
+    high = (advantages > 0) & (ratio > upper)
+    # -A clip(ratio) is the larger one, strictly, just there: at a tie the gradient is that of -A ratio
+    ratio = ratio.where(~low, lower).where(~high, upper)
+    if dual is not None:
+        dual_clipped = (advantages < 0) & (ratio > dual)
+        ratio = ratio.where(~dual_clipped, dual)
+        high = high | dual_clipped
+    return ratio, low, high
 
 
 def _cispo(part: CISPO, x: _Inputs) -> _Term:
@@ -214,46 +260,86 @@ def _cispo(part: CISPO, x: _Inputs) -> _Term:
 
 def _binary_tv(part: BinaryTV, x: _Inputs) -> _Term:
     moved = x.lp.detach().exp() - x.olp.exp()
-    return _binary(part, x, rises=moved <= part.high, falls=moved >= -part.low)
+    return _binary(part, x, too_low=moved < -part.low, too_high=moved > part.high)
 
 
 def _binary_kl(part: BinaryKL, x: _Inputs) -> _Term:
     lp = x.lp.detach()
     p, p_old = lp.exp(), x.olp.exp()
-    divergence = p_old * (x.olp - lp) + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - p + 1e-8)).log()
+    moved = (x.olp - lp).clamp(min=-LOG_RATIO_CLAMP)  # p_old = 0 makes it -inf
+    divergence = p_old * moved + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - p + 1e-8)).log()
     return _binary(
-        part, x, rises=(divergence <= part.high) | (p <= p_old), falls=(divergence <= part.low) | (p >= p_old)
+        part, x, too_low=(divergence > part.low) & (p < p_old), too_high=(divergence > part.high) & (p > p_old)
     )
 
 
-def _binary(part: BinaryTV | BinaryKL, x: _Inputs, rises: Tensor, falls: Tensor) -> _Term:
-    """Keep a token with ``A > 0`` where ``rises`` holds, another one where ``falls`` holds."""
+def _binary(part: BinaryTV | BinaryKL, x: _Inputs, too_low: Tensor, too_high: Tensor) -> _Term:
+    """Drop a token with ``A > 0`` where it is ``too_high``, another one where it is ``too_low``."""
     positive = x.advantages > 0
-    low, high = ~positive & ~falls, positive & ~rises
+    low, high = ~positive & too_low, positive & too_high
     weight = x.ratio.detach() * x.trace
     if part.cap is not None:
         weight = weight.clamp(max=part.cap)
     return _Term((-x.advantages * weight * x.lp).masked_fill(low | high, 0), low, high)
 
 
+def _cppo(part: CPPO, x: _Inputs) -> _Term:
+    place = x.place()
+    slope = (1 - part.min_weight) / (x.length() - 1).clamp(min=1)
+    weight = 1 - slope * (place - 1)
+    divergence = weight * (x.lp.detach().exp() - x.olp.exp()).abs()  # 0 at masked tokens
+    prefix = x.where.sum_behind(divergence, "all") + divergence
+    prefix_weight = (place - 1) - slope * (place - 1) * (place - 2) / 2  # of the tokens before this one
+    outside = (divergence > part.threshold) | (prefix > part.threshold + part.budget * prefix_weight)
+    ratio = x.ratio.detach()
+    low = (x.advantages < 0) & (ratio < 1) & outside
+    high = (x.advantages > 0) & (ratio > 1) & outside
+    return _Term((-x.advantages * x.ratio * x.trace).masked_fill(low | high, 0), low, high)
+
+
 def _sapo(part: SAPO, x: _Inputs) -> _Term:
     tau = torch.full_like(x.advantages, part.tau_neg).masked_fill(x.advantages > 0, part.tau_pos)
     gate = 4 / tau * torch.sigmoid(tau * (x.ratio - 1))
-    nowhere = torch.zeros_like(x.lp, dtype=torch.bool)
-    return _Term(-x.advantages * gate * x.trace, nowhere, nowhere)
+    return _Term(-x.advantages * gate * x.trace, _nowhere(x), _nowhere(x))
+
+
+def _vespo(part: VESPO, x: _Inputs) -> _Term:
+    log_weight = (x.ratio.detach() * x.trace).log().clamp(VESPO_LOG_WEIGHT_MIN, LOG_RATIO_CLAMP)
+    negative = x.advantages < 0
+    k = torch.full_like(log_weight, part.k_pos).masked_fill(negative, part.k_neg)
+    rate = torch.full_like(log_weight, part.lambda_pos).masked_fill(negative, part.lambda_neg)
+    phi = (k * log_weight - rate * torch.expm1(log_weight)).exp()
+    return _Term(-x.advantages * phi * x.lp, _nowhere(x), _nowhere(x))
+
+
+def _gmpo(part: GMPO, x: _Inputs) -> _Term:
+    low = (x.advantages < 0) & (x.log_ratio < -part.low)
+    high = (x.advantages > 0) & (x.log_ratio > part.high)
+    log_ratio = x.log_ratio.where(~low, -part.low).where(~high, part.high)
+    mean = x.where.sum_per_sequence(log_ratio.detach())[x.where.sequence] / x.length()
+    return _Term(-x.advantages * (log_ratio - log_ratio.detach() + mean).exp(), low, high)
+
+
+def _dro(part: DRO, x: _Inputs) -> _Term:
+    return _Term(-x.advantages * x.lp + part.beta / 2 * (x.lp - x.olp).square(), _nowhere(x), _nowhere(x))
 
 
 _TRUST_REGIONS: dict[type, Callable[[Any, _Inputs], _Term]] = {
     NoTrustRegion: _no_trust_region,
     PPOClip: _ppo_clip,
+    LogClip: _log_clip,
     CISPO: _cispo,
     BinaryTV: _binary_tv,
     BinaryKL: _binary_kl,
+    CPPO: _cppo,
     SAPO: _sapo,
+    VESPO: _vespo,
+    GMPO: _gmpo,
+    DRO: _dro,
 }
 
 
-# ------------------------------------------------------------------------------------------------------ KL, aggregation
+# ------------------------------------------------------------------------------------------------------------------- KL
 
 
 def _kl(part: KL, d: Tensor) -> Tensor:
@@ -268,30 +354,6 @@ def _kl(part: KL, d: Tensor) -> Tensor:
             k2 = d.square() / 2
             value = value.detach() + (k2 - k2.detach())
     return value if part.clamp is None else value.clamp(-part.clamp, part.clamp)
-
-
-def _aggregate(
-    objective: Objective, loss: Tensor, kept: Tensor, where: Layout, denominator: float | Tensor | None
-) -> Tensor:
-    sums = where.sum_per_sequence(loss)
-    if objective.aggregation == "token-sum":
-        return sums.sum()
-    counts = where.sum_per_sequence(kept.to(loss.dtype))
-    if objective.aggregation == "token-mean":
-        return _divide(sums.sum(), counts.sum() if denominator is None else denominator)
-    if objective.aggregation == "seq-mean-token-mean":
-        sums = _divide(sums, counts)
-    elif objective.aggregation == "seq-mean-token-sum-norm":
-        longest = torch.cat((where.lengths, where.lengths.new_ones(1))).amax()
-        sums = sums / (longest if objective.length_norm is None else objective.length_norm)
-    return _divide(sums.sum(), (counts > 0).sum() if denominator is None else denominator)
-
-
-def _divide(total: Tensor, count: float | Tensor) -> Tensor:
-    """``total / count``; nothing, counted as 0, divides by 1."""
-    if isinstance(count, Tensor):
-        return total / count.detach().to(total.dtype).masked_fill(count == 0, 1)
-    return total / (count or 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics

@@ -1,11 +1,12 @@
-"""Rewards compared with a baseline of their group."""
+"""Rewards compared with a baseline, of their group as a rule."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .segments import Groups, per_group
+from .segments import Groups, group_labels, kept, per_group, result_dtype
+from .whitening import whitened
 
 
 def _minus_mean(rewards: Tensor, groups: Groups, weights: Tensor) -> Tensor:
@@ -19,6 +20,12 @@ def _minus_mean(rewards: Tensor, groups: Groups, weights: Tensor) -> Tensor:
     return (above_lowest - mean).where(weight > 0, 0)
 
 
+def unbiased_std(rewards: Tensor, groups: Groups) -> Tensor:
+    """Standard deviation of the group; 0 for a group of one."""
+    squares = _minus_mean(rewards, groups, torch.ones_like(rewards)).square()
+    return (groups.total(squares) / (groups.size - 1).clamp(min=1)).sqrt()
+
+
 def grpo(
     rewards: Tensor,
     *,
@@ -30,10 +37,7 @@ def grpo(
 ) -> Tensor:
     def estimate(r: Tensor, groups: Groups) -> Tensor:
         advantages = _minus_mean(r, groups, torch.ones_like(r))
-        if not std:
-            return advantages
-        variance = groups.total(advantages.square()) / (groups.size - 1).clamp(min=1)
-        return advantages / (variance.sqrt() + eps)
+        return advantages / (unbiased_std(r, groups) + eps) if std else advantages
 
     return per_group(estimate, rewards, group_size, group_ids, mask)
 
@@ -70,3 +74,70 @@ def opo(
         return _minus_mean(r, groups, lengths.double()[groups.order])
 
     return per_group(estimate, rewards, group_size, group_ids, mask)
+
+
+def reinforce_rej(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    def estimate(r: Tensor, groups: Groups) -> Tensor:
+        equal = r[groups.start] == r[groups.start + groups.size - 1]
+        return r.where(~equal | (groups.size == 1), 0)
+
+    return per_group(estimate, rewards, group_size, group_ids, mask)
+
+
+@torch.no_grad()
+def raft(rewards: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    return rewards.double().clamp(min=0).where(kept(rewards, mask), 0).to(result_dtype(rewards))
+
+
+@torch.no_grad()
+def gpg(
+    rewards: Tensor,
+    *,
+    f_norm: float = 1.0,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    counted = kept(rewards, mask)
+    alpha = counted.sum() / (counted & (rewards != 0)).sum().clamp(min=1).double()
+
+    def estimate(r: Tensor, groups: Groups) -> Tensor:
+        return alpha * _minus_mean(r, groups, torch.ones_like(r)) / f_norm
+
+    return per_group(estimate, rewards, group_size, group_ids, mask)
+
+
+@torch.no_grad()
+def remax(
+    rewards: Tensor,
+    *,
+    baselines: Tensor,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    counted = kept(rewards, mask)
+    baseline = baselines.double()
+    if group_size is not None or group_ids is not None:
+        baseline = baseline[group_labels(rewards, group_size, group_ids).where(counted, 0)]
+    return (rewards.double() - baseline).where(counted, 0).to(result_dtype(rewards, baselines))
+
+
+@torch.no_grad()
+def reinforce_plus_plus_baseline(
+    rewards: Tensor,
+    *,
+    lengths: Tensor,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    centred = dr_grpo(rewards.double(), group_size=group_size, group_ids=group_ids, mask=mask)
+    tokens = lengths.double().where(kept(rewards, mask), 0)
+    return whitened(centred, tokens).to(result_dtype(rewards))

@@ -1,4 +1,4 @@
-"""Advantages for the best of k samples (max@k, pass@k), from the gaps between the sorted rewards of a group.
+"""Advantages for an order statistic of k samples, max@k above all, from the gaps between a group's sorted rewards.
 
 Notation: n samples with rewards ``r_(0) <= ... <= r_(n-1)``, p the rank of sample i, ``d_g = r_(g) - r_(g-1)`` the gap
 below rank g, ``C`` the binomial coefficient, and the means
@@ -14,11 +14,14 @@ Where a group has too few samples for k, results are nan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import comb, nan
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .group import unbiased_std
 from .segments import Groups, per_group, result_dtype, shift, suffix_scan
 
 
@@ -52,6 +55,19 @@ def _gap_sums(rewards: Tensor, groups: Groups, below: Tensor, above: Tensor) -> 
     return sums[(groups.start + first).cummax(0).values]
 
 
+def _leave_one_out(rewards: Tensor, groups: Groups, alpha: Tensor) -> Tensor:
+    """``sum_{g <= p} alpha_g d_g - sum_{g > p} (n - g)/g alpha_g d_g``: each gap adds 0 to the sum over the group."""
+    n, g = _sizes(groups)
+    return _gap_sums(rewards, groups, alpha, -(n - g) / g * alpha)
+
+
+def _scaled(advantages: Tensor, scale: str, k: int, groups: Groups) -> Tensor:
+    """nan where no subset of size k leaves a sample out."""
+    if scale == "unbiased":
+        advantages = advantages * k / groups.size
+    return advantages.where(groups.size > k, nan)
+
+
 def max_at_k(
     rewards: Tensor,
     *,
@@ -78,12 +94,7 @@ def maxpo(
     mask: Tensor | None = None,
 ) -> Tensor:
     def estimate(r: Tensor, groups: Groups) -> Tensor:
-        n, g = _sizes(groups)
-        alpha = _all_below(k, groups)
-        advantages = _gap_sums(r, groups, alpha, -(n - g) / g * alpha)  # q_i - U_k(-i)
-        if scale == "unbiased":
-            advantages = advantages * k / n
-        return advantages.where(n > k, nan)
+        return _scaled(_leave_one_out(r, groups, _all_below(k, groups)), scale, k, groups)  # q_i - U_k(-i)
 
     return per_group(estimate, rewards, group_size, group_ids, mask)
 
@@ -112,6 +123,50 @@ def maxpo_quadratic(rewards: Tensor, *, k: int) -> Tensor:
     weight = highest_has_rank(n - 2)[rank_without_i].where(rank != rank[:, None], 0)
     advantages = improvement - (of_others * weight).sum(-1)
     return torch.empty_like(r).scatter(-1, order, advantages).to(result_dtype(rewards))
+
+
+def _number_below(k: int, groups: Groups) -> Tensor:
+    """Probability that b of k - 1 samples, drawn from the n - 2 not next to gap g, lie below it: ``[G, k]``.
+
+    ``C(g-1, b) C(n-1-g, k-1-b) / C(n-2, k-1)``, as products of the ratios of neighbours from the largest term outwards,
+    so that no factor exceeds 1; then divided by the sum.
+    """
+    n, g = (x[:, None] for x in _sizes(groups))
+    b = torch.arange(k - 1, dtype=torch.float64, device=g.device)
+    up = ((g - 1 - b) * (k - 1 - b)).clamp(min=0)  # P(b + 1) / P(b) = up / down
+    down = ((b + 1) * (n - g - k + 1 + b)).clamp(min=0)
+    larger = torch.maximum(up, down)
+    rising, falling = (up / larger).cumprod(1), (down / larger).flip(1).cumprod(1).flip(1)
+    relative = pad(rising, (1, 0), value=1.0) * pad(falling, (0, 1), value=1.0)
+    return relative / relative.sum(1, keepdim=True)
+
+
+def order_statistic(
+    rewards: Tensor,
+    *,
+    k: int,
+    weights: Sequence[float],
+    scale: str = "mean",
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``f = sum_j w_j s_(j)`` of a subset, sorted: the mean over those of size k with i, minus over those without i.
+
+    That is the mean of what f gains when i takes the place of another sample j, the k - 1 other ones staying. With b of
+    these below a gap, a gap between i and j counts ``w_b``. It has i above it and j below with probability
+    ``g / (n - 1)``, the reverse with ``(n - g) / (n - 1)``, and b has the same distribution in both. So
+    ``alpha_g = g / (n - 1) E[w_b]``; weights 0, ..., 0, 1 give :func:`maxpo`.
+    """
+
+    def estimate(r: Tensor, groups: Groups) -> Tensor:
+        n, g = _sizes(groups)
+        # Asynchronous: a blocking copy would be a host sync.
+        w = torch.tensor(weights, dtype=torch.float64).to(r.device, non_blocking=True)
+        alpha = g / (n - 1) * (_number_below(k, groups) * w).sum(1)
+        return _scaled(_leave_one_out(r, groups, alpha), scale, k, groups)
+
+    return per_group(estimate, rewards, group_size, group_ids, mask)
 
 
 def pkpo(
@@ -148,11 +203,29 @@ def passk(
     mask: Tensor | None = None,
 ) -> Tensor:
     def estimate(r: Tensor, groups: Groups) -> Tensor:
-        n, g = _sizes(groups)
+        n, _ = _sizes(groups)
         beta = (n - k) / n * _all_below(k, groups)  # C(g, k) / C(n, k)
         fail = groups.total(beta * _gaps(r, groups))  # 1 - U_k, or 0 where all samples are wrong
         sigma = (fail * (1 - fail)).sqrt()
-        advantages = _gap_sums(r, groups, beta, -(n - g) / g * beta) / sigma  # (q_i - U_k) / sigma
+        advantages = _leave_one_out(r, groups, beta) / sigma  # (q_i - U_k) / sigma
         return advantages.where(sigma > 0, 0).where(n >= k, nan)
+
+    return per_group(estimate, rewards, group_size, group_ids, mask)
+
+
+def grpo_passk(
+    rewards: Tensor,
+    *,
+    std: bool = True,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    def estimate(r: Tensor, groups: Groups) -> Tensor:
+        advantages = _gaps(r, groups).where(groups.rank == groups.size - 1, 0)
+        if std:
+            advantages = advantages / (unbiased_std(r, groups) + eps)
+        return advantages.where(groups.size > 1, nan)
 
     return per_group(estimate, rewards, group_size, group_ids, mask)

@@ -14,6 +14,11 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def kept(like: Tensor, mask: Tensor | None) -> Tensor:
+    """Where ``mask`` is not 0, everywhere without one: bool, of the shape of ``like``."""
+    return torch.ones_like(like, dtype=torch.bool) if mask is None else mask != 0
+
+
 def shift(x: Tensor, stride: int = 1) -> Tensor:
     """``x_{t + stride}`` along the last dimension, 0 beyond its end."""
     return pad(x[..., stride:], (0, stride))
@@ -64,7 +69,7 @@ class Groups(NamedTuple):
         return cls(order, start, position - start, size)
 
     def suffix_sum(self, x: Tensor) -> Tensor:
-        """Sum over this and the higher ranks of the group."""
+        """Sum over this and the higher ranks of the group; samples are the last dimension."""
         return suffix_scan(x, (self.rank < self.size - 1).double())
 
     def prefix_sum(self, x: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ class Groups(NamedTuple):
 
     def total(self, x: Tensor) -> Tensor:
         """Sum over the group."""
-        return self.suffix_sum(x)[self.start]
+        return self.suffix_sum(x)[..., self.start]
 
 
 @torch.no_grad()
@@ -85,8 +90,8 @@ def per_group(
     mask: Tensor | None,
 ) -> Tensor:
     """``estimate(sorted rewards, groups)``, its results in the order of the samples and 0 where the mask is."""
-    kept = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
+    counted = kept(rewards, mask)
     r = rewards.double()
-    groups = Groups.of(r, group_labels(rewards, group_size, group_ids), kept)
+    groups = Groups.of(r, group_labels(rewards, group_size, group_ids), counted)
     result = torch.empty_like(r).index_copy(0, groups.order, estimate(r[groups.order], groups))
-    return result.where(kept, 0).to(result_dtype(rewards))
+    return result.where(counted, 0).to(result_dtype(rewards))

@@ -1,0 +1,70 @@
+"""Checks of arrays that hold a value per token or per sequence: padded ``[B, T]``, or packed ``[T]`` or ``[1, T]``.
+
+``source``, the argument ``name``, is what the shape, the device and the messages of the others refer to.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _checks
+from .objectives import Aggregation
+
+
+def check_layout(name: str, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences."""
+    shape = source.shape
+    if len(shape) not in (1, 2):
+        raise ValueError(f"{name} must hold tokens [B, T] or [T], got the shape {list(shape)}")
+    if cu_seqlens is None:
+        num_sequences = shape[0] if len(shape) == 2 else 1
+    else:
+        if len(shape) == 2 and shape[0] != 1:
+            raise ValueError(
+                f"cu_seqlens needs {name} that hold packed tokens [T] or [1, T], got the shape {list(shape)}"
+            )
+        _checks.cu_seqlens(cu_seqlens, shape.numel(), name, source)
+        num_sequences = cu_seqlens.numel() - 1
+    _checks.mask(mask, shape, f"one value per token of {name}", name, source)
+    return num_sequences
+
+
+def check_per_token(argument: str, tensor: Tensor, name: str, source: Tensor) -> None:
+    _checks.floating(argument, tensor)
+    _checks.shape(argument, tensor, source.shape, f"one value per token of {name}")
+    _checks.same_device(argument, tensor, name, source)
+
+
+def check_weights(argument: str, tensor: Tensor, name: str, source: Tensor, num_sequences: int) -> None:
+    """One value per token, or one per sequence."""
+    _checks.floating(argument, tensor)
+    shape = source.shape
+    expected = [tuple(shape), (num_sequences,), (num_sequences, 1)]
+    if len(shape) == 1 or shape[0] == 1:
+        expected += [(shape[-1],), (1, shape[-1])]
+    if tuple(tensor.shape) not in expected:
+        shapes = [list(s) for s in dict.fromkeys(expected)]
+        raise ValueError(
+            f"{argument} must have one of the shapes {shapes} (a value per token or per sequence of {name}), "
+            f"got {list(tensor.shape)}"
+        )
+    _checks.same_device(argument, tensor, name, source)
+
+
+def check_denominator(denominator: float | Tensor | None, aggregation: Aggregation, name: str, source: Tensor) -> None:
+    if denominator is None:
+        return
+    if aggregation == "token-sum":
+        raise ValueError("denominator must be None with aggregation='token-sum', which divides by nothing")
+    check_number("denominator", denominator, name, source)
+    free = not isinstance(denominator, Tensor) or _checks.values_are_free(denominator)
+    if free and not denominator >= 0:
+        raise ValueError(f"denominator must be a count >= 0, got {float(denominator)}")
+
+
+def check_number(argument: str, value: float | Tensor, name: str, source: Tensor) -> None:
+    if isinstance(value, Tensor):
+        _checks.shape(argument, value, (), "a number or a 0-d tensor")
+        _checks.same_device(argument, value, name, source)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument} must be a number or a 0-d tensor, got {type(value).__name__}")

@@ -1,0 +1,82 @@
+"""Advantages: how good was each sample, step or token?
+
+*Groups.* Rewards ``[G]`` are compared within groups, given by exactly one of ``group_size`` (int: equal, contiguous
+groups, such as the samples of one prompt) and ``group_ids`` (int32 or int64 ``[G]``: any sizes, any order, any labels).
+``mask`` ``[G]``, 0 where a sample is left out: it gets advantage 0 and is not counted, its reward may be nan. A nan in
+a kept reward stays within its group, unless the docstring says otherwise.
+
+*Tokens.* Arrays per token are padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; ``[T]`` without
+is one sequence. Where ``mask``, of the same shape, is 0, a token is skipped: what follows token t is the next kept
+token of its sequence. A skipped token gets 0, and nothing that stands there is read, nan included.
+
+*dtypes.* Rewards may be floating-point, integer or bool. Results are float64 for float64 input and float32 otherwise,
+computed in float64, and carry no gradient.
+
+*Errors.* ``TypeError`` for wrong types and dtypes, ``ValueError`` for wrong shapes, devices and values. What depends on
+data is checked on the CPU, elsewhere under ``FUSEDPO_DEBUG=1``.
+
+*By name.* :func:`compute` calls an estimator by its registered name, :func:`register` adds one, :func:`available` lists
+the names.
+"""
+
+from .group import (
+    dr_grpo,
+    gpg,
+    grpo,
+    opo,
+    raft,
+    reinforce_plus_plus_baseline,
+    reinforce_rej,
+    remax,
+    rloo,
+)
+from .order import grpo_passk, max_at_k, maxpo, order_statistic, passk, pkpo, rank_weights
+from .registry import available, compute, register
+from .step import (
+    GAE,
+    VTrace,
+    gae,
+    optimal_token_baseline,
+    reinforce_plus_plus,
+    reward_to_go,
+    to_tokens,
+    vineppo,
+    vtrace,
+    whiten,
+)
+from .steps_text import Steps, pool_rollouts, segment_steps
+
+__all__ = [
+    "GAE",
+    "Steps",
+    "VTrace",
+    "available",
+    "compute",
+    "dr_grpo",
+    "gae",
+    "gpg",
+    "grpo",
+    "grpo_passk",
+    "max_at_k",
+    "maxpo",
+    "opo",
+    "optimal_token_baseline",
+    "order_statistic",
+    "passk",
+    "pkpo",
+    "pool_rollouts",
+    "raft",
+    "rank_weights",
+    "register",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "reinforce_rej",
+    "remax",
+    "reward_to_go",
+    "rloo",
+    "segment_steps",
+    "to_tokens",
+    "vineppo",
+    "vtrace",
+    "whiten",
+]

@@ -1,0 +1,146 @@
+"""Checks that several estimators share. Every message names the argument, what was given and what is expected."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _checks
+from ..reference.advantages.segments import group_labels
+
+
+def real(name: str, tensor: Tensor) -> None:
+    _checks.is_tensor(name, tensor)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be bool, integer or floating-point, got {tensor.dtype}")
+
+
+def integer(name: str, value: int, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {value}")
+
+
+def number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+
+
+def positive(name: str, value: float) -> None:
+    number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def unit_interval(name: str, value: float) -> None:
+    number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def rewards(tensor: Tensor, mask: Tensor | None) -> None:
+    real("rewards", tensor)
+    if tensor.dim() != 1:
+        raise ValueError(f"rewards must have shape [G], one per sample, got {list(tensor.shape)}")
+    _checks.mask(mask, tuple(tensor.shape), "one per sample", "rewards", tensor)
+
+
+def groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
+    """``rewards`` of any shape, one sample per index of the first dimension."""
+    samples = rewards.shape[0]
+    if (group_size is None) == (group_ids is None):
+        raise ValueError(
+            f"exactly one of group_size and group_ids is needed, got {'neither' if group_ids is None else 'both'}"
+        )
+    if group_ids is not None:
+        _checks.integer("group_ids", group_ids)
+        _checks.shape("group_ids", group_ids, (samples,), "one per sample")
+        _checks.same_device("group_ids", group_ids, "rewards", rewards)
+    elif group_size is not None:
+        integer("group_size", group_size, at_least=1)
+        if samples % group_size:
+            raise ValueError(f"group_size must divide the number of samples, got {group_size} for {samples} samples")
+
+
+def grouped_rewards(tensor: Tensor, group_size: int | None, group_ids: Tensor | None, mask: Tensor | None) -> None:
+    rewards(tensor, mask)
+    groups(tensor, group_size, group_ids)
+
+
+def group_sizes(
+    at_least: int, rule: str, rewards: Tensor, group_size: int | None, group_ids: Tensor | None, mask: Tensor | None
+) -> None:
+    """Every group with a kept sample has ``at_least`` of them; ``rule`` is what the message says of it."""
+    if group_size is not None and mask is None:
+        if group_size < at_least:
+            raise ValueError(f"{rule}, but group_size is {group_size}")
+    elif _checks.values_are_free(*(t for t in (rewards, group_ids, mask) if t is not None)):
+        ids = group_labels(rewards, group_size, group_ids)
+        labels, sizes = (ids if mask is None else ids[mask != 0]).unique(return_counts=True)
+        small = (sizes < at_least).nonzero()
+        if small.numel():
+            group, size = int(labels[small[0]]), int(sizes[small[0]])
+            raise ValueError(f"{rule}, but group {group} has size {size}")
+
+
+def subset_size(
+    k: int,
+    rewards: Tensor,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    mask: Tensor | None,
+    *,
+    at_least: int = 1,
+    spare: int = 0,
+) -> None:
+    """``at_least <= k``, and every group with a kept sample has ``k + spare`` of them."""
+    integer("k", k, at_least)
+    rule = f"k must be at most the size of the group{f' - {spare}' if spare else ''}, got k={k}"
+    group_sizes(k + spare, rule, rewards, group_size, group_ids, mask)
+
+
+def lengths(tensor: Tensor, rewards: Tensor, mask: Tensor | None) -> None:
+    real("lengths", tensor)
+    _checks.shape("lengths", tensor, tuple(rewards.shape), "one per sample")
+    _checks.same_device("lengths", tensor, "rewards", rewards)
+    if _checks.values_are_free(*(t for t in (tensor, mask) if t is not None)):
+        kept = tensor if mask is None else tensor[mask != 0]
+        if not bool((kept >= 0).all()):
+            raise ValueError(f"lengths must be >= 0, got {kept.min()}")
+
+
+def token_shape(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> None:
+    """``[B, T]`` or ``[T]``; with ``cu_seqlens``, ``[T]`` or ``[1, T]``."""
+    if cu_seqlens is None:
+        if tensor.dim() not in (1, 2):
+            raise ValueError(f"{name} must have shape [B, T] or [T], got {list(tensor.shape)}")
+        return
+    if tensor.dim() != 1 and (tensor.dim() != 2 or tensor.shape[0] != 1):
+        raise ValueError(f"{name} must have shape [T] or [1, T] with cu_seqlens, got {list(tensor.shape)}")
+    _checks.cu_seqlens(cu_seqlens, tensor.shape[-1], name, tensor)
+
+
+def tokens(name: str, tensor: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    real(name, tensor)
+    token_shape(name, tensor, cu_seqlens)
+    _checks.mask(mask, tuple(tensor.shape), f"that of {name}", name, tensor)
+
+
+def per_token(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
+    """A floating-point tensor of the shape of ``other``."""
+    _checks.floating(name, tensor)
+    _checks.shape(name, tensor, tuple(other.shape), f"that of {of}")
+    _checks.same_device(name, tensor, of, other)
+
+
+def per_sequence(name: str, tensor: Tensor, of: str, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
+    """One number per sequence: ``[B]``, with ``cu_seqlens`` ``[num_sequences]``, ``[1]`` for a single one."""
+    real(name, tensor)
+    rows = tokens.shape[0] if tokens.dim() == 2 else 1
+    _checks.shape(name, tensor, (rows if cu_seqlens is None else cu_seqlens.numel() - 1,), "one per sequence")
+    _checks.same_device(name, tensor, of, tokens)

@@ -1,0 +1,207 @@
+"""The operator ``torch.ops.fusedpo.policy_loss``: log-probs in, loss, gradient coefficients and metrics out.
+
+::
+
+    policy_loss(logprobs, old_logprobs?, advantages, mask?, cu_seqlens?, ref_logprobs?, entropy?, is_weights?,
+                denominator?, loss_scale, parts, values, per_token)
+        -> loss, metrics, grad_logprobs, grad_entropy, grad_log_trace
+
+All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
+
+* ``logprobs`` ``[B, T]`` or ``[T]``: padded sequences, or one; with ``cu_seqlens`` ``[S + 1]`` packed ``[T]`` or
+  ``[1, T]``. ``old_logprobs`` (None: ``logprobs``), ``mask``, ``ref_logprobs`` and ``entropy`` have its shape;
+  ``advantages`` and ``is_weights`` have its shape or ``[num_sequences, 1]``.
+* ``denominator`` (None: the count in this batch) and ``loss_scale`` are 0-d.
+* ``parts`` and ``values`` are the objective as :func:`encode` writes it and ``decode`` in ``csrc/core/objective.h``
+  reads it.
+* ``loss`` is 0-d, or per token where ``per_token`` is set, which is to say not aggregated. ``metrics`` ``[16]`` in the
+  order of ``reference.METRICS``.
+* ``grad_logprobs``, and ``grad_entropy`` if the entropy coefficient is not 0 (else ``[0]``), are the gradients of
+  ``loss.sum()``, with denominators and ``loss_scale`` in them: the backward only multiplies by the upstream gradient.
+  The exception is a differentiated trace with ``per_token``: there a token's log-prob is in the loss of several tokens,
+  so ``grad_logprobs`` leaves out what goes through traces, ``grad_log_trace`` is the derivative of each token's loss
+  with respect to its own log-trace (else ``[0]``), and ``policy_loss_backward`` takes the adjoint of the window sum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import objectives
+from .objectives import AGGREGATIONS, KL_KINDS, Objective
+from .ops import apply, define, once_differentiable
+from .reference import METRICS
+
+define(
+    "policy_loss",
+    "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor? ref_logprobs, Tensor? entropy, Tensor? is_weights, Tensor? denominator, Tensor loss_scale, "
+    "int[] parts, float[] values, bool per_token) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_log_trace)",
+    lambda logprobs, *args: _fake(logprobs, *args[-3:]),
+)
+define(
+    "policy_loss_backward",
+    "(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_log_trace, Tensor logprobs, Tensor? old_logprobs, "
+    "Tensor? mask, Tensor? cu_seqlens, int back, int ahead) -> Tensor",
+    lambda grad_loss, *_: grad_loss.new_empty(grad_loss.shape),
+)
+
+# The numbers of the enumerations in csrc/core/objective.h.
+_RATIOS = {
+    objectives.TokenRatio: 0,
+    objectives.SequenceRatio: 1,
+    objectives.Trace: 2,
+    objectives.ForwardTrace: 2,
+    objectives.OnPolicy: 3,
+}
+_TRUST_REGIONS = {
+    objectives.NoTrustRegion: 0,
+    objectives.PPOClip: 1,
+    objectives.LogClip: 2,
+    objectives.CISPO: 3,
+    objectives.BinaryTV: 4,
+    objectives.BinaryKL: 5,
+    objectives.CPPO: 6,
+    objectives.SAPO: 7,
+    objectives.VESPO: 8,
+    objectives.GMPO: 9,
+    objectives.DRO: 10,
+}
+_WHOLE_SEQUENCE = 1 << 62
+
+
+def encode(objective: Objective) -> tuple[list[int], list[float]]:
+    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation.
+
+    ``values``: coefficient and clamp of the KL, entropy coefficient, length_norm (0: the longest sequence), and then
+    the fields of the trust region in their order. A bound that is None is infinity.
+    """
+    ratio, region, kl = objective.ratio, objective.trust_region, objective.kl
+    back, ahead = (
+        _WHOLE_SEQUENCE if count == "all" else int(count)
+        for count in (getattr(ratio, "back", 0), getattr(ratio, "ahead", 0))
+    )
+    parts = [
+        _RATIOS[type(ratio)],
+        back,
+        ahead,
+        int(getattr(ratio, "differentiate", False)),
+        _TRUST_REGIONS[type(region)],
+        0 if kl is None else 1 + KL_KINDS.index(kl.kind),
+        AGGREGATIONS.index(objective.aggregation),
+    ]
+    values = [
+        0.0 if kl is None else float(kl.coef),
+        math.inf if kl is None or kl.clamp is None else float(kl.clamp),
+        float(objective.entropy_coef),
+        float(objective.length_norm or 0),
+        *(_number(field) for field in vars(region).values()),
+    ]
+    return parts, values
+
+
+def _number(field: float | str | None) -> float:
+    if isinstance(field, str):
+        return float(field == "product")
+    return math.inf if field is None else float(field)
+
+
+def _fake(logprobs: Tensor, parts: list[int], values: list[float], per_token: bool) -> tuple[Tensor, ...]:
+    shape, nothing = logprobs.shape, (0,)
+    differentiated, entropy_coef = parts[3], values[2]
+    return (
+        logprobs.new_empty(shape if per_token else ()),
+        logprobs.new_empty(len(METRICS)),
+        logprobs.new_empty(shape),
+        logprobs.new_empty(shape if entropy_coef != 0 else nothing),
+        logprobs.new_empty(shape if per_token and differentiated else nothing),
+    )
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        logprobs: Tensor,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        ref_logprobs: Tensor | None,
+        entropy: Tensor | None,
+        is_weights: Tensor | None,
+        denominator: Tensor | None,
+        loss_scale: Tensor,
+        parts: list[int],
+        values: list[float],
+        per_token: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.fusedpo.policy_loss, backend)(
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            cu_seqlens,
+            ref_logprobs,
+            entropy,
+            is_weights,
+            denominator,
+            loss_scale,
+            parts,
+            values,
+            per_token,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        logprobs, old_logprobs, _, mask, cu_seqlens, *_, parts, _, per_token, ctx.backend = inputs
+        _, ctx.back, ctx.ahead, differentiated, *_ = parts
+        ctx.through_traces = per_token and differentiated
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logprobs, old_logprobs, mask, cu_seqlens, *output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
+        gradients: list[Tensor | None] = [None] * 14
+        if grad_loss is None:
+            return tuple(gradients)
+        logprobs, old_logprobs, mask, cu_seqlens, grad_logprobs, grad_entropy, grad_log_trace = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            if ctx.through_traces:
+                backward = getattr(torch.ops.fusedpo.policy_loss_backward, ctx.backend)
+                gradient = backward(
+                    grad_loss,
+                    grad_logprobs,
+                    grad_log_trace,
+                    logprobs,
+                    old_logprobs,
+                    mask,
+                    cu_seqlens,
+                    ctx.back,
+                    ctx.ahead,
+                )
+            else:
+                gradient = grad_loss * grad_logprobs
+            gradients[0] = once_differentiable("policy_loss", gradient, logprobs, grad_loss)
+        if ctx.needs_input_grad[6]:
+            gradients[6] = once_differentiable("policy_loss", grad_loss * grad_entropy, logprobs, grad_loss)
+        return tuple(gradients)
+
+
+def policy_loss(
+    logprobs: Tensor, *tensors: Tensor | None, objective: Objective, per_token: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics by the kernels of ``backend``; ``tensors`` are those of the schema, in its order."""
+    args = (logprobs, *tensors, *encode(objective), per_token)
+    entropy = tensors[5]
+    if torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
+        loss, metrics, *_ = apply(_PolicyLoss, *args, backend)
+    else:
+        loss, metrics, *_ = getattr(torch.ops.fusedpo.policy_loss, backend)(*args)
+    return loss, metrics
