@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fusedpo
 from fusedpo import advantages, backends
+from fusedpo.advantages import registry
 
 NAN = math.nan
 
@@ -39,6 +40,10 @@ def rloo_oracle(r, _):
     return [r[i] - statistics.fmean(r[:i] + r[i + 1 :]) if len(r) > 1 else 0.0 for i in range(len(r))]
 
 
+def reinforce_rej_oracle(r, _):
+    return r if len(r) == 1 or max(r) > min(r) else [0.0] * len(r)
+
+
 def opo_oracle(r, index):
     lengths = [LENGTHS[i].item() for i in index]
     baseline = sum(w * x for w, x in zip(lengths, r, strict=True)) / sum(lengths)
@@ -47,7 +52,7 @@ def opo_oracle(r, index):
 
 GROUPS = torch.tensor([-7, 40, 3, 3, 40, 40, 5, 3, -7, 40, 3, 3])  # sizes 2, 4, 5 and 1
 KEPT = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 1, 1]).bool()
-REWARDS = torch.tensor([0.3, 1.5, -2.0, 0.25, 0.3, 0.3, 9.0, 4.0, -1.0, 0.0, 0.25, 1.0], dtype=torch.float64)
+REWARDS = torch.tensor([0.3, 1.5, -2.0, 0.25, 0.3, 0.3, 9.0, 4.0, 0.3, 0.0, 0.25, 1.0], dtype=torch.float64)
 LENGTHS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 0, 3, 0, 8])
 
 ESTIMATORS = {
@@ -56,14 +61,28 @@ ESTIMATORS = {
     "dr_grpo": (advantages.dr_grpo, dr_grpo_oracle),
     "rloo": (advantages.rloo, rloo_oracle),
     "opo": (partial(advantages.opo, lengths=LENGTHS), opo_oracle),
+    "reinforce_rej": (advantages.reinforce_rej, reinforce_rej_oracle),
 }
 CENTRED = {
     "grpo": advantages.grpo,
     "dr_grpo": advantages.dr_grpo,
     "rloo": advantages.rloo,
-    "opo": lambda r, **groups: advantages.opo(r, lengths=torch.arange(1, len(r) + 1), **groups),
+    "gpg": advantages.gpg,
     "maxpo": partial(advantages.maxpo, k=2),
+    "order_statistic": partial(advantages.order_statistic, k=2, weights=[0.7, -0.2]),
+}
+EQUAL_REWARDS_GIVE_ZERO = CENTRED | {
+    "opo": lambda r, **groups: advantages.opo(r, lengths=torch.arange(1, len(r) + 1), **groups),
     "sloo-1": partial(advantages.pkpo, k=2, variant="sloo-1"),
+    "grpo_passk": advantages.grpo_passk,
+    "reinforce_rej": advantages.reinforce_rej,
+}
+BATCH_WIDE = ("gpg", "reinforce_plus_plus_baseline")
+GROUPED = EQUAL_REWARDS_GIVE_ZERO | {
+    "sloo": partial(advantages.pkpo, k=2, variant="sloo"),
+    "reinforce_plus_plus_baseline": lambda r, **groups: advantages.reinforce_plus_plus_baseline(
+        r, lengths=torch.ones_like(r, dtype=torch.int64), **groups
+    ),
 }
 
 
@@ -90,18 +109,37 @@ def test_samples_left_out(name, mask_dtype):
     assert (nobody == 0).all()
 
 
-@pytest.mark.parametrize("name", CENTRED)
+@pytest.mark.parametrize("name", EQUAL_REWARDS_GIVE_ZERO)
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -1e30, 1e-40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exactly_zero(name, value, dtype):
     for size in (3, 7, 64, 1000):
-        assert (CENTRED[name](torch.full((2 * size,), value, dtype=dtype), group_size=size) == 0).all()
+        result = EQUAL_REWARDS_GIVE_ZERO[name](torch.full((2 * size,), value, dtype=dtype), group_size=size)
+        assert (result == 0).all()
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo"])
+@pytest.mark.parametrize("name", CENTRED)
+@settings(max_examples=20)
+@given(rewards=st.lists(st.floats(-9, 9, width=32), min_size=3, max_size=40))
+def test_advantages_of_a_group_sum_to_zero(name, rewards):
+    result = CENTRED[name](torch.tensor(rewards, dtype=torch.float64), group_size=len(rewards))
+    assert abs(result.sum()) <= 1e-15 * len(rewards) * result.abs().sum()
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "maxpo", "order_statistic", "sloo-1", "grpo_passk"])
+@settings(max_examples=20)
+@given(rewards=st.lists(st.integers(-9, 9), min_size=3, max_size=40), shift=st.integers(-99, 99))
+def test_a_constant_added_to_all_rewards_changes_no_bit(name, rewards, shift):
+    rewards = torch.tensor(rewards)  # integers are shifted without rounding
+    expected = GROUPED[name](rewards, group_size=len(rewards))
+    assert torch.equal(GROUPED[name](rewards + shift, group_size=len(rewards)), expected)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo", "gpg"])
 def test_a_group_of_one_has_advantage_zero(name):
-    assert (CENTRED[name](torch.tensor([2.5, -1.0]), group_size=1) == 0).all()
-    result = CENTRED[name](torch.tensor([1.0, 7.0, 0.0]), group_ids=torch.tensor([4, 1, 4]))
+    estimator = GROUPED[name]
+    assert (estimator(torch.tensor([2.5, -1.0]), group_size=1) == 0).all()
+    result = estimator(torch.tensor([1.0, 7.0, 0.0]), group_ids=torch.tensor([4, 1, 4]))
     assert result[1] == 0
     assert result[0] > 0 > result[2]
 
@@ -122,7 +160,7 @@ def test_nearly_equal_rewards_do_not_explode(dtype, value):
     assert advantages.grpo(rewards, group_size=n).abs().max() <= (n - 1) / math.sqrt(n)
 
 
-@pytest.mark.parametrize("name", CENTRED)
+@pytest.mark.parametrize("name", [name for name in GROUPED if name not in BATCH_WIDE])
 def test_groups_do_not_touch_each_other(name):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, (40,), generator=generator)
@@ -135,12 +173,13 @@ def test_groups_do_not_touch_each_other(name):
         together = estimator(rewards.where(alone, NAN), lengths=lengths, group_ids=ids)
         apart = estimator(rewards[alone], lengths=lengths[alone], group_size=size)
     else:
-        together = CENTRED[name](rewards.where(alone, math.inf), group_ids=ids)
-        apart = CENTRED[name](rewards[alone], group_size=size)
+        together = GROUPED[name](rewards.where(alone, math.inf), group_ids=ids)
+        apart = GROUPED[name](rewards[alone], group_size=size)
     assert torch.equal(together[alone], apart)
 
 
-@pytest.mark.parametrize("name", [name for name in CENTRED if name != "opo"])  # there, lengths belong to samples
+# The lengths of opo belong to samples; whitening sums over the batch in its order.
+@pytest.mark.parametrize("name", [n for n in GROUPED if n not in ("opo", "reinforce_plus_plus_baseline")])
 @settings(max_examples=20)
 @given(data=st.data())
 def test_order_of_samples_changes_no_bit(name, data):
@@ -148,34 +187,34 @@ def test_order_of_samples_changes_no_bit(name, data):
     ids = torch.repeat_interleave(torch.tensor(sizes))
     rewards = torch.tensor(data.draw(st.lists(st.floats(-9, 9, width=32), min_size=len(ids), max_size=len(ids))))
     order = torch.tensor(data.draw(st.permutations(range(len(ids)))))
-    expected = CENTRED[name](rewards, group_ids=ids)
-    assert torch.equal(CENTRED[name](rewards[order], group_ids=ids[order]), expected[order])
+    expected = GROUPED[name](rewards, group_ids=ids)
+    assert torch.equal(GROUPED[name](rewards[order], group_ids=ids[order]), expected[order])
 
 
-@pytest.mark.parametrize("name", CENTRED)
+@pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16])
 def test_results_are_float32_except_for_float64(name, dtype):
     rewards = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0])
-    result = CENTRED[name](rewards.to(dtype), group_size=4)
+    result = GROUPED[name](rewards.to(dtype), group_size=4)
     assert result.dtype == torch.float32
-    precise = CENTRED[name](rewards.double(), group_size=4)
+    precise = GROUPED[name](rewards.double(), group_size=4)
     assert precise.dtype == torch.float64
     assert torch.equal(result, precise.float())
 
 
-@pytest.mark.parametrize("name", CENTRED)
+@pytest.mark.parametrize("name", GROUPED)
 def test_results_carry_no_gradient_and_arguments_stay_as_they_are(name):
     rewards = torch.tensor([1.0, 0.0, 2.0, 5.0], requires_grad=True)
     before = rewards.detach().clone()
-    assert not CENTRED[name](rewards, group_size=4).requires_grad
+    assert not GROUPED[name](rewards, group_size=4).requires_grad
     assert torch.equal(rewards, before)
 
 
-@pytest.mark.parametrize("name", CENTRED)
+@pytest.mark.parametrize("name", GROUPED)
 def test_no_samples(name):
     empty = torch.empty(0)
-    assert CENTRED[name](empty, group_size=4).shape == (0,)
-    assert CENTRED[name](empty, group_ids=torch.empty(0, dtype=torch.int64)).shape == (0,)
+    assert GROUPED[name](empty, group_size=4).shape == (0,)
+    assert GROUPED[name](empty, group_ids=torch.empty(0, dtype=torch.int64)).shape == (0,)
 
 
 # --------------------------------------------------------------------------------------------------------------- opo
@@ -202,6 +241,66 @@ def test_opo_group_without_tokens_has_advantage_zero():
     assert result.tolist() == [0, 0, -1, 1]
 
 
+# ------------------------------------------------------------------------------- raft, remax, gpg, reinforce++-baseline
+
+
+@pytest.mark.parametrize("mask", [None, KEPT, KEPT.float()])
+def test_raft(mask):
+    rewards = REWARDS if mask is None else REWARDS.where(KEPT, NAN)
+    expected = [max(r, 0.0) if mask is None or m else 0.0 for r, m in zip(REWARDS.tolist(), KEPT, strict=True)]
+    assert advantages.raft(rewards, mask=mask).tolist() == expected
+
+
+def test_reinforce_rej_drops_groups_of_equal_rewards_and_keeps_single_samples():
+    rewards = torch.tensor([1.0, 1.0, 0.5, 0.0, 1.0, 1.0])
+    result = advantages.reinforce_rej(rewards, group_ids=torch.tensor([0, 0, 7, 2, 2, 0]))
+    assert result.tolist() == [0, 0, 0.5, 0, 1, 0]
+    # With what is left out, a group may become one of equal rewards.
+    masked = advantages.reinforce_rej(rewards, group_size=3, mask=torch.tensor([1, 1, 0, 1, 1, 1]))
+    assert masked.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_remax():
+    greedy = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    per_sample = greedy.repeat_interleave(4)
+    expected = REWARDS - per_sample
+    assert torch.equal(advantages.remax(REWARDS, baselines=per_sample), expected)
+    assert torch.equal(advantages.remax(REWARDS, baselines=greedy, group_size=4), expected)
+    ids = torch.tensor([2, 0, 0, 1, 1, 2, 2, 2, 0, 1, 1, 1])
+    assert torch.equal(advantages.remax(REWARDS, baselines=greedy, group_ids=ids), REWARDS - greedy[ids])
+    result = advantages.remax(
+        REWARDS.where(KEPT, NAN), baselines=greedy, group_ids=ids.where(KEPT, 99), mask=KEPT.long()
+    )
+    assert torch.equal(result, (REWARDS - greedy[ids]).where(KEPT, 0))
+    assert advantages.remax(torch.tensor([True]), baselines=torch.tensor([0.25])).tolist() == [0.75]
+
+
+@pytest.mark.parametrize("f_norm", [1.0, 2.5])
+def test_gpg(f_norm):
+    not_zero = (REWARDS != 0).sum()
+    expected = 12 / not_zero * loop(dr_grpo_oracle, REWARDS, GROUPS) / f_norm
+    torch.testing.assert_close(advantages.gpg(REWARDS, f_norm=f_norm, group_ids=GROUPS), expected)
+    result = advantages.gpg(REWARDS.where(KEPT, NAN), f_norm=f_norm, group_ids=GROUPS, mask=KEPT)
+    alpha = KEPT.sum() / (KEPT & (REWARDS != 0)).sum()
+    torch.testing.assert_close(result, alpha * loop(dr_grpo_oracle, REWARDS, GROUPS, KEPT) / f_norm)
+    assert advantages.gpg(torch.zeros(4), group_size=2).tolist() == [0] * 4  # no reward other than 0: alpha is finite
+
+
+@pytest.mark.parametrize("mask", [None, KEPT])
+def test_reinforce_plus_plus_baseline_whitens_over_tokens(mask):
+    rewards = REWARDS if mask is None else REWARDS.where(KEPT, NAN)
+    result = advantages.reinforce_plus_plus_baseline(rewards, lengths=LENGTHS, group_ids=GROUPS, mask=mask)
+    centred = loop(dr_grpo_oracle, rewards, GROUPS, mask)
+    counted = torch.arange(9) < LENGTHS[:, None]
+    if mask is not None:
+        counted &= mask[:, None]
+    tokens = advantages.whiten(centred[:, None].expand(12, 9), mask=counted)
+    torch.testing.assert_close(result[:, None].expand(12, 9).where(counted, 0), tokens, rtol=1e-13, atol=1e-14)
+    assert (result[~counted.any(1)] == 0).all()
+    by_tokens = advantages.to_tokens(advantages.dr_grpo(rewards, group_ids=GROUPS, mask=mask), counted)
+    torch.testing.assert_close(advantages.whiten(by_tokens, mask=counted), tokens, rtol=1e-13, atol=1e-14)
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 R4, IDS4 = torch.arange(4.0), torch.tensor([0, 0, 1, 1])
@@ -226,6 +325,23 @@ R4, IDS4 = torch.arange(4.0), torch.tensor([0, 0, 1, 1])
         ("rloo", R4, {"group_size": 2, "mask": torch.ones(2)}, ValueError, r"mask .*\[4\].*\[2\]"),
         ("rloo", R4, {"group_size": 2, "mask": [1, 1, 1, 1]}, TypeError, "mask must be a torch.Tensor"),
         ("grpo", R4, {"group_size": 2, "eps": 0.0}, ValueError, "eps must be > 0, got 0.0"),
+        ("grpo", R4, {"group_size": 2, "eps": "1"}, TypeError, "eps must be a float, got str"),
+        ("gpg", R4, {"group_size": 2, "f_norm": NAN}, ValueError, "f_norm must be > 0, got nan"),
+        ("raft", R4.view(2, 2), {}, ValueError, r"rewards .*\[G\].*\[2, 2\]"),
+        ("raft", R4, {"mask": torch.ones(2)}, ValueError, r"mask .*\[4\].*\[2\]"),
+        ("remax", R4, {"baselines": 0.5}, TypeError, "baselines must be a torch.Tensor"),
+        ("remax", R4, {"baselines": R4[:2]}, ValueError, r"baselines .*\[4\].*without group_size.*\[2\]"),
+        ("remax", R4, {"baselines": R4, "group_size": 2}, ValueError, r"baselines .*\[2\].*group.*\[4\]"),
+        ("remax", R4, {"baselines": R4.view(2, 2), "group_ids": IDS4}, ValueError, r"baselines .*\[P\].*\[2, 2\]"),
+        ("remax", R4, {"baselines": R4[:1], "group_ids": IDS4}, ValueError, "group_ids must be 0 to 0, .*got 1"),
+        ("remax", R4, {"baselines": R4.to("meta")}, ValueError, "baselines .*device"),
+        (
+            "reinforce_plus_plus_baseline",
+            R4,
+            {"group_size": 2, "lengths": IDS4 - 1},
+            ValueError,
+            "lengths must be >= 0",
+        ),
         ("opo", R4, {"group_size": 2, "lengths": [1, 1, 1, 1]}, TypeError, "lengths must be a torch.Tensor"),
         ("opo", R4, {"group_size": 2, "lengths": torch.ones(3)}, ValueError, r"lengths .*\[4\].*\[3\]"),
         ("opo", R4, {"group_size": 2, "lengths": IDS4 - 1}, ValueError, "lengths must be >= 0, got -1"),
@@ -250,14 +366,24 @@ def test_available_names():
     assert advantages.available() == (
         "dr_grpo",
         "gae",
+        "gpg",
         "grpo",
+        "grpo_passk",
         "maxpo",
         "opo",
+        "optimal_token_baseline",
+        "order_statistic",
         "passk",
         "pkpo",
+        "raft",
         "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "reinforce_rej",
+        "remax",
+        "reward_to_go",
         "rloo",
         "vineppo",
+        "vtrace",
     )
     for name in advantages.available():
         assert getattr(advantages, name).__name__ == name
@@ -274,7 +400,7 @@ def test_compute_calls_the_estimator_by_name():
 
 
 def test_register(monkeypatch):
-    monkeypatch.setattr(advantages, "_ESTIMATORS", dict(advantages._ESTIMATORS))
+    monkeypatch.setattr(registry, "_ESTIMATORS", dict(registry._ESTIMATORS))
 
     @advantages.register("doubled")
     def doubled(rewards, *, by=2):
@@ -298,12 +424,27 @@ def every_estimator(rewards, ids, mask, lengths, cu_seqlens, step_ids):
     groups = {"group_ids": ids, "mask": mask}
     yield advantages.grpo(rewards, **groups)
     yield advantages.opo(rewards, lengths=lengths, **groups)
+    yield advantages.gpg(rewards, **groups)
+    yield advantages.raft(rewards, mask=mask)
+    yield advantages.reinforce_rej(rewards, **groups)
+    yield advantages.remax(rewards, baselines=rewards[:3], **groups)
+    yield advantages.reinforce_plus_plus_baseline(rewards, lengths=lengths, **groups)
     yield advantages.maxpo(rewards, k=2, **groups)
+    yield advantages.order_statistic(rewards, k=2, weights=[0.25, 0.75], **groups)
+    yield advantages.grpo_passk(rewards, **groups)
     yield advantages.pkpo(rewards, k=2, variant="sloo", **groups)
     yield advantages.passk((rewards > 0).where(mask, False), k=2, **groups)
     yield advantages.max_at_k(rewards, k=2, **groups)
-    yield advantages.gae(rewards, rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=0.9, lam=0.9).advantages
-    yield advantages.reinforce_plus_plus(rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=0.9)
+    tokens = {"mask": mask, "cu_seqlens": cu_seqlens, "gamma": 0.9}
+    yield from advantages.gae(rewards, rewards, lam=0.9, bootstrap=rewards[:3], **tokens)
+    yield from advantages.vtrace(rewards, rewards, logprobs=rewards, old_logprobs=rewards.flip(0), **tokens)
+    yield advantages.reward_to_go(rewards, bootstrap=rewards[:3], **tokens)
+    yield advantages.reinforce_plus_plus(rewards, **tokens)
+    yield advantages.to_tokens(rewards[:3], mask, cu_seqlens=cu_seqlens)
+    rows = rewards.view(3, 4)
+    yield advantages.optimal_token_baseline(
+        rows, old_logprobs=rows, sum_pi_squared=rows, mask=mask.view(3, 4), group_ids=ids[:3] * 0
+    )
     yield advantages.vineppo(rewards.view(2, 6), step_rewards=rewards.view(2, 6)[:, 1:], step_ids=step_ids, whiten=True)
 
 

@@ -4,14 +4,14 @@ from fractions import Fraction
 from functools import partial
 from itertools import combinations, product
 from math import comb, sqrt
-from statistics import fmean
+from statistics import fmean, stdev
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedpo import advantages
+from fusedpo import _checks, advantages
 from fusedpo.reference.advantages import maxpo_quadratic
 
 # Sums of at most a few hundred terms of order 1 in float64.
@@ -194,41 +194,6 @@ def test_unbiased_scale(k):
     torch.testing.assert_close(advantages.maxpo(r, k=k, group_ids=ids, scale="unbiased"), mean * k / sizes)
 
 
-# ------------------------------------------------------------------------------------------------ unbiased gradients
-
-
-def gradients(k, n, estimate):
-    """Gradient of ``E[max of k]`` for a categorical policy, and the expectation of its estimate from n samples."""
-    reward = double([0.0, 1.0, 1.0, 3.0])
-    logits = double([0.1, -0.4, 0.5, -1.0]).requires_grad_()
-    logp = logits.log_softmax(0)
-
-    best_of_k = torch.tensor(list(product(range(4), repeat=k)))
-    objective = (logp[best_of_k].sum(1).exp() * reward[best_of_k].max(1).values).sum()
-    (exact,) = torch.autograd.grad(objective, logits, retain_graph=True)
-
-    batches = torch.tensor(list(product(range(4), repeat=n)))
-    weight = estimate(reward[batches].flatten(), group_size=n).view(-1, n)
-    probability = logp[batches].sum(1).exp().detach()
-    (mean,) = torch.autograd.grad((probability[:, None] * weight * logp[batches]).sum(), logits)
-    return exact, mean
-
-
-@pytest.mark.parametrize(("n", "k"), [(3, 1), (4, 2), (5, 3), (5, 4)])
-def test_maxpo_is_unbiased(n, k):
-    exact, mean = gradients(k, n, lambda r, **g: advantages.maxpo(r, k=k, scale="unbiased", **g))
-    torch.testing.assert_close(mean, exact, **CLOSE)
-    exact, mean = gradients(k, n, lambda r, **g: advantages.maxpo(r, k=k, **g) / n)
-    torch.testing.assert_close(mean, exact / k, **CLOSE)
-
-
-@pytest.mark.parametrize("variant", ["s", "sloo", "sloo-1"])
-@pytest.mark.parametrize(("n", "k"), [(4, 2), (5, 3)])
-def test_pkpo_is_unbiased(variant, n, k):
-    exact, mean = gradients(k, n, lambda r, **g: advantages.pkpo(r, k=k, variant=variant, **g))
-    torch.testing.assert_close(mean, exact, **CLOSE)
-
-
 # ---------------------------------------------------------------------------------------------- pkpo, passk, max@k
 
 
@@ -305,6 +270,33 @@ def test_passk_is_scaled_maxpo():
     torch.testing.assert_close(advantages.passk(r, k=k, group_size=n), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_grpo_passk_is_what_the_best_adds(name, n):
+    r = REWARDS[name][-n:]
+    expected = double([max(max(r) - max(r[:i] + r[i + 1 :]), 0) for i in range(n)])
+    torch.testing.assert_close(advantages.grpo_passk(double(r), std=False, group_size=n), expected, **CLOSE)
+    scaled = expected / (stdev(r) + 1e-6)
+    torch.testing.assert_close(advantages.grpo_passk(double(r), group_size=n), scaled, **CLOSE)
+    torch.testing.assert_close(advantages.grpo_passk(double(r), eps=0.5, group_size=n), expected / (stdev(r) + 0.5))
+
+
+def test_grpo_passk_of_ragged_groups():
+    result = advantages.grpo_passk(
+        torch.tensor([3.0, float("nan"), 1.0, 5.0, 0.5, 5.0, 2.0]),
+        std=False,
+        group_ids=torch.tensor([0, 0, 1, 9, 0, 9, 1]),
+        mask=torch.tensor([1, 0, 1, 1, 1, 1, 1]),
+    )
+    assert result.tolist() == [2.5, 0, 0, 0, 0, 0, 1]
+
+
+def test_grpo_passk_where_data_is_not_read_single_samples_are_nan(monkeypatch):
+    monkeypatch.setattr(_checks, "values_are_free", lambda *tensors: False)
+    result = advantages.grpo_passk(torch.tensor([1.0, 2.0, 4.0]), std=False, group_ids=torch.tensor([0, 1, 0]))
+    assert result.isnan().tolist() == [False, True, False]
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 R6, IDS6 = torch.arange(6.0), torch.tensor([5, 5, 5, 5, 8, 8])
@@ -316,8 +308,8 @@ BINARY6 = torch.tensor([0, 1, 0, 1, 0, 1])
     [
         ("maxpo", R6, {"k": 0, "group_size": 3}, ValueError, "k must be >= 1, got 0"),
         ("maxpo", R6, {"k": 2.0, "group_size": 3}, TypeError, "k must be an int, got float"),
-        ("maxpo", R6, {"k": 3, "group_size": 3}, ValueError, "k must be at most .* - 1, got k=3 and group_size=3"),
-        ("maxpo", R6, {"k": 1, "group_size": 1}, ValueError, "k must be at most .* - 1, got k=1 and group_size=1"),
+        ("maxpo", R6, {"k": 3, "group_size": 3}, ValueError, "k must be at most .* - 1, got k=3, but group_size is 3"),
+        ("maxpo", R6, {"k": 1, "group_size": 1}, ValueError, "k must be at most .* - 1, got k=1, but group_size is 1"),
         ("maxpo", R6, {"k": 2, "group_ids": IDS6}, ValueError, "k must be .*k=2, but group 8 has size 2"),
         (
             "maxpo",
@@ -332,6 +324,15 @@ BINARY6 = torch.tensor([0, 1, 0, 1, 0, 1])
         ("pkpo", R6, {"k": 1, "group_size": 3}, ValueError, "k must be >= 2, got 1"),
         ("pkpo", R6, {"k": 2, "group_size": 3, "variant": "loo"}, ValueError, "variant must be .*'sloo-1'.*'loo'"),
         ("passk", R6, {"k": 2, "group_size": 3}, ValueError, "rewards must be 0 or 1 .*2.0"),
+        ("grpo_passk", R6, {"group_size": 1}, ValueError, "group must have at least 2 samples, but group_size is 1"),
+        (
+            "grpo_passk",
+            R6,
+            {"group_size": 3, "mask": BINARY6},
+            ValueError,
+            "at least 2 samples, but group 0 has size 1",
+        ),
+        ("grpo_passk", R6, {"group_size": 3, "eps": 0}, ValueError, "eps must be > 0, got 0"),
         ("passk", BINARY6, {"k": 4, "group_size": 3}, ValueError, "k must be at most the size of the group,"),
     ],
 )
@@ -359,10 +360,11 @@ def test_a_group_without_kept_samples_does_not_count_as_too_small():
         ("pkpo", {"k": 3, "variant": "s"}),
         ("pkpo", {"k": 3, "variant": "sloo-1"}),
         ("passk", {"k": 3}),
+        ("order_statistic", {"k": 2, "weights": [1.0, 0.5]}),
     ],
 )
 def test_where_data_is_not_read_too_small_groups_are_nan(name, kwargs, monkeypatch):
-    monkeypatch.setattr(advantages._checks, "values_are_free", lambda *tensors: False)
+    monkeypatch.setattr(_checks, "values_are_free", lambda *tensors: False)
     result = advantages.compute(name, BINARY6, group_ids=IDS6, mask=torch.tensor([1, 1, 0, 1, 1, 1]), **kwargs)
     assert result.isnan().tolist() == [False, False, False, False, True, True]
     assert result[2] == 0

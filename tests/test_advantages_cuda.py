@@ -1,0 +1,172 @@
+"""The CUDA kernels of the advantages without a GPU: run on the CPU against the native kernels, and compiled by nvcc."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+import torch
+from torch import Tensor
+
+from fusedpo import backends
+from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
+
+pytestmark = [
+    pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING)),
+    pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler"),
+]
+OPERATORS = ("group_advantages", "token_advantages", "step_advantages", "whiten")
+NAN = float("nan")
+
+
+class Batch:
+    """Operator calls, and what the native CPU operators make of them."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.expected: list[Tensor] = []
+        self.names: list[str] = []
+
+    def add(self, operator: str, sizes: tuple, arguments: tuple, threads: int, name: str) -> None:
+        results = getattr(torch.ops.fusedpo, operator).native(*arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        self.calls.append((OPERATORS.index(operator), threads, *sizes, *arguments))
+        self.expected += results
+        self.names += [name] * len(results)
+
+    def groups(self, estimator: str, rewards: Tensor, ids, order, group_size, other, mask, k, threads) -> None:
+        numbers = (ESTIMATORS.index(estimator), k, False, 0.5, rewards.dtype == torch.float64)
+        arguments = (rewards, ids, order, group_size, other, mask, *numbers)
+        results = torch.ops.fusedpo.group_advantages.native(*arguments)
+        size = 0 if other is None else other.numel()
+        packed = (rewards.numel(), rewards, ids, order, group_size, size, other, mask, *numbers)
+        self.calls.append((0, threads, *packed))
+        self.expected.append(results)
+        self.names.append(f"{estimator}, {rewards.numel()} rewards, group_size={group_size}, k={k}, {threads} threads")
+
+    def check(self, program: Path) -> None:
+        results = cuda_on_cpu.run(program, self.calls, [(x.shape, x.dtype) for x in self.expected])
+        for name, result, expected in zip(self.names, results, self.expected, strict=True):
+            # Sums of up to a thousand float64 terms, added in another order; below, the rounding to float32.
+            close = {"rtol": 1e-11, "atol": 1e-12} if result.dtype == torch.float64 else {"rtol": 1.2e-7, "atol": 1e-9}
+            torch.testing.assert_close(
+                result, expected, **close, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def add_groups(batch: Batch, estimator: str, rewards: Tensor, sizes: tuple[int, ...], threads: int) -> None:
+    """Equal groups, equal ones with a mask, ragged ones in any order."""
+    count = rewards.numel()
+    if estimator == "passk":
+        rewards = (rewards > 0).to(rewards.dtype)
+    other = {"opo": torch.arange(count) % 7, "remax": random(9, count), "order_statistic": random(9, 3)}.get(estimator)
+    mask = torch.arange(count) % 5 != 2
+    masked = rewards.double().where(mask, NAN).to(rewards.dtype) if rewards.is_floating_point() else rewards
+    batch.groups(estimator, rewards, None, None, count // 2, other, None, 3, threads)
+    batch.groups(estimator, masked, None, None, count // 2, other, mask, 3, threads)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)) * 5 % 7, torch.tensor(sizes))
+    shuffled = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    ids, order = (shuffled, None) if estimator == "remax" else shuffled.sort(stable=True)
+    batch.groups(estimator, rewards, ids, order, 1, other, None, 3, threads)
+
+
+def all_kernels(threads: int, small: bool) -> Batch:
+    batch = Batch()
+    for estimator in ESTIMATORS:
+        add_groups(batch, estimator, random(0, 24), (9, 4, 11), threads)
+        add_groups(batch, estimator, random(1, 24).round().float(), (9, 4, 11), threads)
+    for dtype in cuda_on_cpu.DTYPES:
+        add_groups(batch, "maxpo", random(2, 24).mul(3).round().abs().to(dtype), (5, 12, 7), threads)
+    if not small:
+        for estimator in ("grpo", "maxpo", "max_at_k", "order_statistic"):
+            add_groups(batch, estimator, random(3, 700), (60, 640), threads)
+            add_groups(batch, estimator, random(3, 1200).round(), (600, 600), threads)
+
+    rows, width = (3, 37) if small else (3, 150)
+    shape = (rows, width)
+    mask = random(4, *shape) > -0.5
+    tokens = [random(seed, *shape).where(mask, NAN) for seed in (5, 6, 7, 8)]
+    for offsets in (None, torch.tensor([0, 5, 5, rows * width], dtype=torch.int32)):
+        rewards, values, new, old, kept = (x if offsets is None else x.flatten() for x in (*tokens, mask))
+        for estimator in TOKEN_ESTIMATORS:
+            others = {"vtrace": (values, new, old), "gae": (values, None, None)}.get(estimator, (None, None, None))
+            numbers = (TOKEN_ESTIMATORS.index(estimator), 0.9, 0.8, 1.2, 0.7, True)
+            for per_sequence in (None, random(9, 3)):
+                arguments = (rewards, *others, kept, offsets, per_sequence, *numbers)
+                batch.add("token_advantages", (rows * width, 3, width), arguments, threads, f"{estimator} {offsets}")
+
+    values = random(10, 3, 6).where(random(11, 3, 6) > 0, NAN)
+    step_ids = torch.randint(-1, 5, (3, 50), generator=torch.Generator().manual_seed(0))
+    batch.add("step_advantages", (150, 5, 50), (values, random(12, 3, 5), step_ids, True), threads, "steps")
+
+    x = random(13, 10 if small else 9000)
+    kept = x > -1
+    arguments = (x.where(kept, NAN), torch.arange(len(x)) % 4, kept, True)
+    batch.add("whiten", (len(x),), arguments, threads, "whiten")
+    batch.add("whiten", (len(x),), (x, None, None, False), threads, "whiten all")
+    return batch
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return cuda_on_cpu.build("advantages", tmp_path_factory.mktemp("cuda") / "advantages")
+
+
+@pytest.mark.parametrize("threads", [32, 96])
+def test_kernels_compute_what_the_cpu_computes(program, threads):
+    all_kernels(threads, small=False).check(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_kernels_under_sanitizers(tmp_path, sanitizer):
+    program = cuda_on_cpu.build("advantages", tmp_path / "advantages", f"-fsanitize={sanitizer}")
+    all_kernels(64, small=True).check(program)
+
+
+def test_where_the_cpu_raises_the_result_is_nan(program):
+    """Data that is not read: too few samples for k, a label without baseline, a step that is not there."""
+    k4 = (ESTIMATORS.index("maxpo"), 4, False, 0.0, False)
+    ids = torch.tensor([0, 0, 0, 3, 3, 3, 3, 3])
+    step_ids = torch.tensor([[0, 1, 2, -1]])
+    values, step_rewards = torch.ones(1, 3), torch.ones(1, 2)
+    remax = (ESTIMATORS.index("remax"), 0, False, 0.0, False)
+    calls = [
+        (0, 32, 8, torch.arange(8.0), ids, torch.arange(8), 1, 0, None, None, *k4),
+        (0, 32, 8, torch.arange(8.0), ids, None, 1, 2, torch.zeros(2), None, *remax),
+        (2, 32, 4, 2, 4, values, step_rewards, step_ids, False),
+    ]
+    ranks, baselines, steps = cuda_on_cpu.run(
+        program, calls, [(torch.Size([8]), torch.float32)] * 2 + [(torch.Size([4]), torch.float32)]
+    )
+    assert ranks.isnan().tolist() == [True] * 3 + [False] * 5
+    assert baselines.isnan().tolist() == [False] * 3 + [True] * 5
+    assert steps.isnan().tolist() == [False, False, True, False]
+
+
+NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
+def test_nvcc_spills_no_register(tmp_path, architecture):
+    root = Path(__file__).parent.parent
+    include = Path(torch.__file__).parent / "include"
+    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-Werror", "all-warnings", "-DUSE_CUDA"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", root / "csrc", "-isystem", include]
+    command += ["-Xcompiler", "-fPIC", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    command += ["-c", root / "csrc/cuda/advantages.cu", "-o", tmp_path / "advantages.o"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", output)
+    assert len(spilled) == 2 * output.count("Compiling entry function") == 12
+    assert set(spilled) == {"0"}

@@ -1,0 +1,188 @@
+"""verl's estimators as oracles, and the cases in which they differ from ours.
+
+Install verl without its dependencies (``pip install --no-deps verl``), then codetiming, omegaconf, orjson, ray and
+tensordict.
+"""
+
+import pytest
+import torch
+
+from fusedpo import advantages
+
+verl = pytest.importorskip(
+    "verl.trainer.ppo.core_algos", reason="verl, or something it imports, is not installed", exc_type=ImportError
+)
+np = pytest.importorskip("numpy")
+verl_F = pytest.importorskip("verl.utils.torch_functional")
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # float64; verl takes means over the number of tokens + 1e-8
+SINGLE = {"rtol": 1e-6, "atol": 1e-6}  # where verl goes through float32
+
+UIDS = np.array([f"prompt-{i}" for i in (3, 0, 1, 1, 0, 3, 3, 0, 1, 3, 0, 1)], dtype=object)
+IDS = torch.tensor([3, 0, 1, 1, 0, 3, 3, 0, 1, 3, 0, 1])
+LENGTHS = torch.tensor([7, 3, 5, 5, 1, 2, 7, 4, 6, 3, 2, 1])
+MASK = torch.arange(7) < LENGTHS[:, None]
+OUTCOMES = torch.tensor([1.0, 0.0, 0.5, -1.0, 1.0, 0.25, 1.0, 0.0, 2.0, -0.5, 0.0, 0.75], dtype=torch.float64)
+OUTCOME_REWARDS = torch.zeros(12, 7, dtype=torch.float64).scatter(1, LENGTHS[:, None] - 1, OUTCOMES[:, None])
+INSIDE = MASK.clone()
+INSIDE[[0, 2, 6, 8], [2, 1, 4, 3]] = False  # observations of a tool, say
+
+ALONE = np.array(["only"], dtype=object)
+ONE = {"token_level_rewards": torch.tensor([[0.0, 0.8]]), "response_mask": torch.ones(1, 2), "index": ALONE}
+
+
+class Config(dict):
+    """verl reads its configuration by attribute and by ``get``."""
+
+    __getattr__ = dict.__getitem__
+
+
+def outcome(function, mask=MASK, **kwargs):
+    """verl's advantages per token, for rewards at the last token of a response."""
+    return function(token_level_rewards=OUTCOME_REWARDS.clone(), response_mask=mask.double(), index=UIDS, **kwargs)[0]
+
+
+def check(result, expected, mask=MASK, tolerance=CLOSE):
+    torch.testing.assert_close(result, expected.double() * mask, **tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------ groups
+
+
+@pytest.mark.parametrize("std", [True, False])
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("compute_grpo_outcome_advantage", CLOSE), ("compute_grpo_vectorized_outcome_advantage", SINGLE)],
+)
+def test_grpo(name, tolerance, std):
+    expected = outcome(getattr(verl, name), norm_adv_by_std_in_grpo=std)
+    result = advantages.grpo(OUTCOMES, group_ids=IDS, std=std)
+    check(advantages.to_tokens(result, MASK), expected, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("name", ["compute_rloo_outcome_advantage", "compute_rloo_vectorized_outcome_advantage"])
+def test_rloo(name):
+    check(advantages.to_tokens(advantages.rloo(OUTCOMES, group_ids=IDS), MASK), outcome(getattr(verl, name)))
+
+
+def test_opo():
+    result = advantages.opo(OUTCOMES, lengths=LENGTHS, group_ids=IDS)
+    check(advantages.to_tokens(result, MASK), outcome(verl.compute_opo_outcome_advantage))
+
+
+@pytest.mark.parametrize("f_norm", [1.0, 4.0])
+def test_gpg(f_norm):
+    result = advantages.gpg(OUTCOMES, f_norm=f_norm, group_ids=IDS)
+    expected = outcome(verl.compute_gpg_outcome_advantage, f_norm=f_norm)
+    check(advantages.to_tokens(result, MASK), expected, tolerance=SINGLE)
+
+
+@pytest.mark.parametrize("std", [True, False])
+def test_grpo_passk(std):
+    config = Config(norm_adv_by_std_in_grpo=std)
+    result = advantages.grpo_passk(OUTCOMES, std=std, group_ids=IDS)
+    check(advantages.to_tokens(result, MASK), outcome(verl.compute_grpo_passk_outcome_advantage, config=config))
+
+
+@pytest.mark.parametrize("mask", [MASK, INSIDE])
+def test_reinforce_plus_plus_baseline(mask):
+    result = advantages.reinforce_plus_plus_baseline(OUTCOMES, lengths=mask.sum(1), group_ids=IDS)
+    expected = outcome(verl.compute_reinforce_plus_plus_baseline_outcome_advantage, mask)
+    check(advantages.to_tokens(result, mask), expected, mask)
+
+
+def test_gdpo_is_grpo_of_each_reward_whitened():
+    """Here with verl's one reward; with several, the weighted sum of :func:`grpo` of each."""
+    expected = outcome(verl.compute_gdpo_outcome_advantage)
+    result = advantages.whiten(advantages.to_tokens(advantages.grpo(OUTCOMES, group_ids=IDS), MASK), mask=MASK)
+    check(result, expected)
+
+
+def test_a_group_of_one():
+    """verl takes 0 for the mean of a group of one, in most estimators; ours takes its reward, so its advantage is 0."""
+
+    def last_token(function, **kwargs):
+        return function(**ONE, **kwargs)[0][0, -1].item()
+
+    alone = torch.tensor([0.8])
+    assert last_token(verl.compute_grpo_outcome_advantage) == pytest.approx(0.8 / (1 + 1e-6))
+    assert advantages.grpo(alone, group_size=1) == 0
+    assert last_token(verl.compute_rloo_outcome_advantage) == pytest.approx(0.8)
+    assert last_token(verl.compute_rloo_vectorized_outcome_advantage) == 0
+    assert advantages.rloo(alone, group_size=1) == 0
+    assert last_token(verl.compute_opo_outcome_advantage) == pytest.approx(0.8)
+    assert advantages.opo(alone, lengths=torch.tensor([2]), group_size=1) == 0
+    assert last_token(verl.compute_gpg_outcome_advantage) == pytest.approx(0.8)
+    assert advantages.gpg(alone, group_size=1) == 0
+    with pytest.raises(ValueError, match="at least 2"):
+        last_token(verl.compute_grpo_passk_outcome_advantage, config=Config())
+    with pytest.raises(ValueError, match="at least 2"):
+        advantages.grpo_passk(alone, group_size=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+
+
+def token_batch():
+    rewards, values = torch.randn(2, 12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return rewards, values
+
+
+@pytest.mark.parametrize("mask", [MASK, INSIDE])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0)])
+def test_gae(mask, gamma, lam):
+    rewards, values = token_batch()
+    expected, expected_returns = verl.compute_gae_advantage_return(rewards, values, mask.double(), gamma, lam)
+    result = advantages.gae(rewards, values, mask=mask, gamma=gamma, lam=lam)
+    check(advantages.whiten(result.advantages, mask=mask), expected, mask)
+    check(result.returns, expected_returns, mask)
+
+
+@pytest.mark.parametrize("mask", [MASK, INSIDE])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_reinforce_plus_plus(mask, gamma):
+    rewards, _ = token_batch()
+    expected, returns = verl.compute_reinforce_plus_plus_outcome_advantage(
+        rewards, mask.double(), config=Config(gamma=gamma)
+    )
+    check(advantages.reinforce_plus_plus(rewards, mask=mask, gamma=gamma), expected, mask)
+    check(advantages.reward_to_go(rewards, mask=mask, gamma=gamma), returns, mask)
+
+
+def test_remax():
+    rewards, _ = token_batch()
+    greedy = torch.randn(12, dtype=torch.float64)
+    expected = verl.compute_remax_outcome_advantage(rewards, greedy, MASK.double())[0]
+    result = advantages.reward_to_go(rewards, mask=MASK) - advantages.to_tokens(greedy, MASK)
+    check(result, expected)
+    expected = verl.compute_remax_outcome_advantage(OUTCOME_REWARDS, greedy, MASK.double())[0]
+    check(advantages.to_tokens(advantages.remax(OUTCOMES, baselines=greedy), MASK), expected)
+
+
+@pytest.mark.parametrize("with_is_weights", [False, True])
+def test_optimal_token_baseline(with_is_weights):
+    rewards, _ = token_batch()
+    old, squares, weights = torch.rand(3, 12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    given = {"old_logprobs": old.log(), "sum_pi_squared": squares, "is_weights": weights if with_is_weights else None}
+    expected = verl.compute_optimal_token_baseline_advantage(
+        rewards,
+        MASK.double(),
+        UIDS,
+        old_log_probs=given["old_logprobs"],
+        sum_pi_squared=squares,
+        rollout_is_weights=given["is_weights"],
+    )[0]
+    check(advantages.optimal_token_baseline(rewards, **given, mask=MASK, group_ids=IDS), expected)
+    # A group of one has no baseline in either.
+    alone = advantages.optimal_token_baseline(
+        rewards[:1], **{k: v[:1] for k, v in given.items() if v is not None}, group_size=1
+    )
+    torch.testing.assert_close(alone, advantages.reward_to_go(rewards[:1]))
+
+
+def test_whiten():
+    rewards, _ = token_batch()
+    check(advantages.whiten(rewards, mask=MASK), verl_F.masked_whiten(rewards, MASK.double()))
+    with pytest.raises(ValueError, match="one"):
+        verl_F.masked_whiten(rewards[:1, :1], torch.ones(1, 1))
+    assert advantages.whiten(rewards[:1, :1]) == 0
