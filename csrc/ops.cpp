@@ -3,9 +3,17 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/advantages.h"
+#include "cpu/policy_loss.h"
 #include "cpu/token_logprobs.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
+  m.impl("group_advantages.native", TORCH_BOX(&fusedpo::cpu::group_advantages));
+  m.impl("token_advantages.native", TORCH_BOX(&fusedpo::cpu::token_advantages));
+  m.impl("step_advantages.native", TORCH_BOX(&fusedpo::cpu::step_advantages));
+  m.impl("whiten.native", TORCH_BOX(&fusedpo::cpu::whiten));
+  m.impl("policy_loss.native", TORCH_BOX(&fusedpo::cpu::policy_loss));
+  m.impl("policy_loss_backward.native", TORCH_BOX(&fusedpo::cpu::policy_loss_backward));
   m.impl("token_logprobs.native", TORCH_BOX(&fusedpo::cpu::token_logprobs));
   m.impl("token_logprobs_backward.native", TORCH_BOX(&fusedpo::cpu::token_logprobs_backward));
   m.impl("token_logprobs_backward_.native", TORCH_BOX(&fusedpo::cpu::token_logprobs_backward_));

@@ -9,7 +9,8 @@ namespace {
 
 struct Build {
   const char* name;
-  const RowKernelTable* kernels;
+  const RowKernelTable* rows;
+  const TokenKernels* tokens;
   bool supported;
 };
 
@@ -23,10 +24,10 @@ Build choose() {
 #endif
   const Build builds[] = {
 #if defined(__x86_64__)
-      {"avx512", &avx512::kRowKernels, avx512},
-      {"avx2", &avx2::kRowKernels, avx2},
+      {"avx512", &avx512::kRowKernels, &avx512::kTokenKernels, avx512},
+      {"avx2", &avx2::kRowKernels, &avx2::kTokenKernels, avx2},
 #endif
-      {"portable", &portable::kRowKernels, true},
+      {"portable", &portable::kRowKernels, &portable::kTokenKernels, true},
   };
   for (const Build& build : builds) {
     reached = reached || std::string(wanted) == build.name;
@@ -44,6 +45,8 @@ const Build& chosen() {
 
 const char* cpu_capability() { return chosen().name; }
 
-const RowKernelTable& row_kernels() { return *chosen().kernels; }
+const RowKernelTable& row_kernels() { return *chosen().rows; }
+
+const TokenKernels& token_kernels() { return *chosen().tokens; }
 
 }  // namespace fusedpo

@@ -1,7 +1,8 @@
-// Which build of the row kernels runs on this machine.
+// Which build of the kernels runs on this machine.
 #pragma once
 
 #include "rows.h"
+#include "tokens.h"
 
 namespace fusedpo {
 
@@ -10,5 +11,7 @@ namespace fusedpo {
 const char* cpu_capability();
 
 const RowKernelTable& row_kernels();
+
+const TokenKernels& token_kernels();
 
 }  // namespace fusedpo
