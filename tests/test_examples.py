@@ -1,0 +1,139 @@
+"""The examples, run as a user runs them."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import fusedpo
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / script), "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def read(out: Path, name: str) -> Any:
+    """The record that a script wrote beside its plot."""
+    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((out / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def arithmetic() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_arithmetic", EXAMPLES / "train_arithmetic.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def args(arithmetic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    monkeypatch.setattr(sys, "argv", ["train_arithmetic.py", "--quick", "--prompts", "4"])
+    return arithmetic.arguments()
+
+
+def test_training_raises_the_reward_and_both_losses_agree(tmp_path: Path) -> None:
+    result = run("train_arithmetic.py", tmp_path / "new", "--quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = read(tmp_path / "new", "arithmetic")
+    fused, eager = record["curves"]["fused"], record["curves"]["eager"]
+    for curves in (fused, eager):
+        assert all(len(curve) == record["settings"]["steps"] for curve in curves.values())
+        assert min(curves["reward"][-5:]) > curves["reward"][0] + 0.2
+        assert min(curves["clip_frac"]) >= 0
+        assert max(curves["clip_frac"]) > 0  # several updates per batch of samples: the ratios leave 1
+    for name in fused:  # the first step sees the same samples; its metrics are float32
+        assert fused[name][0] == pytest.approx(eager[name][0], rel=1e-4, abs=1e-6)
+
+
+def test_training_that_does_not_raise_the_reward_fails(tmp_path: Path) -> None:
+    options = ("--quick", "--loss", "fused", "--warmup-steps", "1", "--steps", "1", "--prompts", "2")
+    result = run("train_arithmetic.py", tmp_path, *options)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "no   fused: the reward rises by" in result.stdout
+    assert list(read(tmp_path, "arithmetic")["curves"]) == ["fused"]
+
+
+def test_problems_hold_their_answers(arithmetic: ModuleType) -> None:
+    prompts, answers = arithmetic.problems(500, digits=2, generator=torch.Generator().manual_seed(0))
+    symbols = "0123456789+=."
+    for prompt, answer in zip(prompts.tolist(), answers.tolist(), strict=True):
+        a, b = "".join(symbols[i] for i in prompt).removesuffix("=").split("+")
+        digits, end, rest = "".join(symbols[i] for i in answer).partition(".")
+        assert digits[::-1] == str(int(a) + int(b))
+        assert end == "."
+        assert set(rest) <= {"."}
+    kept = arithmetic.up_to_end(answers).sum(dim=1)
+    assert kept.tolist() == [len(str(int(row))) + 1 for row in value_of(answers)]
+
+
+def value_of(answers: torch.Tensor) -> torch.Tensor:
+    """The numbers whose digits, the last one first, `answers` holds."""
+    return (answers.masked_fill(answers > 9, 0) * 10 ** torch.arange(answers.shape[1])).sum(dim=1)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "opo", "maxpo", "pkpo", "passk"])
+def test_every_advantage_favours_right_answers(arithmetic: ModuleType, args: Namespace, advantage: str) -> None:
+    args.advantage = advantage
+    rollouts = arithmetic.collect(arithmetic.Transformer(length=7), args, torch.Generator().manual_seed(0))
+    right = torch.arange(rollouts.rewards.numel()) % args.group_size < 2
+    advantages = arithmetic.estimate_advantages(rollouts._replace(rewards=right.float()), args)
+    assert advantages.shape == right.shape
+    assert advantages[right].min() > advantages[~right].max()
+
+
+@pytest.mark.parametrize(
+    "objective", ["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "dppo_tv", "dppo_kl", "nfpo"]
+)
+def test_every_objective_makes_rewarded_samples_likelier(
+    arithmetic: ModuleType, args: Namespace, objective: str
+) -> None:
+    args.objective, args.epochs = objective, 1
+    policy = arithmetic.Transformer(length=7)
+    generator = torch.Generator().manual_seed(0)
+    rollouts = arithmetic.collect(policy, args, generator)
+    advantages = torch.where(torch.arange(rollouts.rewards.numel()) % 2 == 0, 1.0, -1.0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
+    arithmetic.update(policy, optimizer, rollouts, advantages, arithmetic.build_objective(args), args, generator)
+    with torch.no_grad():
+        logprobs = fusedpo.token_logprobs(policy(rollouts.input_ids), rollouts.token_ids, mask=rollouts.mask)
+    rise = (logprobs - rollouts.old_logprobs).sum(dim=1)
+    assert rise[advantages > 0].mean() > rise[advantages < 0].mean()
+
+
+def test_comparison_of_losses(tmp_path: Path) -> None:
+    result = run("compare_losses.py", tmp_path, "--quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = read(tmp_path, "losses")
+    results = {(r["dtype"], r["loss"]): r for r in record["results"]}
+    assert len(results) == 6
+    # The gradient is rounded to the dtype of the logits: by half a unit in its last place, at most.
+    for dtype, rounding in (("float32", 2**-24), ("bfloat16", 2**-8)):
+        eager, fused, inplace = (results[dtype, loss] for loss in ("eager", "fused", "fused in place"))
+        for r in (fused, inplace):
+            assert len(r["seconds"]) == record["settings"]["repeats"]
+            assert r["loss_error"] <= max(eager["loss_error"], 1e-6)
+            assert r["gradient_error"] <= max(eager["gradient_error"], 16 * rounding)
+        if eager["extra_bytes"] is not None:
+            eager_memory, fused_memory, inplace_memory = (
+                r["extra_bytes"] / r["logits_bytes"] for r in (eager, fused, inplace)
+            )
+            assert eager_memory > 2
+            assert fused_memory < 1.2  # the gradient
+            assert inplace_memory < 0.2
