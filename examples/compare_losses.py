@@ -10,14 +10,14 @@ eager            plain PyTorch as trainers write it: `log_softmax` in float32, g
 fused            `fusedpo.policy_loss_from_logits`; entropies and metrics come with it
 fused in place   the same with `inplace=True`: the gradient overwrites the logits
 
-Time: median over the repetitions of loss and gradient, the three in turn, after one unmeasured call each. Memory: the largest
-growth of the process's resident memory during one such call, in multiples of the size of the logits; the gradient counts,
-the logits do not. It is measured on Linux only, and shows what is large: small allocations reuse memory freed before. Error: the largest difference from the eager computation in
-float64, of the loss relative to the loss and of the gradient relative to its largest element. A gradient is rounded
-to the dtype of the logits.
+Time: median over the repetitions of loss and gradient, the three in turn, after an unmeasured call of each.
+Memory: the largest growth of the process's resident memory during such a call, in multiples of the size of the logits;
+the gradient counts, the logits do not. Measured on Linux only; small allocations do not show, they reuse freed memory.
+Error: the largest difference from the eager computation in float64, of the loss relative to the loss, of the gradient
+relative to its largest element. The gradient is rounded to the dtype of the logits.
 
-Only the loss is measured: how much of a training step it takes depends on the model. Ratios are meaningful within a run,
-times are not between machines. Writes losses.json and losses.png to --out.
+Only the loss is measured: its share of a training step depends on the model. Ratios hold within a run; times cannot be
+compared between machines. Writes losses.json and losses.png to --out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CLIP = 0.2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUICK = {"tokens": 128, "repeats": 1}
 
-# ----------------------------------------------------------------------------------------------------------------- losses
+# --------------------------------------------------------------------------------------------------------------- losses
 
 
 class Batch(NamedTuple):
@@ -93,7 +93,7 @@ def make_batch(tokens: int, vocab: int, dtype: torch.dtype, generator: torch.Gen
     return Batch(logits.requires_grad_(), token_ids.squeeze(-1), old_logprobs, advantages)
 
 
-# ----------------------------------------------------------------------------------------------------------- measurements
+# --------------------------------------------------------------------------------------------------------- measurements
 
 
 def fresh(batch: Batch) -> Batch:
@@ -166,7 +166,7 @@ def measure(dtype: str, args: argparse.Namespace) -> list[Result]:
     return [Result(dtype, name, times[name], memory[name], size, *accuracy[name]) for name in LOSSES]
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 
 
 def table(results: list[Result], args: argparse.Namespace) -> Table:

@@ -1,4 +1,4 @@
-"""The Triton implementations of the operators. Importing this registers them; Triton itself is imported by the first call."""
+"""The Triton implementations of the operators. Importing this registers them; the first call of one imports Triton."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -18,5 +18,5 @@ def _launcher(module: str, operator: str) -> Callable[..., Any]:
 
 for _module, _names in _OPERATORS.items():
     for _name in _names:
-        for _key in ("CUDA", "XPU", "CPU"):  # the CPU: under TRITON_INTERPRET=1
+        for _key in ("CUDA", "XPU", "CPU"):  # the CPU is for TRITON_INTERPRET=1
             LIBRARY.impl(f"{_name}.triton", _launcher(_module, _name), _key)

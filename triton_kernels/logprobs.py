@@ -1,19 +1,19 @@
-"""Token log-probs by Triton: one read of the logits forward, one read and one write of them backward.
+"""Token log-probs: one read of the logits forward, one read and one write of them backward.
 
-A program owns a tile of rows x columns: one long row, which it walks block by block, or several short rows side by side. A
-row is reduced to (reference, rest, weighted): with the row's maximum as reference, t_j = (x_j - reference) / T and
-e_j = exp(t_j), the sum of e_j is 1 + rest, and weighted is the sum of e_j t_j. The 1 is one element at the maximum, so
-that nothing is lost beside a dominant logit. (A row that is -inf everywhere has reference 0 and rest -1.) Then
+A program owns a tile of rows x columns: one long row, which it walks block by block, or several short rows side by
+side. A row is reduced to (reference, rest, weighted). The reference is its maximum; with t_j = (x_j - reference) / T
+and e_j = exp(t_j), the sum of e_j is 1 + rest, and weighted is the sum of e_j t_j. The 1 is one of the elements at the
+maximum, so that nothing is lost beside a dominant logit. (A row that is -inf everywhere has reference 0, rest -1.) Then
 
     log p_y = t_y - log1p(rest),   entropy = log1p(rest) - weighted / (1 + rest).
 
-The order of every sum depends on the shape of the tile and the width of the loads alone: neither on the number of rows nor
-on a row's place among them.
+The order of every sum follows from V, K, the dtype and the alignment of rows: it depends neither on the number of rows
+nor on the place of a row among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ LOWEST = tl.constexpr(-200.0)  # 2^-200 is 0 in float32; t = -inf is moved here 
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x = -1 and x >= 0, with the digits of a small x."""
+    """log(1 + x) for x = -1 and x >= 0, with all digits of a small x."""
     s = x / (2 + x)
     square = s * s
     series = 1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square * (1 / 11)))))
@@ -45,8 +45,8 @@ def _log1p(x):
 
 @triton.jit
 def _rows(mask, num_rows, ROWS: tl.constexpr):
-    """The rows of this program, which of them exist, and which of those the mask keeps."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """[ROWS, 1]: the rows of this program, which of them exist, and which of those the mask keeps."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     exists = rows < num_rows
     kept = exists
     if mask is not None:
@@ -55,9 +55,10 @@ def _rows(mask, num_rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _row_pointers(base, rows, inner_rows, outer_stride, inner_stride, WIDTH: tl.constexpr):
-    """[ROWS, 1] pointers into a tensor of leading dimensions (outer, inner_rows). Offsets need 64 bits: rows * V > 2^31."""
-    outer = (rows // inner_rows).to(tl.int64) * outer_stride
+def _row_pointers(base, inner_rows, outer_stride, inner_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, 1] pointers to the rows of this program, in a tensor of leading dimensions (outer, inner_rows)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    outer = (rows // inner_rows).to(tl.int64) * outer_stride  # rows * V may exceed 2^31
     inner = (rows % inner_rows).to(tl.int64) * inner_stride
     pointers = base + (outer + inner)
     if WIDTH > 1:
@@ -66,25 +67,18 @@ def _row_pointers(base, rows, inner_rows, outer_stride, inner_stride, WIDTH: tl.
 
 
 @triton.jit
-def _columns(size, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The columns of a block, their number in all, and where the last, incomplete block starts: the others need no mask."""
-    size = tl.multiple_of(size, WIDTH)
-    return tl.arange(0, BLOCK)[None, :], size, size // BLOCK * BLOCK
-
-
-@triton.jit
 def _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS: tl.constexpr):
-    """[ROWS, IDS] ids of these rows, their places in memory, which of them exist, and which may be looked up."""
+    """[ROWS, IDS]: the ids of these rows, their places in memory, and which of them exist and are in range."""
     k = tl.arange(0, IDS)[None, :]
-    places = rows.to(tl.int64)[:, None] * num_ids + k
-    ids = tl.load(token_ids + places, mask=kept[:, None] & (k < num_ids), other=-1)
+    places = rows * num_ids + k
+    ids = tl.load(token_ids + places, mask=kept & (k < num_ids), other=-1)
     return ids, places, k < num_ids, (ids >= 0) & (ids < vocab_size)
 
 
 @triton.jit
 def _add_block(x, top, ones, rest, weighted, scale, ENTROPY: tl.constexpr):
-    """Adds a block [ROWS, BLOCK] to the sums of its rows: `ones` elements at the maximum `top`, `rest` of the others."""
-    block_top = tl.max(x, 1)
+    """Adds a block [ROWS, BLOCK] to the sums of its rows: `ones` elements at the maximum `top`, `rest` of others."""
+    block_top = tl.max(x, 1, keep_dims=True)
     new_top = tl.maximum(top, block_top)
     reference = tl.where(new_top == MINUS_INF, 0.0, new_top)
     shift = tl.maximum((top - reference) * scale, LOWEST)
@@ -93,15 +87,15 @@ def _add_block(x, top, ones, rest, weighted, scale, ENTROPY: tl.constexpr):
     rest = tl.where(shift == 0, rest, (ones + rest) * tl.exp2(shift))
     ones = tl.where(shift == 0, ones, 0.0)
 
-    t = (x - reference[:, None]) * scale[:, None]
+    t = (x - reference) * scale
     e = tl.exp2(t)
     if ENTROPY:
-        weighted += tl.sum(e * tl.maximum(t, LOWEST), 1)
-    if tl.max((block_top >= top).to(tl.int32), 0) != 0:  # else nothing here is at the maximum
+        weighted += tl.sum(e * tl.maximum(t, LOWEST), 1, keep_dims=True)
+    if tl.max((block_top >= top).to(tl.int32)) != 0:  # otherwise nothing in this block is at the maximum
         at_top = e == 1
-        ones += tl.sum(at_top.to(tl.float32), 1)
+        ones += tl.sum(at_top.to(tl.float32), 1, keep_dims=True)
         e = tl.where(at_top, 0.0, e)
-    rest += tl.sum(e, 1)
+    rest += tl.sum(e, 1, keep_dims=True)
     return new_top, ones, rest, weighted
 
 
@@ -127,25 +121,26 @@ def _token_logprobs_kernel(
     WIDTH: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Reads the kept rows of `logits` once; writes [T, K] log-probs, [T] entropies and [T, 3] sums, 0 for the other rows."""
+    """Reads the kept rows of the logits once. Writes K log-probs, the entropy and the three sums of every row."""
     rows, exists, kept = _rows(mask, num_rows, ROWS)
-    row = _row_pointers(logits, rows, inner_rows, outer_stride, inner_stride, WIDTH)
+    row = _row_pointers(logits, inner_rows, outer_stride, inner_stride, ROWS, WIDTH)
     T = tl.load(temperature + rows * temperature_stride, mask=kept, other=1.0)
     scale = tl.div_rn(LOG2E, T)
     ids, places, is_id, in_range = _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS)
     chosen = tl.load(row + ids, mask=in_range, other=float("nan")).to(tl.float32)
 
-    top = tl.full([ROWS], MINUS_INF, tl.float32)
-    ones = tl.zeros([ROWS], tl.float32)
-    rest = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS], tl.float32)
-    any_kept = tl.max(kept.to(tl.int32), 0) != 0
-    columns, size, full = _columns(tl.where(any_kept, vocab_size, 0), WIDTH, BLOCK)
+    top = tl.full([ROWS, 1], MINUS_INF, tl.float32)
+    ones = tl.zeros([ROWS, 1], tl.float32)
+    rest = tl.zeros([ROWS, 1], tl.float32)
+    weighted = tl.zeros([ROWS, 1], tl.float32)
+    columns = tl.arange(0, BLOCK)[None, :]
+    size = tl.where(tl.max(kept.to(tl.int32)) != 0, vocab_size, 0)
+    full = size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        x = tl.load(row + (start + columns), mask=kept[:, None], other=MINUS_INF, eviction_policy="evict_first")
+        x = tl.load(row + (start + columns), mask=kept, other=MINUS_INF, eviction_policy="evict_first")
         top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
     if full < size:
-        inside = kept[:, None] & (full + columns < size)
+        inside = kept & tl.max_constancy(full + columns < size, [1, WIDTH])
         x = tl.load(row + (full + columns), mask=inside, other=MINUS_INF, eviction_policy="evict_first")
         top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
 
@@ -153,25 +148,24 @@ def _token_logprobs_kernel(
     rest = ones - 1 + rest
     weighted *= LN2
     log_sum = _log1p(rest)
-    logprob = tl.div_rn(chosen - reference[:, None], T[:, None]) - log_sum[:, None]
-    tl.store(logprobs + places, tl.where(kept[:, None], logprob, 0.0), mask=exists[:, None] & is_id)
+    logprob = tl.div_rn(chosen - reference, T) - log_sum
+    tl.store(logprobs + places, tl.where(kept, logprob, 0.0), mask=exists & is_id)
     if ENTROPY:
         tl.store(entropy + rows, tl.where(kept, log_sum - tl.div_rn(weighted, 1 + rest), 0.0), mask=exists)
-    stats += rows.to(tl.int64) * 3
-    tl.store(stats, tl.where(kept, reference, 0.0), mask=exists)
-    tl.store(stats + 1, tl.where(kept, rest, 0.0), mask=exists)
-    tl.store(stats + 2, tl.where(kept, weighted, 0.0), mask=exists)
+    tl.store(stats + 3 * rows, tl.where(kept, reference, 0.0), mask=exists)
+    tl.store(stats + 3 * rows + 1, tl.where(kept, rest, 0.0), mask=exists)
+    tl.store(stats + 3 * rows + 2, tl.where(kept, weighted, 0.0), mask=exists)
 
 
 @triton.jit
 def _gradient(x, live, reference, scale, constant, slope, ENTROPY: tl.constexpr):
-    """e (constant + slope t) for a block, 0 in rows that are not live."""
-    t = (x.to(tl.float32) - reference[:, None]) * scale[:, None]
-    weight = constant[:, None]
+    """exp(t) (constant + slope t) of a block [ROWS, BLOCK], and 0 in rows that are not live."""
+    t = (x.to(tl.float32) - reference) * scale
+    weight = constant
     if ENTROPY:
         t = tl.maximum(t, LOWEST)
-        weight += slope[:, None] * t
-    return tl.where(live[:, None], tl.exp2(t) * weight, 0.0)
+        weight += slope * t
+    return tl.where(live, tl.exp2(t) * weight, 0.0)
 
 
 @kernel
@@ -198,72 +192,67 @@ def _token_logprobs_backward_kernel(
     IDS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Reads `logits` once, where a gradient arrives from above; writes `grad_logits` once, which may be the same memory.
+    """Reads once the logits of the rows that a gradient reaches; writes once all of grad_logits, maybe the same memory.
 
-    With G the sum of grad_logprobs, E grad_entropy, p_j = e_j / (1 + rest) and the mean of t, weighted / (1 + rest):
+    With G the sum of grad_logprobs, E grad_entropy, p_j = e_j / (1 + rest) and mean = weighted / (1 + rest):
 
         grad x_j = (grad_logprobs at j - p_j (G + E (t_j - mean))) / T
 
-    The columns whose log-prob was taken are computed apart, with 1 - p_y = (rest + (1 - e_y)) / (1 + rest), which loses
-    nothing: e_y is 1 where y is the maximum, and where it is not, rest holds at least e_y. They are rounded once.
+    The columns whose log-prob was taken are computed apart and rounded once, with 1 - p_y as (rest + (1 - e_y)) /
+    (1 + rest). No digits are lost: e_y is exactly 1 where y is the maximum, and where it is not, rest is at least e_y.
     """
     rows, exists, live = _rows(mask, num_rows, ROWS)
     T = tl.load(temperature + rows * temperature_stride, mask=live, other=1.0)
     scale = tl.div_rn(LOG2E, T)
-    g_sum = tl.zeros([ROWS], tl.float32)
-    g_entropy = tl.zeros([ROWS], tl.float32)
+    g_sum = tl.zeros([ROWS, 1], tl.float32)
+    g_entropy = tl.zeros([ROWS, 1], tl.float32)
     if grad_entropy is not None:
         g_entropy = tl.load(grad_entropy + rows, mask=live, other=0.0)
-    arrives = g_entropy != 0
+    reached = g_entropy != 0
     if grad_logprobs is not None:
-        ids, places, is_id, in_range = _load_ids(token_ids, rows, live, num_ids, vocab_size, IDS)
-        g = tl.load(grad_logprobs + places, mask=live[:, None] & is_id, other=0.0)
-        g_sum = tl.sum(g, 1)
-        arrives = arrives | (tl.max((g != 0).to(tl.int32), 1) != 0)
-    live = live & arrives
+        ids, _, _, in_range = _load_ids(token_ids, rows, live, num_ids, vocab_size, IDS)
+        here = tl.zeros([ROWS, IDS], tl.float32)  # gradients that arrive at the same id, and at other ids
+        others = tl.zeros([ROWS, IDS], tl.float32)
+        for k in range(num_ids):
+            g = tl.load(grad_logprobs + rows * num_ids + k, mask=live, other=0.0)
+            same = ids == tl.load(token_ids + rows * num_ids + k, mask=live, other=-1)
+            here += tl.where(same, g, 0.0)
+            others += tl.where(same, 0.0, g)
+            g_sum += g
+            reached = reached | (g != 0)
+    live = live & reached
 
-    stats += rows.to(tl.int64) * 3
-    reference = tl.load(stats, mask=live, other=0.0)
-    rest = tl.load(stats + 1, mask=live, other=0.0)
+    reference = tl.load(stats + 3 * rows, mask=live, other=0.0)
+    rest = tl.load(stats + 3 * rows + 1, mask=live, other=0.0)
     inverse = tl.div_rn(1.0, 1 + rest)
-    mean = tl.load(stats + 2, mask=live, other=0.0) * inverse
-    row = _row_pointers(logits, rows, inner_rows, outer_stride, inner_stride, WIDTH)
-    grad_row = _row_pointers(grad_logits, rows, inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
+    mean = tl.load(stats + 3 * rows + 2, mask=live, other=0.0) * inverse
+    row = _row_pointers(logits, inner_rows, outer_stride, inner_stride, ROWS, WIDTH)
+    grad_row = _row_pointers(grad_logits, inner_rows, grad_outer_stride, grad_inner_stride, ROWS, WIDTH)
 
     if grad_logprobs is not None:
-        in_range = in_range & live[:, None]
-        t = (tl.load(row + ids, mask=in_range, other=0.0).to(tl.float32) - reference[:, None]) * scale[:, None]
+        in_range = in_range & live
+        t = (tl.load(row + ids, mask=in_range, other=0.0).to(tl.float32) - reference) * scale
         e = tl.exp2(t)
-        others = tl.zeros_like(g)
-        if IDS > 1:
-            here = tl.zeros_like(g)
-            first = rows.to(tl.int64) * num_ids
-            for k in range(num_ids):
-                same = ids == tl.load(token_ids + first + k, mask=live, other=-1)[:, None]
-                g_k = tl.load(grad_logprobs + first + k, mask=live, other=0.0)[:, None]
-                here += tl.where(same, g_k, 0.0)
-                others += tl.where(same, 0.0, g_k)
-        else:
-            here = g
-        chosen = here * (rest[:, None] + (1 - e)) - others * e
+        chosen = here * (rest + (1 - e)) - others * e
         if grad_entropy is not None:
-            chosen -= g_entropy[:, None] * e * (LN2 * tl.maximum(t, LOWEST) - mean[:, None])
-        chosen = tl.div_rn(chosen * inverse[:, None], T[:, None])
-        tl.debug_barrier()  # all threads have read the chosen logits, which the sweep may overwrite
+            chosen -= g_entropy * e * (LN2 * tl.maximum(t, LOWEST) - mean)
+        chosen = tl.div_rn(chosen * inverse, T)
+        tl.debug_barrier()  # every thread has read the chosen logits before any overwrites them
 
-    per_e = tl.div_rn(inverse, T)
-    constant = (g_entropy * mean - g_sum) * per_e
-    slope = -LN2 * g_entropy * per_e
-    columns, size, full = _columns(vocab_size, WIDTH, BLOCK)
+    normaliser = tl.div_rn(inverse, T)
+    constant = (g_entropy * mean - g_sum) * normaliser
+    slope = -LN2 * g_entropy * normaliser
+    columns = tl.arange(0, BLOCK)[None, :]
+    full = vocab_size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        x = tl.load(row + (start + columns), mask=live[:, None], other=0.0, eviction_policy="evict_first")
+        x = tl.load(row + (start + columns), mask=live, other=0.0, eviction_policy="evict_first")
         grad = _gradient(x, live, reference, scale, constant, slope, grad_entropy is not None)
-        tl.store(grad_row + (start + columns), grad, mask=exists[:, None])
-    if full < size:
-        inside = full + columns < size
-        x = tl.load(row + (full + columns), mask=inside & live[:, None], other=0.0, eviction_policy="evict_first")
+        tl.store(grad_row + (start + columns), grad, mask=exists)
+    if full < vocab_size:
+        inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
+        x = tl.load(row + (full + columns), mask=inside & live, other=0.0, eviction_policy="evict_first")
         grad = _gradient(x, live, reference, scale, constant, slope, grad_entropy is not None)
-        tl.store(grad_row + (full + columns), grad, mask=inside & exists[:, None])
+        tl.store(grad_row + (full + columns), grad, mask=inside & exists)
 
     if grad_logprobs is not None:
         tl.debug_barrier()  # the chosen columns are written last
@@ -273,27 +262,16 @@ def _token_logprobs_backward_kernel(
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
-class _Rows(NamedTuple):
-    """A tensor [..., V] of unit stride along V, whose leading dimensions are (outer, inner)."""
+class _Layout(NamedTuple):
+    """Where the rows of a tensor [..., V] start: leading dimensions (outer, inner_rows), unit stride along V."""
 
-    tensor: Tensor
-    inner: int
+    inner_rows: int
     outer_stride: int
     inner_stride: int
 
-    def width(self) -> int:
-        """Elements per load and store: 16 bytes if every row starts and ends on such a boundary, otherwise one element.
 
-        With V = 50,257 every other row is out of line. Neighbouring threads then still touch neighbouring elements, so it
-        costs instructions and no bytes.
-        """
-        width = 16 // self.tensor.element_size()
-        extents = (self.tensor.shape[-1], self.outer_stride, self.inner_stride)
-        return width if self.tensor.data_ptr() % 16 == 0 and all(extent % width == 0 for extent in extents) else 1
-
-
-def _rows_of(tensor: Tensor) -> _Rows | None:
-    """Merges leading dimensions that have one common stride; None if more than two are left, or V is strided."""
+def _layout(tensor: Tensor) -> _Layout | None:
+    """None where V is strided, or the leading dimensions need more than two strides."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return None
     dims: list[tuple[int, int]] = []  # (size, stride), innermost first
@@ -304,39 +282,54 @@ def _rows_of(tensor: Tensor) -> _Rows | None:
             dims.append((size, stride))
     if len(dims) > 2:
         return None
-    (inner, inner_stride), (_, outer_stride) = (*dims, (1, 0), (1, 0))[:2]
-    return _Rows(tensor, inner, outer_stride, inner_stride)
+    (inner_rows, inner_stride), (_, outer_stride) = (*dims, (1, 0), (1, 0))[:2]
+    return _Layout(inner_rows, outer_stride, inner_stride)
 
 
-def _rows_or_copy(tensor: Tensor) -> _Rows:
-    rows = _rows_of(tensor) or _rows_of(tensor.contiguous())
-    assert rows is not None
-    return rows
+def _with_layout(tensor: Tensor) -> tuple[Tensor, _Layout]:
+    layout = _layout(tensor)
+    if layout is None:
+        tensor = tensor.contiguous()
+        layout = _layout(tensor)
+        assert layout is not None
+    return tensor, layout
+
+
+def _width(tensor: Tensor, layout: _Layout) -> int:
+    """Elements per load and store: 16 bytes of them if every row starts and ends on a boundary of 16 bytes, else one.
+
+    One is what V = 50,257 gets. Neighbouring threads still access neighbouring elements: that costs no bytes.
+    """
+    width = 16 // tensor.element_size()
+    extents = (tensor.shape[-1], layout.outer_stride, layout.inner_stride)
+    return width if tensor.data_ptr() % 16 == 0 and all(extent % width == 0 for extent in extents) else 1
 
 
 def _tile(vocab_size: int, num_ids: int, itemsize: int) -> dict[str, int]:
-    """Shape of a tile: long rows take blocks of 16 KB, short ones share 4 KB. Each thread holds 64 bytes, four loads of 16."""
+    """The tile of a program: 16 KB of a long row, or 4 KB of short rows; 64 bytes, four wide loads, for each thread."""
     block = max(128, min(triton.next_power_of_2(vocab_size), 16384 // itemsize))
     ids = triton.next_power_of_2(max(1, num_ids))
-    rows = max(1, 4096 // itemsize // max(block, ids))
-    return {"ROWS": rows, "BLOCK": block, "IDS": ids, "num_warps": max(1, rows * block * itemsize // 2048)}
+    row_bytes = max(block * itemsize, ids * 16)  # an id comes with its column, two sums and its gradient
+    rows = max(1, 4096 // row_bytes)
+    return {"ROWS": rows, "BLOCK": block, "IDS": ids, "num_warps": min(16, rows * row_bytes // 2048)}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    """None also for an empty tensor: a traced graph passes one as the gradient of an entropy that was not asked for."""
+    return None if tensor is None or tensor.numel() == 0 else tensor.contiguous()
 
 
 def _check_values(vocab_size: int, token_ids: Tensor, temperature: Tensor, mask: Tensor | None) -> None:
     kept = torch.ones((), dtype=torch.bool, device=token_ids.device) if mask is None else mask
     kept_ids = kept.reshape(kept.shape + (1,) * (token_ids.dim() - kept.dim()))
     bad = (((token_ids < 0) | (token_ids >= vocab_size)) & kept_ids).flatten().nonzero()
-    if len(bad):
+    if len(bad) > 0:
         raise ValueError(
             f"token_ids must be in [0, {vocab_size}) at kept rows, got {token_ids.flatten()[bad[0]].item()} "
             f"at flat position {bad[0].item()}"
         )
     bad = (~(temperature > 0) & kept).flatten().nonzero()
-    if len(bad):
+    if len(bad) > 0:
         value = temperature.expand(torch.broadcast_shapes(temperature.shape, kept.shape)).flatten()[bad[0]]
         raise ValueError(f"temperature must be positive, got {value.item()} at row {bad[0].item()}")
 
@@ -344,64 +337,64 @@ def _check_values(vocab_size: int, token_ids: Tensor, temperature: Tensor, mask:
 def token_logprobs(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator ``fusedpo::token_logprobs``; the sums of each row come third."""
-    if _checks.values_are_free(token_ids):
-        _check_values(logits.shape[-1], token_ids, temperature, mask)
+    """The operator ``fusedpo::token_logprobs``; its third result is (reference, rest, weighted) of every row."""
     shape, vocab_size = logits.shape[:-1], logits.shape[-1]
+    if _checks.values_are_free(token_ids):
+        _check_values(vocab_size, token_ids, temperature, mask)
     logprobs = logits.new_empty(token_ids.shape, dtype=torch.float32)
     entropy = logits.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
     stats = logits.new_empty((*shape, 3), dtype=torch.float32)
     num_rows = shape.numel()
-    if num_rows == 0:
-        return logprobs, entropy, stats
-    rows = _rows_or_copy(logits)
-    num_ids = token_ids.numel() // num_rows
-    tile = _tile(vocab_size, num_ids, logits.element_size())
-    launch(
-        _token_logprobs_kernel,
-        triton.cdiv(num_rows, tile["ROWS"]),
-        logits.device,
-        rows.tensor,
-        token_ids.contiguous(),
-        temperature.contiguous(),
-        _contiguous(mask),
-        logprobs,
-        entropy,
-        stats,
-        num_rows,
-        vocab_size,
-        num_ids,
-        *rows[1:],
-        int(temperature.dim() > 0),
-        WIDTH=rows.width(),
-        ENTROPY=return_entropy,
-        **tile,
-    )
+    if num_rows > 0:
+        logits, layout = _with_layout(logits)
+        num_ids = token_ids.numel() // num_rows
+        tile = _tile(vocab_size, num_ids, logits.element_size())
+        launch(
+            _token_logprobs_kernel,
+            triton.cdiv(num_rows, tile["ROWS"]),
+            logits.device,
+            logits,
+            token_ids.contiguous(),
+            temperature.contiguous(),
+            _contiguous(mask),
+            logprobs,
+            entropy,
+            stats,
+            num_rows,
+            vocab_size,
+            num_ids,
+            *layout,
+            int(temperature.dim() > 0),
+            WIDTH=_width(logits, layout),
+            ENTROPY=return_entropy,
+            **tile,
+        )
     return logprobs, entropy, stats
 
 
 def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    logits: _Rows,
-    grad_logits: _Rows,
+    logits: Tensor,
+    layout: _Layout,
+    grad_logits: Tensor,
+    grad_layout: _Layout,
     token_ids: Tensor,
     temperature: Tensor,
     mask: Tensor | None,
     stats: Tensor,
 ) -> None:
-    vocab_size = logits.tensor.shape[-1]
-    num_rows = stats.numel() // 3
+    vocab_size, num_rows = logits.shape[-1], stats.numel() // 3
     num_ids = token_ids.numel() // num_rows
-    tile = _tile(vocab_size, num_ids, logits.tensor.element_size())
+    tile = _tile(vocab_size, num_ids, logits.element_size())
     launch(
         _token_logprobs_backward_kernel,
         triton.cdiv(num_rows, tile["ROWS"]),
-        logits.tensor.device,
+        logits.device,
         _contiguous(grad_logprobs),
         _contiguous(grad_entropy),
-        logits.tensor,
-        grad_logits.tensor,
+        logits,
+        grad_logits,
         token_ids.contiguous(),
         temperature.contiguous(),
         _contiguous(mask),
@@ -409,10 +402,11 @@ def _backward(
         num_rows,
         vocab_size,
         num_ids,
-        *logits[1:],
-        *grad_logits[2:],
+        *layout,
+        grad_layout.outer_stride,
+        grad_layout.inner_stride,
         int(temperature.dim() > 0),
-        WIDTH=min(logits.width(), grad_logits.width()),
+        WIDTH=min(_width(logits, layout), _width(grad_logits, grad_layout)),
         **tile,
     )
 
@@ -426,12 +420,13 @@ def token_logprobs_backward(
     mask: Tensor | None,
     stats: Tensor,
 ) -> Tensor:
-    """The operator ``fusedpo::token_logprobs_backward``: the gradient of the logits, contiguous."""
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    """The operator ``fusedpo::token_logprobs_backward``: the gradient of the logits."""
+    grad_logits = logits.new_empty(logits.shape)
     if stats.numel() > 0:
-        rows = _rows_or_copy(logits)
-        to = _Rows(grad_logits, rows.inner, rows.inner * logits.shape[-1], logits.shape[-1])
-        _backward(grad_logprobs, grad_entropy, rows, to, token_ids, temperature, mask, stats)
+        logits, layout = _with_layout(logits)
+        vocab_size = logits.shape[-1]
+        to = _Layout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
+        _backward(grad_logprobs, grad_entropy, logits, layout, grad_logits, to, token_ids, temperature, mask, stats)
     return grad_logits
 
 
@@ -444,18 +439,17 @@ def token_logprobs_backward_(
     mask: Tensor | None,
     stats: Tensor,
 ) -> None:
-    """The operator ``fusedpo::token_logprobs_backward_``: the gradient overwrites the logits."""
-    rows = _rows_of(logits)
-    if stats.numel() == 0:
-        return
-    if rows is None:
-        logits.copy_(token_logprobs_backward(grad_logprobs, grad_entropy, logits, token_ids, temperature, mask, stats))
+    """The operator ``fusedpo::token_logprobs_backward_``: the gradient of the logits overwrites them."""
+    layout = _layout(logits)
+    others = (token_ids, temperature, mask, stats)
+    if layout is None or stats.numel() == 0:
+        logits.copy_(token_logprobs_backward(grad_logprobs, grad_entropy, logits, *others))
     else:
-        _backward(grad_logprobs, grad_entropy, rows, rows, token_ids, temperature, mask, stats)
+        _backward(grad_logprobs, grad_entropy, logits, layout, logits, layout, *others)
 
 
-def warmup(vocab_size: int, dtypes: Sequence[torch.dtype], device: torch.device | str, num_ids: int = 1) -> None:
-    """Compiles every variant that logits ``[..., vocab_size]`` of these dtypes need, so that no training step waits for one."""
+def warmup(vocab_size: int, dtypes: Iterable[torch.dtype], device: torch.device | str, num_ids: int = 1) -> None:
+    """Compiles all variants for contiguous logits ``[..., vocab_size]``, so that no training step waits for one."""
     for dtype in dtypes:
         logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
         token_ids = torch.zeros(1, num_ids, dtype=torch.int64, device=device)
