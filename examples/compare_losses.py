@@ -186,7 +186,7 @@ def table(results: list[Result], args: argparse.Namespace) -> Table:
 def plot(results: list[Result], path: Path) -> None:
     panels: dict[str, Callable[[Result], float]] = {
         "time (ms)": lambda r: r.median * 1e3,
-        "peak extra memory / size of the logits": lambda r: r.extra_memory,
+        "peak extra memory / size of the logits": lambda r: round(r.extra_memory, 2),
         "gradient error against float64": lambda r: r.gradient_error,
     }
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
@@ -195,7 +195,7 @@ def plot(results: list[Result], path: Path) -> None:
         for index, loss in enumerate(LOSSES):
             heights = [height(r) for r in results if r.loss == loss]
             bars = axis.bar([d + index * width for d in range(len(DTYPES))], heights, width, label=loss)
-            axis.bar_label(bars, fmt="%.2g", fontsize="small")
+            axis.bar_label(bars, fmt="%.3g", fontsize="small")
         axis.set_xticks([d + width for d in range(len(DTYPES))], list(DTYPES))
         axis.set_title(title)
     axes[-1].set_yscale("log")

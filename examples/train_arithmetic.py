@@ -8,8 +8,8 @@ What a trainer needs of fusedpo is in `collect`, `estimate_advantages` and `upda
 the report.
 
 The task: continue "37+48=" with the digits of the sum, the last one first, and an end token. The policy starts from a
-short supervised warm-up on careless demonstrations: 35% of their digits are drawn at random, and so about one in four of
-its answers is right. From there on it learns from its own samples alone: reward 1 for exactly the right answer, else 0.
+short supervised warm-up on careless demonstrations: 35% of their digits are drawn at random. About one in four of its
+answers is right then. From there on it learns from its own samples alone: reward 1 for the right answer, else 0.
 
 With --loss both (the default) it is trained twice from one seed, by the fused kernels and by the same loss in plain
 PyTorch ("eager"). The curves coincide until a difference in the last bits of a probability flips a sampled token; from
@@ -332,7 +332,7 @@ def arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=2, help="passes over the samples of a step")
     add("--minibatch", type=int, default=256, help="samples per optimiser step")
     add("--lr", type=float, default=5e-4)
-    add("--min-rise", type=float, default=0.3, help="of the reward, without which the exit status is 1")
+    add("--min-rise", type=float, default=0.2, help="of the reward, without which the exit status is 1")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="so small a model is fastest on one")
     add("--quick", action="store_true", help=" ".join(f"--{k.replace('_', '-')} {v}" for k, v in QUICK.items()))

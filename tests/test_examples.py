@@ -18,8 +18,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-pytestmark = pytest.mark.slow
-
 
 def run(script: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / script), "--out", str(out), *options]
@@ -48,6 +46,7 @@ def args(arithmetic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     return arithmetic.arguments()
 
 
+@pytest.mark.slow
 def test_training_raises_the_reward_and_both_losses_agree(tmp_path: Path) -> None:
     result = run("train_arithmetic.py", tmp_path / "new", "--quick")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -55,18 +54,23 @@ def test_training_raises_the_reward_and_both_losses_agree(tmp_path: Path) -> Non
     fused, eager = record["curves"]["fused"], record["curves"]["eager"]
     for curves in (fused, eager):
         assert all(len(curve) == record["settings"]["steps"] for curve in curves.values())
-        assert min(curves["reward"][-5:]) > curves["reward"][0] + 0.2
+        assert sum(curves["reward"][-5:]) / 5 > curves["reward"][0] + 0.2
         assert min(curves["clip_frac"]) >= 0
         assert max(curves["clip_frac"]) > 0  # several updates per batch of samples: the ratios leave 1
     for name in fused:  # the first step sees the same samples; its metrics are float32
         assert fused[name][0] == pytest.approx(eager[name][0], rel=1e-4, abs=1e-6)
 
 
-def test_training_that_does_not_raise_the_reward_fails(tmp_path: Path) -> None:
+def test_training_that_does_not_raise_the_reward_fails(
+    arithmetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--quick", "--loss", "fused", "--warmup-steps", "1", "--steps", "1", "--prompts", "2")
-    result = run("train_arithmetic.py", tmp_path, *options)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "no   fused: the reward rises by" in result.stdout
+    threads = str(torch.get_num_threads())
+    monkeypatch.setattr(sys, "argv", ["train_arithmetic.py", "--out", str(tmp_path), "--threads", threads, *options])
+    with pytest.raises(SystemExit) as exit:
+        arithmetic.main()
+    assert exit.value.code == 1
+    assert "no   fused: the reward rises by" in capsys.readouterr().out
     assert list(read(tmp_path, "arithmetic")["curves"]) == ["fused"]
 
 
@@ -117,19 +121,20 @@ def test_every_objective_makes_rewarded_samples_likelier(
     assert rise[advantages > 0].mean() > rise[advantages < 0].mean()
 
 
+@pytest.mark.slow
 def test_comparison_of_losses(tmp_path: Path) -> None:
-    result = run("compare_losses.py", tmp_path, "--quick")
+    result = run("compare_losses.py", tmp_path, "--tokens", "64", "--repeats", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     record = read(tmp_path, "losses")
     results = {(r["dtype"], r["loss"]): r for r in record["results"]}
     assert len(results) == 6
-    # The gradient is rounded to the dtype of the logits: by half a unit in its last place, at most.
-    for dtype, rounding in (("float32", 2**-24), ("bfloat16", 2**-8)):
+    arithmetic_error = 4 * 2**-21  # a float32 log-prob of about -10 is rounded by 2^-21; the ratio inherits that
+    for dtype, gradient_tolerance in (("float32", arithmetic_error), ("bfloat16", 2**-8)):  # rounded to 8 bits
         eager, fused, inplace = (results[dtype, loss] for loss in ("eager", "fused", "fused in place"))
         for r in (fused, inplace):
             assert len(r["seconds"]) == record["settings"]["repeats"]
-            assert r["loss_error"] <= max(eager["loss_error"], 1e-6)
-            assert r["gradient_error"] <= max(eager["gradient_error"], 16 * rounding)
+            assert r["loss_error"] < arithmetic_error
+            assert r["gradient_error"] < gradient_tolerance
         if eager["extra_bytes"] is not None:
             eager_memory, fused_memory, inplace_memory = (
                 r["extra_bytes"] / r["logits_bytes"] for r in (eager, fused, inplace)
