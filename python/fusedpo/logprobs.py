@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,26 @@ from . import _checks, backends, ops, reference
 __all__ = ["linear_token_logprobs", "next_tokens", "token_logprobs"]
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+    inplace_backward: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,
