@@ -43,7 +43,8 @@ class BatchArguments {
   Values per_token(const OptionalTensor& tensor) { return {data<float>(tensor), true}; }
 
   Values per_token_or_sequence(const OptionalTensor& tensor) {
-    const bool has_shape = tensor && std::equal(shape.begin(), shape.end(), tensor->sizes().begin(), tensor->sizes().end());
+    const bool has_shape =
+        tensor && std::equal(shape.begin(), shape.end(), tensor->sizes().begin(), tensor->sizes().end());
     return {data<float>(tensor), has_shape};
   }
 

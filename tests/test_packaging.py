@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -117,6 +118,18 @@ def test_cmake_has_the_only_list_of_native_sources() -> None:
     assert set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text())) == sources
     for other in ("setup.py", "pyproject.toml", "Makefile"):
         assert re.findall(r"\w+\.(?:cpp|cu)\b", (ROOT / other).read_text()) == []
+
+
+def test_native_wheel_with_cuda_beside_a_cpu_torch(source: Path, native: Path, tmp_path: Path) -> None:
+    if shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None) is None:
+        pytest.skip("no nvcc")
+    build("build_wheel", source, tmp_path, FUSEDPO_NATIVE="1", FUSEDPO_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    report = (
+        "import fusedpo, torch; from fusedpo import _C, backends; print(_C.build_info()['cuda_architectures'], "
+        "backends.why_not('native', 'policy_loss', 'cuda'), "
+        "torch._C._dispatch_has_kernel_for_dispatch_key('fusedpo::policy_loss.native', 'CUDA'))"
+    )
+    assert use(unpack(tmp_path), "-c", report).stdout.split() == ["['90-real']", "None", "True"]
 
 
 def test_wheel_without_native_part(source: Path, tmp_path: Path) -> None:

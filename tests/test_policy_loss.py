@@ -332,7 +332,7 @@ def test_masked_garbage_reaches_nothing(objective):
     batch = random_batch(3, 6)
     garbage = torch.tensor([NAN, INF, -INF, 1e4, -1e30, NAN], dtype=torch.float64).expand(3, 6)
     spoilt = {
-        name: x if name == "mask" else torch.where(batch["mask"], x, garbage.roll(i, 1))
+        name: x if name == "mask" else torch.where(batch["mask"], x, garbage.roll(i, 1).to(x.dtype))
         for i, (name, x) in enumerate(batch.items())
     }
 

@@ -1,27 +1,195 @@
+"""What the compiler makes of the Triton kernels, for GPUs that are not here: resources, instructions, variants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
 import torch
-def inputs(dtype, V, K=1):
-    return dict(logits=torch.zeros(6,V,dtype=dtype), ids=torch.zeros(6,K,dtype=torch.int64))
-def forward(dtype, V, entropy, mask=False, K=1):
-    def launch():
-        from fusedpo.triton_kernels import logprobs
-        m = torch.ones(6,dtype=torch.bool) if mask else None
-        logprobs.token_logprobs(torch.zeros(6,V,dtype=dtype), torch.zeros(6,K,dtype=torch.int64), torch.ones(()), m, entropy)
-    return launch
-def backward(dtype, V, lp, ent, mask=False, K=1):
-    def launch():
-        from fusedpo.triton_kernels import logprobs
-        m = torch.ones(6,dtype=torch.bool) if mask else None
-        logprobs.token_logprobs_backward(torch.zeros(6,K) if lp else None, torch.zeros(6) if ent else None, torch.zeros(6,V,dtype=dtype), torch.zeros(6,K,dtype=torch.int64), torch.ones(()), m, torch.zeros(6,3))
-    return launch
-b=torch.bfloat16; f=torch.float32
-CASES = {
- "f bf16 wide": forward(b,151936,True,True),
- "f bf16 wide noent": forward(b,151936,False,True),
- "f bf16 narrow": forward(b,50257,False),
- "f fp32": forward(f,151936,True),
- "f short": forward(b,1000,True,K=4),
- "b bf16": backward(b,151936,True,True,True),
- "b narrow": backward(b,50257,True,False),
- "b fp32 K4": backward(f,151936,True,True,K=4),
- "b short": backward(b,1000,False,True),
+
+pytest.importorskip("triton")
+triton_aot = pytest.importorskip("triton_aot")
+
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
+
+ROWS = 6
+
+
+def forward(dtype: torch.dtype, size: int, *, entropy: bool, mask: bool = False, num_ids: int = 1, rows: int = ROWS):
+    from fusedpo.triton_kernels import logprobs
+
+    logits, ids = torch.zeros(rows, size, dtype=dtype), torch.zeros(rows, num_ids, dtype=torch.int64)
+    logprobs.token_logprobs(logits, ids, torch.ones(()), torch.ones(rows, dtype=torch.bool) if mask else None, entropy)
+
+
+def backward(
+    dtype: torch.dtype,
+    size: int,
+    *,
+    logprobs: bool = True,
+    entropy: bool = False,
+    mask: bool = False,
+    num_ids: int = 1,
+    rows: int = ROWS,
+):
+    from fusedpo.triton_kernels import logprobs as kernels
+
+    kernels.token_logprobs_backward(
+        torch.zeros(rows, num_ids) if logprobs else None,
+        torch.zeros(rows) if entropy else None,
+        torch.zeros(rows, size, dtype=dtype),
+        torch.zeros(rows, num_ids, dtype=torch.int64),
+        torch.ones(()),
+        torch.ones(rows, dtype=torch.bool) if mask else None,
+        torch.zeros(rows, 3),
+    )
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES: dict[str, Callable[[], None]] = {
+    "forward, bf16": lambda: forward(BF16, 151_936, entropy=True, mask=True),
+    "forward, fp16, unaligned": lambda: forward(FP16, 50_257, entropy=False),
+    "forward, fp32": lambda: forward(FP32, 128_256, entropy=False, mask=True),
+    "forward, short rows": lambda: forward(BF16, 1000, entropy=True, num_ids=4),
+    "backward, bf16": lambda: backward(BF16, 151_936, entropy=True, mask=True),
+    "backward, fp16, unaligned": lambda: backward(FP16, 50_257),
+    "backward, fp32": lambda: backward(FP32, 128_256, num_ids=4),
+    "backward, short rows": lambda: backward(BF16, 1000, logprobs=False, entropy=True),
 }
+ALIGNED = [case for case in CASES if "unaligned" not in case and "short" not in case]
+UNALIGNED = [case for case in CASES if "unaligned" in case]
+
+
+def compile_cases() -> list[dict]:
+    return [
+        {"case": case} | triton_aot.compile_for(variant, target)
+        for case, launch in CASES.items()
+        for variant in triton_aot.variants(launch)
+        for target in triton_aot.TARGETS
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], dict]:
+    return {(result["case"], result["target"]): result for result in triton_aot.call(__name__, "compile_cases")}
+
+
+def elements_per_thread(result: dict) -> int:
+    return result["ROWS"] * result["BLOCK"] // (32 * result["num_warps"])
+
+
+@pytest.mark.parametrize("target", triton_aot.TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_spilled(compiled, case, target, record_property):
+    result = compiled[case, target]
+    record_property("registers", result["registers"])
+    assert result["stack"] == 0
+    # two programs of 8 warps fit on a multiprocessor
+    assert result["registers"] <= (128 if target.startswith("sm_") else 256)
+
+
+@pytest.mark.parametrize("case", [*ALIGNED, *UNALIGNED])
+def test_one_exponential_per_element(compiled, case):
+    """In each of two copies of the sweep, over complete blocks and the last; and one for the row (forward: two)."""
+    result = compiled[case, "sm_90"]
+    expected = 2 * elements_per_thread(result) + (2 if case.startswith("forward") else 1)
+    assert result["asm"].count("ex2.approx") == expected
+
+
+def sweep_accesses(result: dict) -> dict[str, list[str]]:
+    """Widths of the loads and stores of the sweeps; the loads carry a hint, the store of single columns comes last."""
+    loads = re.findall(r"ld\.global\.L1::evict_first\.L2::cache_hint\.(\S+)", result["asm"])
+    stores = re.findall(r"st\.global\.(\S+)", result["asm"])
+    return {"load": loads, "store": stores[:-1]} if "backward" in result["kernel"] else {"load": loads}
+
+
+@pytest.mark.parametrize("case", ALIGNED)
+def test_aligned_rows_are_accessed_16_bytes_at_a_time(compiled, case):
+    result = compiled[case, "sm_90"]
+    itemsize = 4 if "fp32" in case else 2
+    for widths in sweep_accesses(result).values():
+        assert widths == ["v4.b32"] * (2 * elements_per_thread(result) * itemsize // 16)
+
+
+@pytest.mark.parametrize("case", UNALIGNED)
+def test_unaligned_rows_are_accessed_by_element(compiled, case):
+    """Neighbouring threads access neighbouring elements: the layout is [1 element] x [32 threads]."""
+    result = compiled[case, "sm_90"]
+    for widths in sweep_accesses(result).values():
+        assert widths == ["b16"] * (2 * elements_per_thread(result))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_offsets_of_rows_have_64_bits(compiled, case):
+    ttir = compiled[case, "sm_90"]["ttir"]
+    pointers = 2 if case.startswith("backward") else 1
+    rows = re.findall(r"%(?:outer|inner)\w* = arith\.muli .*: (\S+)", ttir)
+    assert len(rows) == 2 * pointers
+    assert all("i64" in kind for kind in rows)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("backward") and "short" not in case])
+def test_chosen_columns_are_read_before_the_sweep_and_written_after_it(compiled, case):
+    """Barriers in between: in place, threads would otherwise read each other's gradients as logits."""
+    operations = re.findall(r"(bar\.sync|ld\.global\.L1|ld\.global|st\.global)", compiled[case, "sm_90"]["asm"])
+    first, last = operations.index("bar.sync"), len(operations) - 1 - operations[::-1].index("bar.sync")
+    assert "ld.global.L1" not in operations[:first]
+    assert "st.global" not in operations[:first]
+    assert {"ld.global.L1", "st.global"} <= set(operations[first:last])
+    assert "ld.global" not in operations[first:]
+    assert operations[last:] == ["bar.sync", "st.global"]
+
+
+# ------------------------------------------------------------------------------------------------------------- variants
+
+
+def count_variants() -> dict[str, int]:
+    def many_lengths_and_temperatures() -> None:
+        from fusedpo.triton_kernels import logprobs
+
+        for i in range(20):
+            rows = 1 + 7 * i
+            logits, ids = torch.zeros(rows, 1000, dtype=BF16), torch.zeros(rows, dtype=torch.int64)
+            offset_ids = torch.zeros(rows + i, dtype=torch.int64)[i:]
+            for temperature in (torch.full((), 0.5 + i), torch.full((rows,), 0.5 + i)):
+                _, _, stats = logprobs.token_logprobs(logits, ids, temperature, None, False)
+                arguments = (torch.ones(rows), None, logits, offset_ids, temperature, None, stats)
+                logprobs.token_logprobs_backward(*arguments)
+                logprobs.token_logprobs_backward_(*arguments)
+
+    def vocabularies() -> None:
+        for size in (32_000, 50_257, 100_277, 128_256, 151_936, 152_064, 202_048, 262_144):
+            forward(BF16, size, entropy=True)
+
+    def strided() -> None:
+        from fusedpo.triton_kernels import logprobs
+
+        for view in (torch.zeros(4, 9, 1000)[:, 1:], torch.zeros(9, 4, 1000).transpose(0, 1), torch.zeros(4, 8, 1000)):
+            logprobs.token_logprobs(view, torch.zeros(4, 8, dtype=torch.int64), torch.ones(()), None, False)
+
+    def warmup() -> None:
+        from fusedpo.triton_kernels import logprobs
+
+        logprobs.warmup(151_936, [BF16], "cpu")
+
+    def after_warmup() -> None:
+        warmup()
+        for rows in (1, 2, 16, 33):
+            for flag in (False, True):
+                forward(BF16, 151_936, entropy=flag, mask=True, rows=rows)
+                backward(BF16, 151_936, entropy=flag, mask=True, rows=rows)
+
+    launches = (many_lengths_and_temperatures, vocabularies, strided, warmup, after_warmup)
+    return {launch.__name__: len(triton_aot.variants(launch)) for launch in launches}
+
+
+def test_number_of_variants():
+    """Lengths, temperatures, strides and places in memory add none; of a vocabulary, the alignment of rows matters."""
+    assert triton_aot.call(__name__, "count_variants") == {
+        "many_lengths_and_temperatures": 2,
+        "vocabularies": 2,
+        "strided": 1,
+        "warmup": 2 * 2 + 2 * 3,
+        "after_warmup": 2 * 2 + 2 * 3,
+    }

@@ -6,7 +6,11 @@ from typing import Any
 
 from fusedpo.ops import LIBRARY
 
-_OPERATORS = {"logprobs": ("token_logprobs", "token_logprobs_backward", "token_logprobs_backward_")}
+_OPERATORS = {
+    "advantages": ("group_advantages", "token_advantages", "step_advantages", "whiten"),
+    "logprobs": ("token_logprobs", "token_logprobs_backward", "token_logprobs_backward_"),
+    "policy_loss": ("policy_loss", "policy_loss_backward"),
+}
 
 
 def _launcher(module: str, operator: str) -> Callable[..., Any]:

@@ -45,8 +45,8 @@ def _log1p(x):
 
 @triton.jit
 def _rows(mask, num_rows, ROWS: tl.constexpr):
-    """[ROWS, 1]: the rows of this program, which of them exist, and which of those the mask keeps."""
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    """[ROWS]: the rows of this program, which of them exist, and which of those the mask keeps."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     exists = rows < num_rows
     kept = exists
     if mask is not None:
@@ -70,15 +70,15 @@ def _row_pointers(base, inner_rows, outer_stride, inner_stride, ROWS: tl.constex
 def _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS: tl.constexpr):
     """[ROWS, IDS]: the ids of these rows, their places in memory, and which of them exist and are in range."""
     k = tl.arange(0, IDS)[None, :]
-    places = rows * num_ids + k
-    ids = tl.load(token_ids + places, mask=kept & (k < num_ids), other=-1)
+    places = rows[:, None] * num_ids + k
+    ids = tl.load(token_ids + places, mask=kept[:, None] & (k < num_ids), other=-1)
     return ids, places, k < num_ids, (ids >= 0) & (ids < vocab_size)
 
 
 @triton.jit
 def _add_block(x, top, ones, rest, weighted, scale, ENTROPY: tl.constexpr):
     """Adds a block [ROWS, BLOCK] to the sums of its rows: `ones` elements at the maximum `top`, `rest` of others."""
-    block_top = tl.max(x, 1, keep_dims=True)
+    block_top = tl.max(x, 1)
     new_top = tl.maximum(top, block_top)
     reference = tl.where(new_top == MINUS_INF, 0.0, new_top)
     shift = tl.maximum((top - reference) * scale, LOWEST)
@@ -87,15 +87,15 @@ def _add_block(x, top, ones, rest, weighted, scale, ENTROPY: tl.constexpr):
     rest = tl.where(shift == 0, rest, (ones + rest) * tl.exp2(shift))
     ones = tl.where(shift == 0, ones, 0.0)
 
-    t = (x - reference) * scale
+    t = (x - reference[:, None]) * scale[:, None]
     e = tl.exp2(t)
     if ENTROPY:
-        weighted += tl.sum(e * tl.maximum(t, LOWEST), 1, keep_dims=True)
-    if tl.max((block_top >= top).to(tl.int32)) != 0:  # otherwise nothing in this block is at the maximum
+        weighted += tl.sum(e * tl.maximum(t, LOWEST), 1)
+    if tl.max((block_top >= top).to(tl.int32), 0) != 0:  # otherwise nothing in this block is at the maximum
         at_top = e == 1
-        ones += tl.sum(at_top.to(tl.float32), 1, keep_dims=True)
+        ones += tl.sum(at_top.to(tl.float32), 1)
         e = tl.where(at_top, 0.0, e)
-    rest += tl.sum(e, 1, keep_dims=True)
+    rest += tl.sum(e, 1)
     return new_top, ones, rest, weighted
 
 
@@ -121,7 +121,7 @@ def _token_logprobs_kernel(
     WIDTH: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Reads the kept rows of the logits once. Writes K log-probs, the entropy and the three sums of every row."""
+    """Reads V logits of each kept row, once; writes K log-probs, an entropy and three sums of every row."""
     rows, exists, kept = _rows(mask, num_rows, ROWS)
     row = _row_pointers(logits, inner_rows, outer_stride, inner_stride, ROWS, WIDTH)
     T = tl.load(temperature + rows * temperature_stride, mask=kept, other=1.0)
@@ -129,18 +129,18 @@ def _token_logprobs_kernel(
     ids, places, is_id, in_range = _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS)
     chosen = tl.load(row + ids, mask=in_range, other=float("nan")).to(tl.float32)
 
-    top = tl.full([ROWS, 1], MINUS_INF, tl.float32)
-    ones = tl.zeros([ROWS, 1], tl.float32)
-    rest = tl.zeros([ROWS, 1], tl.float32)
-    weighted = tl.zeros([ROWS, 1], tl.float32)
+    top = tl.full([ROWS], MINUS_INF, tl.float32)
+    ones = tl.zeros([ROWS], tl.float32)
+    rest = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS], tl.float32)
     columns = tl.arange(0, BLOCK)[None, :]
-    size = tl.where(tl.max(kept.to(tl.int32)) != 0, vocab_size, 0)
+    size = tl.where(tl.max(kept.to(tl.int32), 0) != 0, vocab_size, 0)
     full = size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        x = tl.load(row + (start + columns), mask=kept, other=MINUS_INF, eviction_policy="evict_first")
+        x = tl.load(row + (start + columns), mask=kept[:, None], other=MINUS_INF, eviction_policy="evict_first")
         top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
     if full < size:
-        inside = kept & tl.max_constancy(full + columns < size, [1, WIDTH])
+        inside = kept[:, None] & tl.max_constancy(full + columns < size, [1, WIDTH])
         x = tl.load(row + (full + columns), mask=inside, other=MINUS_INF, eviction_policy="evict_first")
         top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
 
@@ -148,8 +148,8 @@ def _token_logprobs_kernel(
     rest = ones - 1 + rest
     weighted *= LN2
     log_sum = _log1p(rest)
-    logprob = tl.div_rn(chosen - reference, T) - log_sum
-    tl.store(logprobs + places, tl.where(kept, logprob, 0.0), mask=exists & is_id)
+    logprob = tl.div_rn(chosen - reference[:, None], T[:, None]) - log_sum[:, None]
+    tl.store(logprobs + places, tl.where(kept[:, None], logprob, 0.0), mask=exists[:, None] & is_id)
     if ENTROPY:
         tl.store(entropy + rows, tl.where(kept, log_sum - tl.div_rn(weighted, 1 + rest), 0.0), mask=exists)
     tl.store(stats + 3 * rows, tl.where(kept, reference, 0.0), mask=exists)
@@ -158,14 +158,14 @@ def _token_logprobs_kernel(
 
 
 @triton.jit
-def _gradient(x, live, reference, scale, constant, slope, ENTROPY: tl.constexpr):
-    """exp(t) (constant + slope t) of a block [ROWS, BLOCK], and 0 in rows that are not live."""
-    t = (x.to(tl.float32) - reference) * scale
-    weight = constant
+def _gradient(x, reference, scale, constant, slope, ENTROPY: tl.constexpr):
+    """exp(t) (constant + slope t) of a block [ROWS, BLOCK]."""
+    t = (x.to(tl.float32) - reference[:, None]) * scale[:, None]
+    weight = constant[:, None]
     if ENTROPY:
         t = tl.maximum(t, LOWEST)
-        weight += slope * t
-    return tl.where(live, tl.exp2(t) * weight, 0.0)
+        weight += slope[:, None] * t
+    return tl.exp2(t) * weight
 
 
 @kernel
@@ -192,7 +192,7 @@ def _token_logprobs_backward_kernel(
     IDS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Reads once the logits of the rows that a gradient reaches; writes once all of grad_logits, maybe the same memory.
+    """Reads V logits of each row that a gradient reaches, once; writes V gradients of every row, maybe in their place.
 
     With G the sum of grad_logprobs, E grad_entropy, p_j = e_j / (1 + rest) and mean = weighted / (1 + rest):
 
@@ -202,10 +202,8 @@ def _token_logprobs_backward_kernel(
     (1 + rest). No digits are lost: e_y is exactly 1 where y is the maximum, and where it is not, rest is at least e_y.
     """
     rows, exists, live = _rows(mask, num_rows, ROWS)
-    T = tl.load(temperature + rows * temperature_stride, mask=live, other=1.0)
-    scale = tl.div_rn(LOG2E, T)
-    g_sum = tl.zeros([ROWS, 1], tl.float32)
-    g_entropy = tl.zeros([ROWS, 1], tl.float32)
+    g_sum = tl.zeros([ROWS], tl.float32)
+    g_entropy = tl.zeros([ROWS], tl.float32)
     if grad_entropy is not None:
         g_entropy = tl.load(grad_entropy + rows, mask=live, other=0.0)
     reached = g_entropy != 0
@@ -215,13 +213,16 @@ def _token_logprobs_backward_kernel(
         others = tl.zeros([ROWS, IDS], tl.float32)
         for k in range(num_ids):
             g = tl.load(grad_logprobs + rows * num_ids + k, mask=live, other=0.0)
-            same = ids == tl.load(token_ids + rows * num_ids + k, mask=live, other=-1)
-            here += tl.where(same, g, 0.0)
-            others += tl.where(same, 0.0, g)
+            same = ids == tl.load(token_ids + rows * num_ids + k, mask=live, other=-1)[:, None]
+            here += tl.where(same, g[:, None], 0.0)
+            others += tl.where(same, 0.0, g[:, None])
             g_sum += g
             reached = reached | (g != 0)
     live = live & reached
 
+    # The other rows are left with x = 0, T = 1 and the gradient 0.
+    T = tl.load(temperature + rows * temperature_stride, mask=live, other=1.0)
+    scale = tl.div_rn(LOG2E, T)
     reference = tl.load(stats + 3 * rows, mask=live, other=0.0)
     rest = tl.load(stats + 3 * rows + 1, mask=live, other=0.0)
     inverse = tl.div_rn(1.0, 1 + rest)
@@ -230,13 +231,13 @@ def _token_logprobs_backward_kernel(
     grad_row = _row_pointers(grad_logits, inner_rows, grad_outer_stride, grad_inner_stride, ROWS, WIDTH)
 
     if grad_logprobs is not None:
-        in_range = in_range & live
-        t = (tl.load(row + ids, mask=in_range, other=0.0).to(tl.float32) - reference) * scale
+        in_range = in_range & live[:, None]
+        t = (tl.load(row + ids, mask=in_range, other=0.0).to(tl.float32) - reference[:, None]) * scale[:, None]
         e = tl.exp2(t)
-        chosen = here * (rest + (1 - e)) - others * e
+        chosen = here * (rest[:, None] + (1 - e)) - others * e
         if grad_entropy is not None:
-            chosen -= g_entropy * e * (LN2 * tl.maximum(t, LOWEST) - mean)
-        chosen = tl.div_rn(chosen * inverse, T)
+            chosen -= g_entropy[:, None] * e * (LN2 * tl.maximum(t, LOWEST) - mean[:, None])
+        chosen = tl.div_rn(chosen * inverse[:, None], T[:, None])
         tl.debug_barrier()  # every thread has read the chosen logits before any overwrites them
 
     normaliser = tl.div_rn(inverse, T)
@@ -245,14 +246,14 @@ def _token_logprobs_backward_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     full = vocab_size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        x = tl.load(row + (start + columns), mask=live, other=0.0, eviction_policy="evict_first")
-        grad = _gradient(x, live, reference, scale, constant, slope, grad_entropy is not None)
-        tl.store(grad_row + (start + columns), grad, mask=exists)
+        x = tl.load(row + (start + columns), mask=live[:, None], other=0.0, eviction_policy="evict_first")
+        grad = _gradient(x, reference, scale, constant, slope, grad_entropy is not None)
+        tl.store(grad_row + (start + columns), grad, mask=exists[:, None])
     if full < vocab_size:
         inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
-        x = tl.load(row + (full + columns), mask=inside & live, other=0.0, eviction_policy="evict_first")
-        grad = _gradient(x, live, reference, scale, constant, slope, grad_entropy is not None)
-        tl.store(grad_row + (full + columns), grad, mask=inside & exists)
+        x = tl.load(row + (full + columns), mask=inside & live[:, None], other=0.0, eviction_policy="evict_first")
+        grad = _gradient(x, reference, scale, constant, slope, grad_entropy is not None)
+        tl.store(grad_row + (full + columns), grad, mask=inside & exists[:, None])
 
     if grad_logprobs is not None:
         tl.debug_barrier()  # the chosen columns are written last
@@ -305,13 +306,14 @@ def _width(tensor: Tensor, layout: _Layout) -> int:
     return width if tensor.data_ptr() % 16 == 0 and all(extent % width == 0 for extent in extents) else 1
 
 
-def _tile(vocab_size: int, num_ids: int, itemsize: int) -> dict[str, int]:
-    """The tile of a program: 16 KB of a long row, or 4 KB of short rows; 64 bytes, four wide loads, for each thread."""
+def _tile(vocab_size: int, num_ids: int, itemsize: int, width: int) -> dict[str, int]:
+    """The tile of a program: 16 KB of a long row, or 4 KB of short rows. A thread holds 64 bytes in four wide loads, or 32."""
     block = max(128, min(triton.next_power_of_2(vocab_size), 16384 // itemsize))
     ids = triton.next_power_of_2(max(1, num_ids))
     row_bytes = max(block * itemsize, ids * 16)  # an id comes with its column, two sums and its gradient
     rows = max(1, 4096 // row_bytes)
-    return {"ROWS": rows, "BLOCK": block, "IDS": ids, "num_warps": min(16, rows * row_bytes // 2048)}
+    num_warps = min(16, rows * row_bytes // (2048 if width > 1 else 1024))
+    return {"ROWS": rows, "BLOCK": block, "IDS": ids, "WIDTH": width, "num_warps": num_warps}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -348,7 +350,7 @@ def token_logprobs(
     if num_rows > 0:
         logits, layout = _with_layout(logits)
         num_ids = token_ids.numel() // num_rows
-        tile = _tile(vocab_size, num_ids, logits.element_size())
+        tile = _tile(vocab_size, num_ids, logits.element_size(), _width(logits, layout))
         launch(
             _token_logprobs_kernel,
             triton.cdiv(num_rows, tile["ROWS"]),
@@ -365,7 +367,6 @@ def token_logprobs(
             num_ids,
             *layout,
             int(temperature.dim() > 0),
-            WIDTH=_width(logits, layout),
             ENTROPY=return_entropy,
             **tile,
         )
@@ -386,7 +387,8 @@ def _backward(
 ) -> None:
     vocab_size, num_rows = logits.shape[-1], stats.numel() // 3
     num_ids = token_ids.numel() // num_rows
-    tile = _tile(vocab_size, num_ids, logits.element_size())
+    width = min(_width(logits, layout), _width(grad_logits, grad_layout))
+    tile = _tile(vocab_size, num_ids, logits.element_size(), width)
     launch(
         _token_logprobs_backward_kernel,
         triton.cdiv(num_rows, tile["ROWS"]),
@@ -406,7 +408,6 @@ def _backward(
         grad_layout.outer_stride,
         grad_layout.inner_stride,
         int(temperature.dim() > 0),
-        WIDTH=min(_width(logits, layout), _width(grad_logits, grad_layout)),
         **tile,
     )
 

@@ -112,7 +112,9 @@ def exp(x):
     """To a few units in the last place: the hardware's 2^x of a rounded x log2(e) would lose |x| of them."""
     x = clamp(x, -104.0, 89.0)  # 0 and infinity
     n = tl.floor(x * LOG2E + 0.5)
-    r = (x - n * 0.693359375) - n * -2.12194440e-4  # log 2 in two parts: the product with the first, of 9 bits, is exact
+    r = (
+        x - n * 0.693359375
+    ) - n * -2.12194440e-4  # log 2 in two parts: the product with the first, of 9 bits, is exact
     return tl.exp2(n) * tl.exp(r)
 
 

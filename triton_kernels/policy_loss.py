@@ -49,14 +49,13 @@ from .objective import (
 )
 
 MINUS_INF = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 
 # Rows of the statistics: the metrics in their order, as sums over a tile or as its maximum, and what else is needed.
 NUM_METRICS = tl.constexpr(16)
 TOKENS, CLIPPED, CLIPPED_LOW, CLIPPED_HIGH = map(tl.constexpr, range(4))
 RATIO, MINUS_RATIO_MAX, RATIO_MAX, TRACES, MINUS_TRACE_MAX, TRACE_MAX = map(tl.constexpr, range(4, 10))
 MINUS_LOG_RATIO, APPROX_K3, KL, ENTROPY, WEIGHT, CLAMPED = map(tl.constexpr, range(10, 16))
-LOSS, SQUARED_WEIGHT, WEIGHT_MAX, SEQUENCES, NUM_ROWS = map(tl.constexpr, range(16, 21))
+LOSS, SQUARED_WEIGHT, SEQUENCES, NUM_ROWS = map(tl.constexpr, range(16, 20))
 assert len(METRICS) == NUM_METRICS.value
 
 
@@ -64,20 +63,27 @@ assert len(METRICS) == NUM_METRICS.value
 
 
 class Tokens(NamedTuple):
-    """Where the tokens of a batch are."""
+    """Where the log-ratios of a batch are."""
 
     logprobs: Any
     old_logprobs: Any
     mask: Any
 
 
+class Weights(NamedTuple):
+    """Values per token, or one per sequence."""
+
+    array: Any
+    per_token: Any
+
+
 class Tile(NamedTuple):
-    """Positions [first, end) of a sequence, the first TILE of them; the sequence is [begin, end)."""
+    """TILE positions from ``first`` on, of a sequence with ``before`` positions before and ``left`` from there on."""
 
     sequence: Any
-    begin: Any
-    end: Any
-    first: Any
+    first: Any  # 64 bits; positions are 32-bit offsets to it
+    before: Any
+    left: Any
 
 
 @triton.jit
@@ -92,31 +98,42 @@ def _begin(cu_seqlens, sequence, exists, width):
 
 @triton.jit
 def _find_tile(index, cu_seqlens, num_sequences, width, TILE: tl.constexpr, CHUNK: tl.constexpr):
-    lanes = tl.arange(0, CHUNK)
     begun = 0  # sequences whose first tile is this one or an earlier one
     for start in range(0, num_sequences, CHUNK):
-        s = start + lanes
+        s = start + tl.arange(0, CHUNK)
         exists = s < num_sequences
         first_tile = _begin(cu_seqlens, s, exists, width) // TILE + s
         begun += tl.sum((exists & (first_tile <= index)).to(tl.int32), 0)
     sequence = begun - 1
-    begin = _begin(cu_seqlens, sequence, True, width)
-    end = _begin(cu_seqlens, sequence + 1, True, width)
-    return Tile(sequence, begin, end, begin + (index - begin // TILE - sequence) * TILE)
+    begin = _begin(cu_seqlens, sequence, begun > 0, width)
+    end = _begin(cu_seqlens, sequence + 1, begun > 0, width)
+    first = begin + (index - begin // TILE - sequence) * TILE
+    return Tile(sequence, first, (first - begin).to(tl.int32), (end - first).to(tl.int32))
 
 
 @triton.jit
-def _kept(mask, position, inside):
+def _kept(mask, tile, offset, inside):
     """Which positions the mask keeps, of those inside."""
     if mask is not None:
-        inside = inside & (tl.load(mask + position, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(mask + tile.first + offset, mask=inside, other=0) != 0)
     return inside
 
 
 @triton.jit
-def _places(kept, before):
-    """Which of the kept tokens of its sequence each token is, from 1, where ``before`` come before all of these."""
-    return tl.maximum(before + tl.cumsum(kept.to(tl.int32), 0), 1).to(tl.float32)
+def _load(values, tile, offset, kept):
+    return tl.load(values + tile.first + offset, mask=kept, other=0.0)
+
+
+@triton.jit
+def _load_weights(weights, tile, offset, kept, other):
+    base = weights.array + tl.where(weights.per_token != 0, tile.first, tile.sequence)
+    return tl.load(base + tl.where(weights.per_token != 0, offset, 0), mask=kept, other=other)
+
+
+@triton.jit
+def _only_if(flag, mask):
+    """The mask, or none of it. (``mask & (flag != 0)`` fails in the interpreter.)"""
+    return mask & (tl.full(mask.shape, flag, tl.int32) != 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- windows
@@ -132,17 +149,15 @@ class Traced(NamedTuple):
 
 @triton.jit
 def _value(x, tile, offset, inside):
-    """The value at ``tile.first + offset``, 0 where masked, not ``inside``, or beyond the sequence."""
-    position = tile.first + offset
-    inside = inside & (position >= tile.begin) & (position < tile.end)
-    kept = _kept(x.tokens.mask, position, inside)
+    """The value at ``offset`` from the tile, 0 where masked, not ``inside``, or beyond the sequence."""
+    kept = _kept(x.tokens.mask, tile, offset, inside & (offset >= -tile.before) & (offset < tile.left))
     if x.grad_log_trace is None:
-        logprob = tl.load(x.tokens.logprobs + position, mask=kept, other=0.0)
-        value = log_ratio(logprob, tl.load(x.tokens.old_logprobs + position, mask=kept, other=0.0))
+        logprob = _load(x.tokens.logprobs, tile, offset, kept)
+        value = log_ratio(logprob, _load(x.tokens.old_logprobs, tile, offset, kept))
     else:
-        value = tl.load(x.grad_log_trace + position, mask=kept, other=0.0)
+        value = _load(x.grad_log_trace, tile, offset, kept)
         if x.grad_loss is not None:
-            value *= tl.load(x.grad_loss + position, mask=kept, other=0.0)
+            value *= _load(x.grad_loss, tile, offset, kept)
     return value
 
 
@@ -150,19 +165,16 @@ def _value(x, tile, offset, inside):
 def _sum_one_way(x, tile, count, STEP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):
     """For each position of the tile, the sum over the next (STEP = 1) or the previous (-1) ``count`` positions.
 
-    Nothing is ever subtracted, so nothing cancels and a NaN stays in the windows that hold it. With u the unit roundoff
-    and |x| summed over the window, short windows have an error of 2 u |x|: they are summed afresh for each position,
-    with the roundings. Long ones reach beyond the tile: the rest of the tile by a scan, what lies in the windows of all
-    its positions by a sum, and what lies in those of some by another scan. Each value then passes through less than
-    2 log2(TILE) + log2(CHUNK) + sequence length / CHUNK additions.
+    Nothing is ever subtracted, so nothing cancels and a NaN stays in the windows that hold it. Short windows are summed
+    afresh for each position, together with the roundings: the error is at most 2 u sum|x|, u the unit roundoff. Long
+    ones reach beyond the tile: the rest of the tile by a scan, what lies in the windows of all its positions by a sum,
+    and what lies in those of some by another scan. Each value passes through no more than
+    2 log2(TILE) + log2(CHUNK) + length of the sequence / CHUNK additions.
     """
     i = tl.arange(0, TILE)
-    near: tl.constexpr = 0 if STEP == 1 else TILE - 1  # the tile's ends: the windows go from near to far
-    far: tl.constexpr = TILE - 1 - near
-    if STEP == 1:
-        reach = tl.minimum(count, tile.end - 1 - tile.first)
-    else:
-        reach = tl.minimum(count, far + TILE - 1 + tile.first - tile.begin)
+    NEAR: tl.constexpr = 0 if STEP == 1 else TILE - 1  # the ends of the tile: windows go from near to far
+    FAR: tl.constexpr = TILE - 1 - NEAR
+    reach = tl.minimum(count, tile.left - 1 if STEP == 1 else tile.before + TILE - 1)
     total = tl.zeros([TILE], tl.float32)
     if count < TILE:
         roundings = total
@@ -174,13 +186,12 @@ def _sum_one_way(x, tile, count, STEP: tl.constexpr, TILE: tl.constexpr, CHUNK: 
             roundings += (before - (total - added)) + (value - added)
         total += roundings
     else:
-        lanes = tl.arange(0, CHUNK)
         shared = tl.zeros([CHUNK], tl.float32)
         for start in range(TILE, reach + 1, CHUNK):
-            k = start + lanes
-            shared += _value(x, tile, near + STEP * k, k <= count)
-        total = tl.cumsum(_value(x, tile, i + STEP, i != far), 0, reverse=STEP == 1)
-        total += tl.cumsum(_value(x, tile, i + STEP * count, i != near), 0, reverse=STEP == -1)
+            k = start + tl.arange(0, CHUNK)
+            shared += _value(x, tile, NEAR + STEP * k, k <= count)
+        total = tl.cumsum(_value(x, tile, i + STEP, i != FAR), 0, reverse=STEP == 1)
+        total += tl.cumsum(_value(x, tile, i + STEP * count, i != NEAR), 0, reverse=STEP == -1)
         total += tl.sum(shared, 0)
     return total
 
@@ -192,29 +203,71 @@ def _sum_of_window(x, tile, back, ahead, TILE: tl.constexpr, CHUNK: tl.constexpr
 
 
 @triton.jit
-def _through_traces(x, tile, back, ahead, live, TILE: tl.constexpr, CHUNK: tl.constexpr):
+def _through_traces(x, tile, back, ahead, TILE: tl.constexpr, CHUNK: tl.constexpr):
     """The gradient that reaches log-probs through traces: a token is in the windows of those that reach it."""
-    i = tl.arange(0, TILE)
-    logprob = tl.load(x.tokens.logprobs + tile.first + i, mask=live, other=0.0)
-    old_logprob = tl.load(x.tokens.old_logprobs + tile.first + i, mask=live, other=0.0)
     reaching = _sum_of_window(x, tile, ahead, back, TILE, CHUNK)
-    return tl.where(live & log_ratio_live(logprob, old_logprob), reaching, 0.0)
+    i = tl.arange(0, TILE)
+    kept = _kept(x.tokens.mask, tile, i, i < tile.left)
+    live = log_ratio_live(_load(x.tokens.logprobs, tile, i, kept), _load(x.tokens.old_logprobs, tile, i, kept))
+    return tl.where(kept & live, reaching, 0.0)
+
+
+# ------------------------------------------------------------------------------------ what tokens know of their sequence
+
+
+@triton.jit
+def _places(kept, before):
+    """Which of the kept tokens of its sequence each token is, from 1, where ``before`` come before all of these."""
+    return tl.maximum(before + tl.cumsum(kept.to(tl.int32), 0), 1).to(tl.float32)
+
+
+@triton.jit
+def _count_kept(o, mask, tile, CHUNK: tl.constexpr):
+    """How many tokens the sequence keeps before the tile, and in all of it, if the objective needs to know."""
+    needs_place = (o.trust_region == LOG_CLIP) | (o.trust_region == CPPO)
+    needs_length = (o.trust_region == CPPO) | (o.ratio == SEQUENCE_RATIO) | (o.aggregation >= SEQ_MEAN_TOKEN_MEAN)
+    if mask is None:
+        before, count = tile.before, tile.before + tile.left
+    else:
+        counts_before = tl.zeros([CHUNK], tl.int32)
+        counts = tl.zeros([CHUNK], tl.int32)
+        stop = tl.where(needs_length, tile.left, tl.where(needs_place, 0, -tile.before))
+        for start in range(-tile.before, stop, CHUNK):
+            offset = start + tl.arange(0, CHUNK)
+            there = _kept(mask, tile, offset, offset < stop).to(tl.int32)
+            counts_before += tl.where(offset < 0, there, 0)
+            counts += there
+        before, count = tl.sum(counts_before, 0), tl.sum(counts, 0)
+    return before, count
+
+
+@triton.jit
+def _sum_sequence(o, tokens, advantages, tile, length, CHUNK: tl.constexpr):
+    """The sums of the log-ratios, and of what the trust region sums: GMPO over the sequence, CPPO before the tile."""
+    log_ratios = tl.zeros([CHUNK], tl.float32)
+    summands = tl.zeros([CHUNK], tl.float32)
+    before = 0
+    stop = tl.where(o.ratio == SEQUENCE_RATIO, tile.left, tl.where(o.trust_region == CPPO, 0, -tile.before))
+    for start in range(-tile.before, stop, CHUNK):
+        offset = start + tl.arange(0, CHUNK)
+        kept = _kept(tokens.mask, tile, offset, offset < stop)
+        x = _bare_token(tokens, advantages, tile, offset, kept, _places(kept, before), length)
+        log_ratios += log_ratio(x.logprob, x.old_logprob)
+        summands += tl.where(kept, summand(o, x), 0.0)
+        before += tl.sum(kept.to(tl.int32), 0)
+    return tl.sum(log_ratios, 0), tl.sum(summands, 0)
+
+
+@triton.jit
+def _bare_token(tokens, advantages, tile, offset, kept, place, length):
+    logprob = _load(tokens.logprobs, tile, offset, kept)
+    old_logprob = _load(tokens.old_logprobs, tile, offset, kept)
+    advantage = _load_weights(advantages, tile, offset, kept, 0.0)
+    zero = tl.zeros_like(logprob)
+    return Token(logprob, old_logprob, zero, advantage, zero, zero, zero, place, length, zero)
 
 
 # ------------------------------------------------------------------------------------------------- loss of every token
-
-
-@triton.jit
-def _load_weights(weights, per_token, tile, i, kept, other):
-    """Values per token, or one for the sequence."""
-    return tl.load(weights + tl.where(per_token != 0, tile.first + i, tile.sequence), mask=kept, other=other)
-
-
-@triton.jit
-def _largest(values, kept):
-    """NaN wins, as in torch.amax; -infinity if there are none."""
-    top = tl.max(tl.where(kept, values, MINUS_INF), 0)
-    return tl.where(tl.max((kept & (values != values)).to(tl.int32), 0) != 0, NAN, top)
 
 
 @kernel
@@ -225,7 +278,7 @@ def _tokens_kernel(
     mask,
     cu_seqlens,
     ref_logprobs,
-    entropy,
+    entropies,
     is_weights,
     loss,
     grad_logprobs,
@@ -238,6 +291,7 @@ def _tokens_kernel(
     is_weight_per_token,
     has_is_weights,
     has_entropy,
+    has_entropy_gradient,
     per_token,
     ratio,
     back,
@@ -277,125 +331,105 @@ def _tokens_kernel(
         p4,
     )
     tokens = Tokens(logprobs, old_logprobs, mask)
+    weights = Weights(advantages, advantage_per_token)
     tile = _find_tile(tl.program_id(0), cu_seqlens, num_sequences, width, TILE, CHUNK)
     i = tl.arange(0, TILE)
-    kept = _kept(mask, tile.first + i, i < tile.end - tile.first)
+    inside = i < tile.left
+    kept = _kept(mask, tile, i, inside)
 
-    # What the tokens must know of their sequence: how many tokens it keeps, here before the tile and in all of it, ...
-    needs_place = (o.trust_region == LOG_CLIP) | (o.trust_region == CPPO)
-    needs_length = (o.trust_region == CPPO) | (o.ratio == SEQUENCE_RATIO) | (o.aggregation >= SEQ_MEAN_TOKEN_MEAN)
-    lanes = tl.arange(0, CHUNK)
-    if mask is None:
-        before, count = (tile.first - tile.begin).to(tl.int32), (tile.end - tile.begin).to(tl.int32)
-    else:
-        counts = tl.zeros([CHUNK], tl.int32)
-        counts_before = tl.zeros([CHUNK], tl.int32)
-        stop = tl.where(needs_length, tile.end, tl.where(needs_place, tile.first, tile.begin))
-        for start in range(tile.begin, stop, CHUNK):
-            in_chunk = _kept(mask, start + lanes, start + lanes < stop).to(tl.int32)
-            counts += in_chunk
-            counts_before += tl.where(start + lanes < tile.first, in_chunk, 0)
-        before, count = tl.sum(counts_before, 0), tl.sum(counts, 0)
+    before, count = _count_kept(o, mask, tile, CHUNK)
     length = tl.maximum(count, 1).to(tl.float32)
-
-    # ... the mean of its log-ratios, and sums of what the trust region compares
-    log_ratios = tl.zeros([CHUNK], tl.float32)
-    summands = tl.zeros([CHUNK], tl.float32)
-    walked = 0
-    stop = tl.where(o.ratio == SEQUENCE_RATIO, tile.end, tl.where(o.trust_region == CPPO, tile.first, tile.begin))
-    for start in range(tile.begin, stop, CHUNK):
-        chunk = Tile(tile.sequence, tile.begin, tile.end, start)
-        in_chunk = _kept(mask, start + lanes, start + lanes < stop)
-        logprob = tl.load(logprobs + start + lanes, mask=in_chunk, other=0.0)
-        old_logprob = tl.load(old_logprobs + start + lanes, mask=in_chunk, other=0.0)
-        advantage = _load_weights(advantages, advantage_per_token, chunk, lanes, in_chunk, 0.0)
-        zero = tl.zeros_like(logprob)
-        place = _places(in_chunk, walked)
-        x = Token(logprob, old_logprob, zero, advantage, zero, zero, zero, place, length, zero)
-        log_ratios += log_ratio(logprob, old_logprob)
-        summands += tl.where(in_chunk, summand(o, x), 0.0)
-        walked += tl.sum(in_chunk.to(tl.int32), 0)
-
-    logprob = tl.load(logprobs + tile.first + i, mask=kept, other=0.0)
-    old_logprob = tl.load(old_logprobs + tile.first + i, mask=kept, other=0.0)
-    ref_logprob = tl.load(ref_logprobs + tile.first + i, mask=kept & (o.kl != 0), other=0.0)
-    advantage = _load_weights(advantages, advantage_per_token, tile, i, kept, 0.0)
-    is_weight = _load_weights(is_weights, is_weight_per_token, tile, i, kept & (has_is_weights != 0), 1.0)
-    entropies = tl.load(entropy + tile.first + i, mask=kept & (has_entropy != 0), other=0.0)
-    place = _places(kept, before)
-    zero = tl.zeros_like(logprob)
-    log_trace = zero
-    sequence_sum = zero
+    log_ratios, summands = _sum_sequence(o, tokens, weights, tile, length, CHUNK)
+    x = _bare_token(tokens, weights, tile, i, kept, _places(kept, before), length)
+    log_trace = x.log_trace
+    sequence_sum = x.sequence_sum
     if o.ratio == TRACE:
         log_trace = _sum_of_window(Traced(tokens, None, None), tile, o.back, o.ahead, TILE, CHUNK)
     elif o.ratio == SEQUENCE_RATIO:
-        log_trace = zero + tl.sum(log_ratios, 0) / length
+        log_trace += log_ratios / length
     if o.trust_region == GMPO:
-        sequence_sum = zero + tl.sum(summands, 0) / length
+        sequence_sum += summands / length
     elif o.trust_region == CPPO:
-        x = Token(logprob, old_logprob, zero, advantage, zero, zero, zero, place, length, zero)
-        sequence_sum = tl.sum(summands, 0) + tl.cumsum(tl.where(kept, summand(o, x), 0.0), 0)
+        sequence_sum = summands + tl.cumsum(tl.where(kept, summand(o, x), 0.0), 0)
+
+    ref_logprob = _load(ref_logprobs, tile, i, _only_if(o.kl, kept))
+    entropy = _load(entropies, tile, i, _only_if(has_entropy, kept))
+    is_weight = _load_weights(
+        Weights(is_weights, is_weight_per_token), tile, i, _only_if(has_is_weights, kept), 1.0
+    )
     x = Token(
-        logprob, old_logprob, ref_logprob, advantage, is_weight, entropies, log_trace, place, length, sequence_sum
+        x.logprob,
+        x.old_logprob,
+        ref_logprob,
+        x.advantage,
+        is_weight,
+        entropy,
+        log_trace,
+        x.place,
+        x.length,
+        sequence_sum,
     )
     result = evaluate(o, x)
+    share = 1 / tl.where(o.aggregation == SEQ_MEAN_TOKEN_MEAN, length, 1.0)
+    _store_statistics(statistics, result, entropy, kept, share, (tile.before == 0) & (count > 0))
+    d_logprob = tl.where(kept, share * result.d_logprob, 0.0)
+    d_log_trace = tl.where(kept, share * result.d_log_trace, 0.0)
+    d_entropy = tl.where(kept, -share * entropy_coef, 0.0)
+    tl.store(loss + tile.first + i, tl.where(kept, result.loss, 0.0), mask=_only_if(per_token, inside))
+    tl.store(grad_logprobs + tile.first + i, d_logprob, mask=inside)
+    tl.store(grad_log_trace + tile.first + i, d_log_trace, mask=_only_if(differentiate, inside))
+    tl.store(grad_entropy + tile.first + i, d_entropy, mask=_only_if(has_entropy_gradient, inside))
 
-    share = tl.where(o.aggregation == SEQ_MEAN_TOKEN_MEAN, tl.div_rn(1.0, length), 1.0)
-    inside = i < tile.end - tile.first
-    position = tile.first + i
-    tl.store(loss + position, tl.where(kept, result.loss, 0.0), mask=inside & (per_token != 0))
-    tl.store(grad_logprobs + position, tl.where(kept, share * result.d_logprob, 0.0), mask=inside)
-    tl.store(grad_entropy + position, tl.where(kept, -share * entropy_coef, 0.0), mask=inside & (entropy_coef != 0))
-    in_windows = inside & (differentiate != 0)
-    tl.store(grad_log_trace + position, tl.where(kept, share * result.d_log_trace, 0.0), mask=in_windows)
 
+@triton.jit
+def _store_statistics(statistics, result, entropy, kept, share, opens_sequence):
     w = result.weight
     weight = w.ratio * w.trace
-    top = _largest(weight, kept)
-    relative = weight / tl.where(top > 0, top, 1.0)  # its square neither overflows nor vanishes
-    _store_sum(statistics, TOKENS, kept, 1.0)
-    _store_sum(statistics, CLIPPED, kept, (result.low | result.high).to(tl.float32))
-    _store_sum(statistics, CLIPPED_LOW, kept, result.low.to(tl.float32))
-    _store_sum(statistics, CLIPPED_HIGH, kept, result.high.to(tl.float32))
-    _store_sum(statistics, RATIO, kept, w.ratio)
-    _store(statistics, MINUS_RATIO_MAX, _largest(-w.ratio, kept))
-    _store(statistics, RATIO_MAX, _largest(w.ratio, kept))
-    _store_sum(statistics, TRACES, kept, w.trace)
-    _store(statistics, MINUS_TRACE_MAX, _largest(-w.trace, kept))
-    _store(statistics, TRACE_MAX, _largest(w.trace, kept))
-    _store_sum(statistics, MINUS_LOG_RATIO, kept, -w.log_ratio)
-    _store_sum(statistics, APPROX_K3, kept, exp_minus_1_minus(w.log_ratio, exp(w.log_ratio)))
-    _store_sum(statistics, KL, kept, result.kl)
-    _store_sum(statistics, ENTROPY, kept, entropies)
-    _store_sum(statistics, WEIGHT, kept, relative)
-    _store_sum(statistics, CLAMPED, kept, w.clamped.to(tl.float32))
-    _store_sum(statistics, LOSS, kept, share * result.loss)
-    _store_sum(statistics, SQUARED_WEIGHT, kept, relative * relative)
-    _store(statistics, WEIGHT_MAX, top)
-    _store(statistics, SEQUENCES, ((tile.first == tile.begin) & (count > 0)).to(tl.float32))
+    k3 = exp_minus_1_minus(w.log_ratio, exp(w.log_ratio))
+    out = statistics + tl.program_id(0)
+    row = tl.num_programs(0)
+    tl.store(out + TOKENS * row, tl.sum(kept.to(tl.float32), 0))
+    tl.store(out + CLIPPED * row, tl.sum((kept & (result.low | result.high)).to(tl.float32), 0))
+    tl.store(out + CLIPPED_LOW * row, tl.sum((kept & result.low).to(tl.float32), 0))
+    tl.store(out + CLIPPED_HIGH * row, tl.sum((kept & result.high).to(tl.float32), 0))
+    tl.store(out + RATIO * row, tl.sum(tl.where(kept, w.ratio, 0.0), 0))
+    tl.store(out + MINUS_RATIO_MAX * row, _largest(-w.ratio, kept))
+    tl.store(out + RATIO_MAX * row, _largest(w.ratio, kept))
+    tl.store(out + TRACES * row, tl.sum(tl.where(kept, w.trace, 0.0), 0))
+    tl.store(out + MINUS_TRACE_MAX * row, _largest(-w.trace, kept))
+    tl.store(out + TRACE_MAX * row, _largest(w.trace, kept))
+    tl.store(out + MINUS_LOG_RATIO * row, tl.sum(tl.where(kept, -w.log_ratio, 0.0), 0))
+    tl.store(out + APPROX_K3 * row, tl.sum(tl.where(kept, k3, 0.0), 0))
+    tl.store(out + KL * row, tl.sum(tl.where(kept, result.kl, 0.0), 0))
+    tl.store(out + ENTROPY * row, tl.sum(entropy, 0))
+    tl.store(out + WEIGHT * row, tl.sum(tl.where(kept, weight, 0.0), 0))
+    tl.store(out + CLAMPED * row, tl.sum((kept & w.clamped).to(tl.float32), 0))
+    tl.store(out + LOSS * row, tl.sum(tl.where(kept, share * result.loss, 0.0), 0))
+    tl.store(out + SQUARED_WEIGHT * row, tl.sum(tl.where(kept, weight * weight, 0.0), 0))
+    tl.store(out + SEQUENCES * row, opens_sequence.to(tl.float32))
 
 
 @triton.jit
-def _store(statistics, ROW: tl.constexpr, value):
-    tl.store(statistics + ROW * tl.num_programs(0) + tl.program_id(0), value)
-
-
-@triton.jit
-def _store_sum(statistics, ROW: tl.constexpr, kept, values):
-    _store(statistics, ROW, tl.sum(tl.where(kept, values, 0.0), 0))
+def _largest(values, kept):
+    """NaN wins, as in torch.amax; -infinity if there are none."""
+    top = tl.max(tl.where(kept, values, MINUS_INF), 0)
+    return tl.where(tl.max((kept & (values != values)).to(tl.int32), 0) != 0, float("nan"), top)
 
 
 # --------------------------------------------------------------------------------------------------- scale and metrics
 
 
 @triton.jit
-def _count(row, num_tiles, CHUNK: tl.constexpr):
-    """The sum of a row of counts, exact."""
-    counts = tl.zeros([CHUNK], tl.int32)
+def _counts(statistics, num_tiles, CHUNK: tl.constexpr):
+    """Kept tokens, and sequences with any; exact."""
+    tokens = tl.zeros([CHUNK], tl.int32)
+    sequences = tl.zeros([CHUNK], tl.int32)
     for start in range(0, num_tiles, CHUNK):
         tile = start + tl.arange(0, CHUNK)
-        counts += tl.load(row + tile, mask=tile < num_tiles, other=0.0).to(tl.int32)
-    return tl.sum(counts, 0).to(tl.float32)
+        exists = tile < num_tiles
+        tokens += tl.load(statistics + TOKENS * num_tiles + tile, mask=exists, other=0.0).to(tl.int32)
+        sequences += tl.load(statistics + SEQUENCES * num_tiles + tile, mask=exists, other=0.0).to(tl.int32)
+    return tl.sum(tokens, 0).to(tl.float32), tl.sum(sequences, 0).to(tl.float32)
 
 
 @triton.jit
@@ -411,16 +445,15 @@ def _longest(cu_seqlens, num_sequences, width, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _add_up(
-    statistics, ROW, top, POWER, cu_seqlens, num_sequences, width, num_tiles, TILE: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Sum and maximum of a row over all tiles. The sum is of values times (WEIGHT_MAX of their tile / top)^POWER.
+def _add_up(statistics, row, cu_seqlens, num_sequences, width, num_tiles, TILE: tl.constexpr, CHUNK: tl.constexpr):
+    """Sum and maximum of a row over all tiles, and 2^-10 times the sum of squared weights, lest that overflow.
 
-    A lane takes every 16th tile of every (CHUNK / 16)th sequence, so that tiles which only one of two layouts has, and
-    which hold nothing, do not move the others to other lanes.
+    A lane takes every 16th tile of every (CHUNK / 16)th sequence: tiles that only one of two layouts has, and that hold
+    no tokens, do not move the others to other lanes.
     """
     STRIDE: tl.constexpr = CHUNK // 16
     sums = tl.zeros([STRIDE, 16], tl.float32)
+    squares = tl.zeros([STRIDE, 16], tl.float32)
     tops = tl.full([STRIDE, 16], MINUS_INF, tl.float32)
     for start in range(0, num_sequences, STRIDE):
         s = start + tl.arange(0, STRIDE)
@@ -428,15 +461,281 @@ def _add_up(
         begin = _begin(cu_seqlens, s, exists, width)
         size = tl.cdiv(_begin(cu_seqlens, s + 1, exists, width) - begin, TILE)
         first_tile = begin // TILE + s
-        most = tl.max(tl.where(exists, size, 0), 0)
-        for first in range(0, most, 16):
+        for first in range(0, tl.max(tl.where(exists, size, 0), 0), 16):
             k = first + tl.arange(0, 16)[None, :]
             there = exists[:, None] & (k < size[:, None])
             tile = first_tile[:, None] + k
-            value = tl.load(statistics + ROW * num_tiles + tile, mask=there, other=0.0)
-            tops = tl.maximum(tops, tl.where(there, value, MINUS_INF))
-            if POWER > 0:
-                factor = tl.load(statistics + WEIGHT_MAX * num_tiles + tile, mask=there, other=0.0) / top
-                value *= tl.where(POWER == 1, factor, factor * factor)
+            value = tl.load(statistics + row * num_tiles + tile, mask=there, other=0.0)
             sums += value
-    return tl.sum(tl.sum(sums, 1), 0), tl.max(tl.max(tops, 1), 0)
+            tops = tl.maximum(tops, tl.where(there, value, MINUS_INF))
+            squares += 2.0**-10 * tl.load(statistics + SQUARED_WEIGHT * num_tiles + tile, mask=there, other=0.0)
+    return tl.sum(tl.sum(sums, 1), 0), tl.max(tl.max(tops, 1), 0), tl.sum(tl.sum(squares, 1), 0)
+
+
+@kernel
+def _finish_kernel(
+    logprobs,
+    old_logprobs,
+    mask,
+    cu_seqlens,
+    denominator,
+    loss_scale,
+    statistics,
+    loss,
+    metrics,
+    grad_logprobs,
+    grad_entropy,
+    grad_log_trace,
+    num_sequences,
+    width,
+    num_tiles,
+    has_entropy_gradient,
+    per_token,
+    back,
+    ahead,
+    differentiate,
+    aggregation,
+    length_norm,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    index = tl.program_id(0)
+    scale = tl.load(loss_scale)
+    tokens, sequences = _counts(statistics, num_tiles, CHUNK)
+    if aggregation != TOKEN_SUM:
+        if denominator is not None:
+            count = tl.load(denominator)
+        else:
+            count = tl.where(aggregation == TOKEN_MEAN, tokens, sequences)
+        scale /= tl.where(count == 0, 1.0, count)
+    if aggregation == SEQ_MEAN_TOKEN_SUM_NORM:
+        norm = length_norm
+        if norm == 0:
+            norm = _longest(cu_seqlens, num_sequences, width, CHUNK)
+        scale /= norm
+
+    if index <= LOSS:
+        total, top, squares = _add_up(statistics, index, cu_seqlens, num_sequences, width, num_tiles, TILE, CHUNK)
+        top = tl.where(total == total, top, total)  # the maximum may pass over a NaN
+        mean = total / tl.maximum(tokens, 1.0)
+        value = tl.where((index == RATIO_MAX) | (index == TRACE_MAX), top, mean)
+        value = tl.where((index == MINUS_RATIO_MAX) | (index == MINUS_TRACE_MAX), -top, value)
+        value = tl.where(index == WEIGHT, mean * (total / squares) * 2.0**-10, value)  # the effective sample size
+        value = tl.where(index == TOKENS, tokens, value)
+        tl.store(metrics + index, tl.where(tokens > 0, value, 0.0), mask=index < LOSS)
+        tl.store(loss, scale * total, mask=(index == LOSS) & (per_token == 0))
+    else:
+        tile = _find_tile(index - LOSS - 1, cu_seqlens, num_sequences, width, TILE, CHUNK)
+        i = tl.arange(0, TILE)
+        inside = i < tile.left
+        gradient = _load(grad_logprobs, tile, i, inside)
+        if (differentiate != 0) & (per_token == 0):
+            traced = Traced(Tokens(logprobs, old_logprobs, mask), grad_log_trace, None)
+            gradient += _through_traces(traced, tile, back, ahead, TILE, CHUNK)
+        tl.store(grad_logprobs + tile.first + i, scale * gradient, mask=inside)
+        if has_entropy_gradient != 0:
+            _scale(grad_entropy + tile.first + i, scale, inside)
+        if per_token != 0:
+            _scale(loss + tile.first + i, scale, inside)
+            if differentiate != 0:
+                _scale(grad_log_trace + tile.first + i, scale, inside)
+
+
+@triton.jit
+def _scale(pointers, scale, inside):
+    tl.store(pointers, scale * tl.load(pointers, mask=inside, other=0.0), mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+@kernel
+def _backward_kernel(
+    grad_loss,
+    grad_logprobs,
+    grad_log_trace,
+    logprobs,
+    old_logprobs,
+    mask,
+    cu_seqlens,
+    result,
+    num_sequences,
+    width,
+    back,
+    ahead,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The gradient of losses per token, one of which a log-prob may be in by itself and by the traces of others."""
+    tile = _find_tile(tl.program_id(0), cu_seqlens, num_sequences, width, TILE, CHUNK)
+    i = tl.arange(0, TILE)
+    kept = _kept(mask, tile, i, i < tile.left)
+    gradient = _load(grad_logprobs, tile, i, kept) * _load(grad_loss, tile, i, kept)
+    traced = Traced(Tokens(logprobs, old_logprobs, mask), grad_log_trace, grad_loss)
+    gradient += _through_traces(traced, tile, back, ahead, TILE, CHUNK)
+    tl.store(result + tile.first + i, gradient, mask=i < tile.left)
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+_TILE = 512
+_CONSTANTS = {"CHUNK": 512, "num_warps": 4}
+
+
+class _Layout(NamedTuple):
+    num_sequences: int
+    width: int  # of the rows of a padded batch
+
+    def num_tiles(self, num_tokens: int) -> int:
+        return num_tokens // _TILE + self.num_sequences
+
+
+def _layout(logprobs: Tensor, cu_seqlens: Tensor | None) -> _Layout:
+    width = logprobs.shape[-1]
+    if cu_seqlens is None:
+        return _Layout(logprobs.shape[0] if logprobs.dim() == 2 else 1, width)
+    _checks.cu_seqlens(cu_seqlens, logprobs.numel(), "logprobs", logprobs)
+    return _Layout(cu_seqlens.numel() - 1, width)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _decode(parts: list[int], values: list[float], num_tokens: int, per_token: bool) -> Objective:
+    """The objective as the kernels take it. Losses per token are not aggregated: they are summed with no weight."""
+    ratio, back, ahead, differentiate, trust_region, kl, aggregation = parts
+    bounds = values[4:] + [0.0] * (9 - len(values))
+    return Objective(
+        ratio,
+        min(back, num_tokens),
+        min(ahead, num_tokens),
+        differentiate,
+        trust_region,
+        kl,
+        TOKEN_SUM.value if per_token else aggregation,
+        *values[:4],
+        *bounds,
+    )
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    is_weights: Tensor | None,
+    denominator: Tensor | None,
+    loss_scale: Tensor,
+    parts: list[int],
+    values: list[float],
+    per_token: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator ``fusedpo::policy_loss``."""
+    shape = logprobs.shape
+    layout = _layout(logprobs, cu_seqlens)
+    num_tiles = layout.num_tiles(shape.numel())
+    o = _decode(parts, values, shape.numel(), per_token)
+    x, mask, cu_seqlens = _contiguous(logprobs, mask, cu_seqlens)
+    # An array that was not given is another one, which is not read: its absence is a number, not a variant to compile.
+    given = [x if array is None else array for array in _contiguous(old_logprobs, ref_logprobs, entropy, is_weights)]
+    old_logprobs, ref_logprobs, entropies, weights = given
+
+    loss = logprobs.new_empty(shape if per_token else ())
+    metrics = logprobs.new_empty(len(METRICS))
+    grad_logprobs = logprobs.new_empty(shape)
+    grad_entropy = logprobs.new_empty(shape if o.entropy_coef != 0 else (0,))
+    grad_log_trace = logprobs.new_empty(shape if o.differentiate else (0,))
+    statistics = logprobs.new_empty(NUM_ROWS.value * num_tiles)
+    launch(
+        _tokens_kernel,
+        num_tiles,
+        logprobs.device,
+        x,
+        old_logprobs,
+        advantages.contiguous(),
+        mask,
+        cu_seqlens,
+        ref_logprobs,
+        entropies,
+        weights,
+        loss,
+        grad_logprobs,
+        grad_entropy,
+        grad_log_trace,
+        statistics,
+        *layout,
+        int(advantages.shape == shape),
+        int(weights.shape == shape),
+        int(is_weights is not None),
+        int(entropy is not None),
+        int(o.entropy_coef != 0),
+        int(per_token),
+        *o,
+        TILE=_TILE,
+        **_CONSTANTS,
+    )
+    launch(
+        _finish_kernel,
+        LOSS.value + 1 + num_tiles,
+        logprobs.device,
+        x,
+        old_logprobs,
+        mask,
+        cu_seqlens,
+        denominator,
+        loss_scale,
+        statistics,
+        loss,
+        metrics,
+        grad_logprobs,
+        grad_entropy,
+        grad_log_trace,
+        *layout,
+        num_tiles,
+        int(o.entropy_coef != 0),
+        int(per_token),
+        o.back,
+        o.ahead,
+        o.differentiate,
+        o.aggregation,
+        o.length_norm,
+        TILE=_TILE,
+        **_CONSTANTS,
+    )
+    return loss, metrics, grad_logprobs, grad_entropy, grad_log_trace if per_token else logprobs.new_empty(0)
+
+
+def policy_loss_backward(
+    grad_loss: Tensor,
+    grad_logprobs: Tensor,
+    grad_log_trace: Tensor,
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    back: int,
+    ahead: int,
+) -> Tensor:
+    """The operator ``fusedpo::policy_loss_backward``."""
+    layout = _layout(logprobs, cu_seqlens)
+    result = logprobs.new_empty(logprobs.shape)
+    x = logprobs.contiguous()
+    launch(
+        _backward_kernel,
+        layout.num_tiles(logprobs.numel()),
+        logprobs.device,
+        *_contiguous(grad_loss, grad_logprobs, grad_log_trace),
+        x,
+        *_contiguous(x if old_logprobs is None else old_logprobs, mask, cu_seqlens),
+        result,
+        *layout,
+        min(back, logprobs.numel()),
+        min(ahead, logprobs.numel()),
+        TILE=_TILE,
+        **_CONSTANTS,
+    )
+    return result

@@ -24,7 +24,8 @@ FUSEDPO_HD double scale_of(const Objective& o, const Totals& totals, int64_t kep
       denominator ? *denominator : (double)(o.aggregation == kTokenMean ? totals.tokens : totals.sequences);
   const double scale = loss_scale / (count == 0 ? 1 : count);
   if (o.aggregation == kSeqMeanTokenMean) return scale / (double)(kept > 1 ? kept : 1);
-  if (o.aggregation == kSeqMeanTokenSumNorm) return scale / (o.length_norm > 0 ? o.length_norm : (double)totals.longest);
+  if (o.aggregation == kSeqMeanTokenSumNorm)
+    return scale / (o.length_norm > 0 ? o.length_norm : (double)totals.longest);
   return scale;
 }
 

@@ -59,6 +59,9 @@ struct Group {
 
 FUSEDPO_DEVICE bool compares_ranks(Estimator estimator) { return estimator >= Estimator::kMaxPO; }
 
+// For these a nan, which has no rank, makes the whole group nan.
+FUSEDPO_DEVICE bool needs_order(Estimator estimator) { return estimator >= Estimator::kLead; }
+
 // How many more kept samples than k a group needs.
 FUSEDPO_DEVICE int64_t spare_samples(Estimator estimator) {
   return estimator == Estimator::kMaxPO || estimator == Estimator::kPKPOLeaveOneOut ||
@@ -367,7 +370,8 @@ FUSEDPO_DEVICE void compare_ranks(Team& team, const Group& group, const GroupPar
 template <class Team>
 FUSEDPO_DEVICE int64_t group_advantages(Team& team, const Group& group, const GroupParams& params, RankScratch* s) {
   const Census all = census(team, group);
-  const bool defined = all.kept > 0 && all.kept >= smallest_group(params) && !(s && all.nans > 0);
+  const bool defined =
+      all.kept > 0 && all.kept >= smallest_group(params) && !(all.nans > 0 && needs_order(params.estimator));
   if (defined && !s) {
     compare_with_baseline(team, group, params, all);
     return all.kept;

@@ -87,8 +87,9 @@ template <class F>
 struct Weight {
   F log_ratio, own_ratio;  // of the token, clamped; and its exponential
   F ratio, trace;
-  F log_weight;  // log(ratio * trace)
-  Mask<F> ratio_live, trace_live, clamped;
+  F log_weight;                              // log(ratio * trace)
+  Mask<F> own_live, ratio_live, trace_live;  // where no clamp of log_ratio, of the sequence's ratio, of the trace acts
+  Mask<F> clamped;
 };
 
 // The policy term and its derivatives. `low` and `high`: the lower or the upper bound cut the gradient (or the weight).
@@ -130,16 +131,16 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
   Weight<F> w;
   w.log_ratio = own;
   w.ratio = w.own_ratio = M::exp(own);
-  w.ratio_live = log_ratio_live(x.logprob, x.old_logprob);
+  w.own_live = log_ratio_live(x.logprob, x.old_logprob);
+  w.ratio_live = w.trace_live = own == own;
   w.clamped = absolute(x.logprob - x.old_logprob) > kLogRatioClamp;
   w.trace = M::splat(1);
-  w.trace_live = w.ratio_live;
   w.log_weight = own;
   if (o.ratio == kSequenceRatio) {
     const F log_s = own - own + x.log_trace;  // NaN where the token's own ratio is
     w.log_weight = log_s > kSequenceLogRatioMax ? M::splat(kSequenceLogRatioMax) : log_s;
     w.ratio = M::exp(w.log_weight);
-    w.ratio_live = w.ratio_live & (log_s <= kSequenceLogRatioMax);
+    w.ratio_live = log_s <= kSequenceLogRatioMax;
     w.clamped = w.clamped | (log_s > kSequenceLogRatioMax);
   }
   if (o.ratio == kTrace) {
@@ -157,9 +158,9 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
 
 // A token that is cut has no gradient.
 template <class F>
-FUSEDPO_HD Term<F> through_ratio(F loss, F d_log_ratio, Mask<F> low, Mask<F> high) {
+FUSEDPO_HD Term<F> through_ratio(const Weight<F>& w, F loss, F d_log_ratio, Mask<F> low, Mask<F> high) {
   const F zero = Math<F>::splat(0);
-  return {loss, low | high ? zero : d_log_ratio, zero, low, high};
+  return {loss, low | high | !w.ratio_live ? zero : d_log_ratio, zero, low, high};
 }
 
 // -A * weight * lp with the weight detached.
@@ -172,20 +173,20 @@ FUSEDPO_HD Term<F> through_logprob(const Token<F>& x, F weight, Mask<F> low, Mas
 template <class F>
 FUSEDPO_HD Term<F> no_trust_region(const Token<F>& x, const Weight<F>& w) {
   const F loss = -x.advantage * w.ratio * w.trace;
-  return through_ratio(loss, loss, Mask<F>{}, Mask<F>{});
+  return through_ratio(w, loss, loss, Mask<F>{}, Mask<F>{});
 }
 
 // PPO's pessimistic clip of `ratio` to [lower, upper], and to `dual` where A < 0; the loss is multiplied by `weight`.
 // At a tie the gradient is that of -A ratio.
 template <class F>
-FUSEDPO_HD Term<F> clip(F advantage, F ratio, F weight, F lower, F upper, F dual) {
+FUSEDPO_HD Term<F> clip(const Weight<F>& w, F advantage, F ratio, F weight, F lower, F upper, F dual) {
   const Mask<F> low = (advantage < 0.0f) & (ratio < lower);
   Mask<F> high = (advantage > 0.0f) & (ratio > upper);
   F clipped = low ? lower : high ? upper : ratio;
   const Mask<F> dual_clipped = (advantage < 0.0f) & (clipped > dual);
   clipped = dual_clipped ? dual : clipped;
   high = high | dual_clipped;
-  return through_ratio(-advantage * clipped * weight, -advantage * ratio * weight, low, high);
+  return through_ratio(w, -advantage * clipped * weight, -advantage * ratio * weight, low, high);
 }
 
 template <class F>
@@ -195,8 +196,8 @@ FUSEDPO_HD Term<F> ppo_clip(const float* p, const Token<F>& x, const Weight<F>& 
   const bool on_product = p[4] != 0;
   const F most = cap / w.ratio;
   const F trace = w.trace > most ? most : w.trace;
-  return clip(x.advantage, on_product ? w.ratio * trace : w.ratio, on_product ? M::splat(1) : trace, M::splat(1 - low),
-              M::splat(1 + high), M::splat(dual));
+  return clip(w, x.advantage, on_product ? w.ratio * trace : w.ratio, on_product ? M::splat(1) : trace,
+              M::splat(1 - low), M::splat(1 + high), M::splat(dual));
 }
 
 template <class F>
@@ -204,7 +205,7 @@ FUSEDPO_HD Term<F> log_clip(const float* p, const Token<F>& x, const Weight<F>& 
   using M = Math<F>;
   const float low = p[0], high = p[1], dual = p[2], power = p[3];
   const F scale = M::exp(power * M::log(x.place));
-  return clip(x.advantage, w.ratio * w.trace, M::splat(1), M::exp(-low * scale), M::exp(high * scale),
+  return clip(w, x.advantage, w.ratio * w.trace, M::splat(1), M::exp(-low * scale), M::exp(high * scale),
               M::exp(dual * scale));
 }
 
@@ -239,8 +240,8 @@ FUSEDPO_HD Term<F> binary_kl(const float* p, const Token<F>& x, const Weight<F>&
   using M = Math<F>;
   const float low = p[0], high = p[1], cap = p[2];
   const F now = M::exp(x.logprob), old = M::exp(x.old_logprob);
-  const F divergence =
-      old * (x.old_logprob - x.logprob) + (1.0f - old) * M::log((1.0f - old + 1e-8f) / (1.0f - now + 1e-8f));
+  const F moved = clamp(x.old_logprob - x.logprob, -kLogRatioClamp, kInfinity);  // old = 0 makes it -infinity
+  const F divergence = old * moved + (1.0f - old) * M::log((1.0f - old + 1e-8f) / (1.0f - now + 1e-8f));
   return binary<F>(cap, x, w, (divergence > low) & (now < old), (divergence > high) & (now > old));
 }
 
@@ -269,7 +270,7 @@ FUSEDPO_HD Term<F> cppo(const float* p, const Token<F>& x, const Weight<F>& w) {
   const Mask<F> low = (x.advantage < 0.0f) & (w.ratio < 1.0f) & outside;
   const Mask<F> high = (x.advantage > 0.0f) & (w.ratio > 1.0f) & outside;
   const F loss = -x.advantage * w.ratio * w.trace;
-  return through_ratio(low | high ? Math<F>::splat(0) : loss, loss, low, high);
+  return through_ratio(w, low | high ? Math<F>::splat(0) : loss, loss, low, high);
 }
 
 template <class F>
@@ -279,7 +280,7 @@ FUSEDPO_HD Term<F> sapo(const float* p, const Token<F>& x, const Weight<F>& w) {
   const F decay = M::exp(tau * (1.0f - w.ratio)), gate = 1.0f / (1.0f + decay);  // decay is at most e^tau
   const F loss = -x.advantage * (4.0f / tau) * gate * w.trace;
   const F d_log_ratio = -x.advantage * 4.0f * gate * (decay * gate) * w.ratio * w.trace;
-  return through_ratio(loss, d_log_ratio, Mask<F>{}, Mask<F>{});
+  return through_ratio(w, loss, d_log_ratio, Mask<F>{}, Mask<F>{});
 }
 
 template <class F>
@@ -305,8 +306,9 @@ FUSEDPO_HD Mask<F> gmpo_high(const float* p, const Token<F>& x, F log_ratio) {
 
 template <class F>
 FUSEDPO_HD Term<F> gmpo(const float* p, const Token<F>& x, const Weight<F>& w) {
-  const F loss = -x.advantage * Math<F>::exp(w.log_ratio - w.log_ratio + x.sequence_sum);
-  return through_ratio(loss, loss, gmpo_low(p, x, w.log_ratio), gmpo_high(p, x, w.log_ratio));
+  const F zero = Math<F>::splat(0), loss = -x.advantage * Math<F>::exp(w.log_ratio - w.log_ratio + x.sequence_sum);
+  const Mask<F> low = gmpo_low(p, x, w.log_ratio), high = gmpo_high(p, x, w.log_ratio);
+  return {loss, low | high ? zero : loss, zero, low, high};
 }
 
 template <class F>
@@ -406,7 +408,7 @@ FUSEDPO_HD TokenResult<F> evaluate(const Objective& o, const Token<F>& x) {
     term.d_logprob = zero;
     d_log_trace = w.trace_live ? x.is_weight * term.loss : zero;
   }
-  const F d_policy = (w.ratio_live ? term.d_log_ratio : zero) + term.d_logprob;
+  const F d_policy = (w.own_live ? term.d_log_ratio : zero) + term.d_logprob;
   const KLValue<F> kl = kl_of(o, x.logprob - x.ref_logprob);
   const F bonus = o.entropy_coef != 0 ? o.entropy_coef * x.entropy : zero;
   const F loss = x.is_weight * term.loss + o.kl_coef * kl.value - bonus;

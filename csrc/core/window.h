@@ -15,23 +15,25 @@ FUSEDPO_HD F sum_of_window(const float* x, int64_t back, int64_t ahead) {
   return total;
 }
 
-// out[t] += x[t+1] + ... + x[t+count] for every position t of a sequence, at most 3 additions per position however long
-// the window. Windows of `count` positions that start in one block of that length end in the next one: each is a suffix
-// of the first and a prefix of the second. Both are summed in double, so the error is that of rounding them and of
-// adding them, at most 2 u sum|x|. `step` is 1, or -1 with x and out at the last position: then the window lies behind.
-FUSEDPO_HD void add_window_sums(const float* x, float* out, int64_t length, int64_t count, int64_t step) {
+// out[t] += x[t+1] + ... + x[t+count], or x[t-count] + ... + x[t-1] where not `ahead`, for every position t of a
+// sequence: about 4 additions per position however long the window. In blocks of `count` positions from the start of
+// the sequence on, a window is a suffix of one block and a prefix of the next. Both are summed in double, so the error
+// is that of rounding them and of adding them to `out`: at most 3 u sum|x| where that was 0.
+FUSEDPO_HD void add_window_sums(const float* x, float* out, int64_t length, int64_t count, bool ahead) {
+  const int64_t first = ahead ? 1 : -count;  // the window of t starts at t + first
   for (int64_t begin = 0; begin < length && count > 0; begin += count) {
-    const int64_t end = count < length - begin ? begin + count : length;
-    double sum = 0;
-    for (int64_t i = end - 1; i >= begin && i >= 1; --i) {
-      sum += x[i * step];
-      out[(i - 1) * step] += (float)sum;
+    double suffix = 0, prefix = 0;
+    for (int64_t i = (count < length - begin ? begin + count : length) - 1; i >= begin; --i) {
+      const int64_t t = i - first;
+      suffix += x[i];
+      if (t >= 0 && t < length) out[t] += (float)suffix;
     }
-    sum = 0;
-    for (int64_t i = begin + 1; i < end && end < length; ++i) {
-      const int64_t last = end + (i - begin) - 1;
-      if (last < length) sum += x[last * step];
-      out[(i - 1) * step] += (float)sum;
+    int64_t t = begin - count - first + 1;
+    if (t < 0) continue;  // no window ends in the first block and starts before it
+    for (; t < begin - first && t < length; ++t) {
+      const int64_t last = t + first + count - 1;
+      if (last < length) prefix += x[last];
+      out[t] += (float)prefix;
     }
   }
 }

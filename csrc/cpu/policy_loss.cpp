@@ -1,33 +1,24 @@
 #include "policy_loss.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "core/aggregation.h"
 #include "core/window.h"
 #include "dispatch.h"
-#include "tensors.h"
 
 namespace fusedpo::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // Where each sequence starts in the flat tokens, and their number.
-std::vector<int64_t> offsets_of(const Tensor& logprobs, const std::optional<Tensor>& cu_seqlens) {
+std::vector<int64_t> offsets_of(const Batch& batch) {
   std::vector<int64_t> offsets;
-  if (!cu_seqlens) {
-    const int64_t rows = logprobs.dim() == 2 ? logprobs.size(0) : 1;
-    for (int64_t row = 0; row <= rows; ++row) offsets.push_back(row * logprobs.size(logprobs.dim() - 1));
-    return offsets;
-  }
-  const Tensor ends = torch::stable::contiguous(*cu_seqlens);
-  offsets.assign(data<int64_t>(ends), data<int64_t>(ends) + ends.numel());
-  if (offsets.front() != 0 || offsets.back() != logprobs.numel() || !std::is_sorted(offsets.begin(), offsets.end()))
+  for (int64_t s = 0; s <= batch.num_sequences; ++s)
+    offsets.push_back(batch.cu_seqlens ? batch.cu_seqlens[s] : s * batch.width);
+  if (offsets.front() != 0 || offsets.back() != batch.num_tokens || !std::is_sorted(offsets.begin(), offsets.end()))
     throw std::invalid_argument("cu_seqlens must start with 0, never decrease and end with the number of tokens " +
-                                std::to_string(logprobs.numel()));
+                                std::to_string(batch.num_tokens));
   return offsets;
 }
 
@@ -35,8 +26,7 @@ std::vector<int64_t> offsets_of(const Tensor& logprobs, const std::optional<Tens
 // depend on what stands before it; sums over tiles are taken in their order, whatever thread computed them.
 class Tiling {
  public:
-  Tiling(const Tensor& logprobs, const std::optional<Tensor>& cu_seqlens)
-      : offsets_(offsets_of(logprobs, cu_seqlens)), first_tile_{0} {
+  explicit Tiling(const Batch& batch) : offsets_(offsets_of(batch)), first_tile_{0} {
     for (int64_t s = 0; s < num_sequences(); ++s)
       first_tile_.push_back(first_tile_.back() + (length(s) + kTileSize - 1) / kTileSize);
   }
@@ -123,8 +113,8 @@ Floats places(const Tiling& tiling, const bool* mask) {
 }
 
 void sum_windows(const float* x, float* out, int64_t begin, int64_t end, int64_t back, int64_t ahead) {
-  add_window_sums(x + begin, out + begin, end - begin, ahead, 1);
-  add_window_sums(x + end - 1, out + end - 1, end - begin, back, -1);
+  add_window_sums(x + begin, out + begin, end - begin, ahead, true);
+  add_window_sums(x + begin, out + begin, end - begin, back, false);
 }
 
 // Holds what `tokens` then points to.
@@ -179,124 +169,67 @@ void add_through_traces(const Tiling& tiling, const Tokens& tokens, const float*
   });
 }
 
-// ------------------------------------------------------------------------------------------------------- aggregation
-
 // What the loss of each token is multiplied by, per sequence.
-std::vector<double> scales_of(const Objective& o, const Tiling& tiling, const std::vector<int64_t>& kept,
-                              const float* denominator, double loss_scale, bool per_token) {
-  int64_t tokens = 0, sequences = 0, longest = 1;
-  for (int64_t s = 0; s < tiling.num_sequences(); ++s) {
-    tokens += kept[s];
-    sequences += kept[s] > 0;
-    longest = std::max(longest, tiling.length(s));
-  }
-  const double count = denominator ? *denominator : o.aggregation == kTokenMean ? (double)tokens : (double)sequences;
-  const double divided = loss_scale / (count == 0 ? 1 : count);
-  const double norm = o.length_norm > 0 ? o.length_norm : (double)longest;
+std::vector<double> scales_of(const PolicyLossArguments& a, const Tiling& tiling, const std::vector<int64_t>& kept,
+                              bool per_token) {
+  Totals totals = no_totals();
+  for (size_t s = 0; s < kept.size(); ++s) totals = add(totals, {kept[s], kept[s] > 0, tiling.length(s)});
   std::vector<double> scales;
-  for (const int64_t length : kept) {
-    double scale = divided;
-    if (per_token || o.aggregation == kTokenSum)
-      scale = loss_scale;
-    else if (o.aggregation == kSeqMeanTokenMean)
-      scale /= (double)std::max<int64_t>(length, 1);
-    else if (o.aggregation == kSeqMeanTokenSumNorm)
-      scale /= norm;
-    scales.push_back(scale);
-  }
+  for (const int64_t count : kept)
+    scales.push_back(scale_of(a.objective, totals, count, a.denominator, *a.loss_scale, per_token));
   return scales;
-}
-
-Objective decode_checked(const std::vector<int64_t>& parts, const std::vector<double>& values) {
-  STD_TORCH_CHECK((int64_t)parts.size() == kNumParts && (int64_t)values.size() >= kNumValues &&
-                      (int64_t)values.size() <= kNumValues + kMaxBounds,
-                  "parts and values do not encode an objective");
-  return decode(parts.data(), values.data(), (int64_t)values.size());
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
-    Tensor logprobs_, std::optional<Tensor> old_logprobs_, Tensor advantages_, std::optional<Tensor> mask_,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> ref_logprobs_, std::optional<Tensor> entropy_,
-    std::optional<Tensor> is_weights_, std::optional<Tensor> denominator, Tensor loss_scale, std::vector<int64_t> parts,
-    std::vector<double> values, bool per_token) {
-  const Objective o = decode_checked(parts, values);
-  const Tensor logprobs = torch::stable::contiguous(logprobs_), advantages = torch::stable::contiguous(advantages_);
-  const auto old_logprobs = contiguous(old_logprobs_), mask = contiguous(mask_);
-  const auto ref_logprobs = contiguous(ref_logprobs_), entropy = contiguous(entropy_);
-  const auto is_weights = contiguous(is_weights_);
-  const auto shape = logprobs.sizes();
-  const auto is_per_token = [&](const Tensor& x) {
-    return x.dim() == logprobs.dim() && std::equal(shape.begin(), shape.end(), x.sizes().begin());
-  };
-
-  Tokens tokens;
-  tokens.logprobs = {data<float>(logprobs)};
-  tokens.old_logprobs = old_logprobs ? Values{data<float>(*old_logprobs)} : tokens.logprobs;
-  tokens.ref_logprobs = {data<float>(ref_logprobs)};
-  tokens.entropy = {data<float>(entropy)};
-  tokens.advantages = {data<float>(advantages), is_per_token(advantages)};
-  if (is_weights) tokens.is_weights = {data<float>(*is_weights), is_per_token(*is_weights)};
-  tokens.mask = data<bool>(mask);
-
+    Tensor logprobs, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask, OptionalTensor cu_seqlens,
+    OptionalTensor ref_logprobs, OptionalTensor entropy, OptionalTensor is_weights, OptionalTensor denominator,
+    Tensor loss_scale, std::vector<int64_t> parts, std::vector<double> values, bool per_token) {
+  const PolicyLossArguments a(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, entropy, is_weights,
+                              denominator, loss_scale, parts, values);
+  const Objective& o = a.objective;
+  const PolicyLossResults results(logprobs, o, per_token);
   const TokenKernels& kernels = token_kernels();
-  const Tiling tiling(logprobs, cu_seqlens);
+  const Tiling tiling(a.batch);
+  Tokens tokens = a.batch.tokens;
   const auto kept =
       tiling.sum_per_sequence<int64_t>([&](const Tile& tile) { return kernels.count(tokens.mask, tile); });
-  const auto scales = scales_of(o, tiling, kept, data<float>(denominator), *data<float>(loss_scale), per_token);
+  const auto scales = scales_of(a, tiling, kept, per_token);
   const Context context(o, tiling, kept, tokens);
 
-  const auto floats = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(logprobs, shape) : torch::stable::new_empty(logprobs, {0});
-  };
-  const Tensor grad_logprobs = floats(true), grad_entropy = floats(o.entropy_coef != 0);
-  Tensor grad_log_trace = floats(o.differentiate);
-  const Tensor loss = per_token ? floats(true) : torch::stable::new_empty(logprobs, {});
-  const Tensor metrics = torch::stable::new_empty(logprobs, {kNumMetrics});
-  const TokenOutputs outputs{per_token ? mutable_data<float>(loss) : nullptr, mutable_data<float>(grad_logprobs),
-                             o.entropy_coef != 0 ? mutable_data<float>(grad_entropy) : nullptr,
-                             o.differentiate ? mutable_data<float>(grad_log_trace) : nullptr};
-
+  const bool through_traces = o.differentiate && !per_token;
+  Floats grad_log_trace(through_traces ? tiling.num_tokens() : 0);
+  TokenOutputs out = results.of_tokens;
+  if (through_traces) out.grad_log_trace = grad_log_trace.data();
   std::vector<Statistics<double>> of_tile(tiling.num_tiles());
   tiling.for_each_tile([&](int64_t i, const Tile& tile) {
     const double scale = scales[tile.sequence];
-    of_tile[i] = kernels.evaluate(o, tokens, tile, (float)scale, outputs);
+    of_tile[i] = kernels.evaluate(o, tokens, tile, (float)scale, out);
     of_tile[i].sum[kLoss] *= scale;
   });
   Statistics<double> total = no_statistics(0.0, -(double)kInfinity);
   for (const Statistics<double>& statistics : of_tile) add(total, statistics);
-  write_metrics(total, mutable_data<float>(metrics));
-  if (!per_token) {
-    *mutable_data<float>(loss) = (float)total.sum[kLoss];
-    if (o.differentiate)
-      add_through_traces(tiling, tokens, data<float>(grad_log_trace), mutable_data<float>(grad_logprobs), o.back,
-                         o.ahead);
-    grad_log_trace = floats(false);
-  }
-  return {loss, metrics, grad_logprobs, grad_entropy, grad_log_trace};
+  write_metrics(total, results.data(results.metrics));
+  if (!per_token) *results.data(results.loss) = (float)total.sum[kLoss];
+  if (through_traces) add_through_traces(tiling, tokens, out.grad_log_trace, out.grad_logprobs, o.back, o.ahead);
+  return {results.loss, results.metrics, results.grad_logprobs, results.grad_entropy, results.grad_log_trace};
 }
 
-Tensor policy_loss_backward(Tensor grad_loss_, Tensor grad_logprobs, Tensor grad_log_trace, Tensor logprobs_,
-                            std::optional<Tensor> old_logprobs_, std::optional<Tensor> mask_,
-                            std::optional<Tensor> cu_seqlens, int64_t back, int64_t ahead) {
-  const Tensor grad_loss = torch::stable::contiguous(grad_loss_), logprobs = torch::stable::contiguous(logprobs_);
-  const auto old_logprobs = contiguous(old_logprobs_), mask = contiguous(mask_);
-  Tokens tokens;
-  tokens.logprobs = {data<float>(logprobs)};
-  tokens.old_logprobs = old_logprobs ? Values{data<float>(*old_logprobs)} : tokens.logprobs;
-  tokens.mask = data<bool>(mask);
-
+Tensor policy_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_log_trace, Tensor logprobs,
+                            OptionalTensor old_logprobs, OptionalTensor mask, OptionalTensor cu_seqlens, int64_t back,
+                            int64_t ahead) {
+  BatchArguments a(logprobs, old_logprobs, mask, cu_seqlens);
+  const float *upstream = a.data<float>(grad_loss), *own = a.data<float>(grad_logprobs);
+  const float* own_log_trace = a.data<float>(grad_log_trace);
   const Tensor result = torch::stable::new_empty(logprobs, logprobs.sizes());
-  Floats through(logprobs.numel());
-  const float *upstream = data<float>(grad_loss), *own = data<float>(grad_logprobs);
-  const float* own_log_trace = data<float>(grad_log_trace);
-  float* grad = mutable_data<float>(result);
+  float* grad = static_cast<float*>(result.data_ptr());
+  Floats through(a.batch.num_tokens);
   for (size_t t = 0; t < through.size(); ++t) {
     grad[t] = upstream[t] * own[t];
     through[t] = upstream[t] * own_log_trace[t];
   }
-  add_through_traces(Tiling(logprobs, cu_seqlens), tokens, through.data(), grad, back, ahead);
+  add_through_traces(Tiling(a.batch), a.batch.tokens, through.data(), grad, back, ahead);
   return result;
 }
 

@@ -1,5 +1,6 @@
 #include "token_logprobs.h"
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #if defined(__linux__)
@@ -15,7 +16,6 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "tensors.h"
 
 namespace fusedpo::cpu {
 namespace {
@@ -64,6 +64,25 @@ class Rows {
   int64_t bytes_;
   std::vector<int64_t> sizes_, strides_;
 };
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+template <class T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
 
 // A fresh buffer of hundreds of megabytes costs more in page faults than in arithmetic, with pages of 4 KiB.
 void ask_for_huge_pages(const Tensor& tensor) {

@@ -2,34 +2,16 @@
 #pragma once
 
 #include "core/statistics.h"
+#include "core/tokens.h"
 
 namespace fusedpo {
 
 constexpr int64_t kTileSize = 512;  // sums are carried in float within a tile, in double beyond
 constexpr int64_t kMaxReach = 16;   // windows of more positions than this come from a pass of their own
 
-// Values per token or per sequence; zero where there are none.
-struct Values {
-  const float* data = nullptr;
-  bool per_token = true;
-};
-
-// The tokens of a batch, all sequences one after the other. The names are those of Token in core/objective.h.
-struct Tokens {
-  Values logprobs, old_logprobs, ref_logprobs, advantages, is_weights, entropy;
-  Values log_trace;  // for kTrace only where the window has more than kMaxReach positions
-  Values place, length, sequence_sum;
-  const bool* mask = nullptr;  // null: all are kept
-};
-
 // Positions [begin, end) of one sequence, which reaches from sequence_begin to sequence_end.
 struct Tile {
   int64_t begin, end, sequence, sequence_begin, sequence_end;
-};
-
-// Results per token, masked ones 0; null where not wanted.
-struct TokenOutputs {
-  float *loss, *grad_logprobs, *grad_entropy, *grad_log_trace;
 };
 
 struct TokenKernels {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "core/team.h"
 
@@ -10,10 +11,11 @@ namespace fusedpo::advantages {
 // `x` of the thread `by` lanes further on; its own where there is none.
 template <class T>
 __device__ T shuffle_down(const T& x, unsigned by) {
-  static_assert(sizeof(T) % sizeof(int) == 0);
-  int words[sizeof(T) / sizeof(int)];
+  using Word = std::conditional_t<sizeof(T) % sizeof(double) == 0, double, int>;
+  static_assert(sizeof(T) % sizeof(Word) == 0);
+  Word words[sizeof(T) / sizeof(Word)];
   memcpy(words, &x, sizeof x);
-  for (int& word : words) word = __shfl_down_sync(0xffffffffu, word, by);
+  for (Word& word : words) word = __shfl_down_sync(0xffffffffu, word, by);
   T result;
   memcpy(&result, words, sizeof result);
   return result;

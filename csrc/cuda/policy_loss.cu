@@ -27,8 +27,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   const PolicyLossArguments a(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, entropy, is_weights,
                               denominator, loss_scale, parts, values);
   const PolicyLossResults results(logprobs, a.objective, per_token);
-  PolicyLoss p{a.objective,       a.batch,           a.denominator,     a.loss_scale,
-               per_token,         results.of_tokens, results.data(results.loss), results.data(results.metrics)};
+  PolicyLoss p{a.objective,
+               a.batch,
+               a.denominator,
+               a.loss_scale,
+               per_token,
+               results.of_tokens,
+               results.data(results.loss),
+               results.data(results.metrics)};
   std::vector<Tensor> memory;
   reserve(p, [&](int64_t bytes) {
     memory.push_back(torch::stable::new_empty(logprobs, {bytes}, ScalarType::Byte));
@@ -45,10 +51,10 @@ Tensor policy_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_
   BatchArguments a(logprobs, old_logprobs, mask, cu_seqlens);
   const Tensor result = torch::stable::new_empty(logprobs, logprobs.sizes());
   const Tensor scratch = torch::stable::new_empty(logprobs, {2 * a.batch.num_tokens});
-  launch_trace_gradient({a.batch, back, ahead, a.data<float>(grad_loss), a.data<float>(grad_logprobs),
-                         a.data<float>(grad_log_trace), static_cast<float*>(result.data_ptr()),
-                         static_cast<float*>(scratch.data_ptr())},
-                        launcher(launch));
+  launch_trace_gradient(
+      {a.batch, back, ahead, a.data<float>(grad_loss), a.data<float>(grad_logprobs), a.data<float>(grad_log_trace),
+       static_cast<float*>(result.data_ptr()), static_cast<float*>(scratch.data_ptr())},
+      launcher(launch));
   return result;
 }
 

@@ -17,7 +17,9 @@ constexpr int kSequenceThreads = 512, kTileThreads = 256;
 constexpr int64_t kTileSize = 4 * kTileThreads;
 constexpr int64_t kMaxReach = 64;     // windows of more positions than this are summed by the first kernel
 constexpr int64_t kMaxBlocks = 1024;  // more would make the last sum, which is that of one block, a long one
-constexpr int kNumStatistics = kNumSums + kNumLargest;
+constexpr int kNumStatistics = (int)kNumSums + (int)kNumLargest;
+
+FUSEDPO_DEVICE int64_t blocks_for(int64_t work, int64_t most) { return work < 1 ? 1 : work < most ? work : most; }
 
 // The arguments of the kernels: `batch`, `out` and others as the operator has them, memory as reserve() hands it out.
 struct PolicyLoss {
@@ -37,9 +39,8 @@ struct PolicyLoss {
 
   // At least the tiles that there are: each sequence begins one.
   FUSEDPO_DEVICE int64_t num_tiles() const { return batch.num_tokens / tile_size + batch.num_sequences; }
-  FUSEDPO_DEVICE int64_t tile_blocks() const { return blocks_for(num_tiles()); }
-  FUSEDPO_DEVICE int64_t sequence_blocks() const { return blocks_for(batch.num_sequences); }
-  FUSEDPO_DEVICE int64_t blocks_for(int64_t work) const { return work < 1 ? 1 : work < max_blocks ? work : max_blocks; }
+  FUSEDPO_DEVICE int64_t tile_blocks() const { return blocks_for(num_tiles(), max_blocks); }
+  FUSEDPO_DEVICE int64_t sequence_blocks() const { return blocks_for(batch.num_sequences, max_blocks); }
 
   FUSEDPO_DEVICE bool through_traces() const { return objective.differentiate && !per_token; }
   FUSEDPO_DEVICE bool long_windows() const {
@@ -91,18 +92,17 @@ __device__ inline float load(const Values& values, int64_t t, int64_t sequence) 
   return values.data == nullptr ? 0 : values.data[values.per_token ? t : sequence];
 }
 
+// All but what the first kernel makes of such tokens: log_trace and sequence_sum.
 __device__ inline Token<float> load_token(const Tokens& tokens, int64_t t, int64_t sequence, int64_t kept) {
-  Token<float> token;
+  Token<float> token{};
   token.logprob = load(tokens.logprobs, t, sequence);
   token.old_logprob = load(tokens.old_logprobs, t, sequence);
   token.ref_logprob = load(tokens.ref_logprobs, t, sequence);
   token.advantage = load(tokens.advantages, t, sequence);
   token.is_weight = tokens.is_weights.data == nullptr ? 1 : load(tokens.is_weights, t, sequence);
   token.entropy = load(tokens.entropy, t, sequence);
-  token.log_trace = load(tokens.log_trace, t, sequence);
   token.place = load(tokens.place, t, sequence);
   token.length = (float)(kept > 1 ? kept : 1);
-  token.sequence_sum = load(tokens.sequence_sum, t, sequence);
   return token;
 }
 
@@ -119,36 +119,39 @@ struct AddRuns {
   }
 };
 
-// add_window_sums of core/window.h, by a team: out[t] += value(t + step) + ... + value(t + count * step), for the
-// `length` positions that begin at `first` and go in the direction of `step`. Where there is a second block, `prefix`
-// holds for each position the sum from the start of its block to it.
+// add_window_sums of core/window.h by a team, for the values of a sequence that begins at `begin`. Where windows end in
+// another block than they start in, `prefix` holds the sums from the start of a block to each of its positions.
 template <class Team, class Value>
-__device__ void add_window_sums(Team& team, int64_t first, int64_t length, int64_t count, int64_t step, Value value,
+__device__ void add_window_sums(Team& team, int64_t begin, int64_t length, int64_t count, bool ahead, Value value,
                                 float* prefix, float* out) {
   const Run nothing{0, 1}, end{0, 0};
   const int64_t block = count < length ? count : length;
   if (block == 0) return;
-  if (block < length)
+  if (block < length || !ahead) {
+    const auto mirrored = [&](int64_t i) { return length - 1 - i; };
     suffix_scan(
         team, length, nothing, end,
-        [&](int64_t i) {
-          const int64_t from_first = length - 1 - i;
-          return Run{value(first + from_first * step), from_first % block != 0 ? 1.0 : 0.0};
-        },
-        AddRuns{},
+        [&](int64_t i) { return Run{value(begin + mirrored(i)), mirrored(i) % block != 0 ? 1.0 : 0.0}; }, AddRuns{},
         [&](int64_t i, const Run& mine, const Run& before) {
-          prefix[first + (length - 1 - i) * step] = (float)AddRuns{}(mine, before).sum;
+          prefix[begin + mirrored(i)] = (float)AddRuns{}(mine, before).sum;
         });
-  team.sync();
-  suffix_scan(
-      team, length, nothing, end,
-      [&](int64_t i) { return Run{value(first + i * step), (i + 1) % block != 0 ? 1.0 : 0.0}; }, AddRuns{},
-      [&](int64_t i, const Run& mine, const Run& following) {
-        const int64_t next_block = (i / block + 1) * block, last = i + block < length ? i + block : length - 1;
-        float sum = mine.open != 0 ? (float)following.sum : 0;
-        if (next_block < length) sum += prefix[first + last * step];
-        out[first + i * step] += sum;
-      });
+    team.sync();
+  }
+  if (block < length || ahead) {
+    const int64_t first = ahead ? 1 : -block;  // the window of t starts at t + first
+    suffix_scan(
+        team, length, nothing, end, [&](int64_t i) { return Run{value(begin + i), (i + 1) % block != 0 ? 1.0 : 0.0}; },
+        AddRuns{},
+        [&](int64_t i, const Run& mine, const Run& following) {
+          const int64_t t = i - first, next_block = (i / block + 1) * block;
+          if (t < 0 || t >= length) return;
+          out[begin + t] += (float)AddRuns{}(mine, following).sum;
+          if (i % block == 0 || next_block >= length) return;
+          out[begin + t] += prefix[begin + (i + block < length ? i + block : length) - 1];
+        });
+  }
+  if (!ahead)  // windows that would start before the sequence
+    for (int64_t t = 1 + team.rank(); t < block; t += team.size()) out[begin + t] += prefix[begin + t - 1];
   team.sync();
 }
 
@@ -158,8 +161,8 @@ __device__ void window_sums(Team& team, int64_t begin, int64_t end, int64_t back
                             float* prefix, float* out) {
   for (int64_t t = begin + team.rank(); t < end; t += team.size()) out[t] = 0;
   team.sync();
-  add_window_sums(team, begin, end - begin, ahead, 1, value, prefix, out);
-  add_window_sums(team, end - 1, end - begin, back, -1, value, prefix, out);
+  add_window_sums(team, begin, end - begin, ahead, true, value, prefix, out);
+  add_window_sums(team, begin, end - begin, back, false, value, prefix, out);
 }
 
 // ---------------------------------------------------------------------------------------------------------- sequences
@@ -174,7 +177,6 @@ __device__ int64_t look_at_sequence(Team& team, const PolicyLoss& p, int64_t seq
   int64_t kept = length;
   if (batch.tokens.mask != nullptr) {
     int64_t mine = 0;
-#pragma unroll 8
     for (int64_t t = begin + team.rank(); t < end; t += team.size()) mine += batch.tokens.mask[t];
     kept = reduce(team, mine, (int64_t)0, plus);
   }
@@ -187,8 +189,8 @@ __device__ int64_t look_at_sequence(Team& team, const PolicyLoss& p, int64_t seq
     const double total = sum(team, length, [&](int64_t i) { return log_ratio_of(batch, begin + i); });
     if (team.rank() == 0) p.log_trace[sequence] = (float)(total / divisor);
   } else if (p.long_windows()) {
-    window_sums(team, begin, end, o.back, o.ahead, [&](int64_t t) { return log_ratio_of(batch, t); }, p.scratch,
-                p.log_trace);
+    window_sums(
+        team, begin, end, o.back, o.ahead, [&](int64_t t) { return log_ratio_of(batch, t); }, p.scratch, p.log_trace);
   }
   if (needs_place(o)) {
     suffix_scan(
@@ -210,7 +212,7 @@ __device__ int64_t look_at_sequence(Team& team, const PolicyLoss& p, int64_t seq
   return kept;
 }
 
-__global__ void __launch_bounds__(kSequenceThreads) sequence_kernel(const __grid_constant__ PolicyLoss p) {
+__global__ void __launch_bounds__(kSequenceThreads, 1) sequence_kernel(const __grid_constant__ PolicyLoss p) {
   advantages::Block block;
   Totals totals = no_totals();
   for (int64_t s = blockIdx.x; s < p.batch.num_sequences; s += gridDim.x) {
@@ -276,7 +278,8 @@ __device__ inline void finish(const PolicyLoss& p, const Statistics<float>& mine
   __syncthreads();
   if (!last) return;
   reduce_statistics(
-      gridDim.x, [&](int i, int64_t j) { return p.partial[i * gridDim.x + j]; }, [&](int i, double x) { total[i] = x; });
+      gridDim.x, [&](int i, int64_t j) { return p.partial[i * gridDim.x + j]; },
+      [&](int i, double x) { total[i] = x; });
   __syncthreads();
   if (threadIdx.x > 0) return;
   Statistics<double> statistics;
@@ -307,8 +310,7 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const __grid_constan
     const int64_t kept = p.kept[sequence];
 
     __syncthreads();  // the tile before is done with what is shared
-    if (threadIdx.x == 0)
-      scale = (float)scale_of(o, totals, kept, p.denominator, *p.loss_scale, p.per_token);
+    if (threadIdx.x == 0) scale = (float)scale_of(o, totals, kept, p.denominator, *p.loss_scale, p.per_token);
     if (windows)
       for (int64_t t = begin - o.back + threadIdx.x; t < end + o.ahead; t += blockDim.x)
         log_ratios[t - (begin - o.back)] = t >= sequence_begin && t < sequence_end ? log_ratio_of(batch, t) : 0;
@@ -318,7 +320,9 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const __grid_constan
       float loss = 0, grad_logprob = 0, grad_entropy = 0, grad_log_trace = 0;
       if (is_kept(batch, t)) {
         Token<float> token = load_token(batch.tokens, t, sequence, kept);
-        if (windows) token.log_trace = sum_of_window<float>(log_ratios + o.back + (t - begin), o.back, o.ahead);
+        token.log_trace = windows ? sum_of_window<float>(log_ratios + o.back + (t - begin), o.back, o.ahead)
+                                  : load(batch.tokens.log_trace, t, sequence);
+        token.sequence_sum = load(batch.tokens.sequence_sum, t, sequence);
         TokenResult<float> result = evaluate(o, token);
         result.loss *= scale;
         add_token(statistics, result, token.entropy, true);
@@ -341,13 +345,13 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const __grid_constan
 // grad_logprobs[t] = upstream[t] * own[t] plus what comes through the traces of the tokens whose windows hold t.
 struct TraceGradient {
   Batch batch;
-  int64_t back, ahead;                   // the windows
-  const float* upstream;                 // null: 1
-  const float *own, *grad_log_trace;     // per token, as the forward wrote them
-  float *grad_logprobs, *scratch;        // scratch: two per token
+  int64_t back, ahead;                // the windows
+  const float* upstream;              // null: 1
+  const float *own, *grad_log_trace;  // per token, as the forward wrote them
+  float *grad_logprobs, *scratch;     // scratch: two per token
 };
 
-__global__ void __launch_bounds__(kSequenceThreads) trace_gradient_kernel(const __grid_constant__ TraceGradient g) {
+__global__ void __launch_bounds__(kSequenceThreads, 1) trace_gradient_kernel(const __grid_constant__ TraceGradient g) {
   advantages::Block block;
   const Batch& batch = g.batch;
   const auto times_upstream = [&](const float* x, int64_t t) {
@@ -356,8 +360,9 @@ __global__ void __launch_bounds__(kSequenceThreads) trace_gradient_kernel(const 
   float* through = g.scratch + batch.num_tokens;
   for (int64_t s = blockIdx.x; s < batch.num_sequences; s += gridDim.x) {
     const int64_t begin = begin_of(batch, s), end = begin_of(batch, s + 1);
-    window_sums(block, begin, end, g.ahead, g.back, [&](int64_t t) { return times_upstream(g.grad_log_trace, t); },
-                g.scratch, through);
+    window_sums(
+        block, begin, end, g.ahead, g.back, [&](int64_t t) { return times_upstream(g.grad_log_trace, t); }, g.scratch,
+        through);
     for (int64_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
       const Tokens& tokens = batch.tokens;
       const bool live = is_kept(batch, t) && log_ratio_live(tokens.logprobs.data[t], tokens.old_logprobs.data[t]);
@@ -372,7 +377,7 @@ __global__ void __launch_bounds__(kSequenceThreads) trace_gradient_kernel(const 
 
 template <class Launch>
 void launch_trace_gradient(const TraceGradient& g, Launch launch) {
-  launch(trace_gradient_kernel, g.batch.num_sequences < kMaxBlocks ? g.batch.num_sequences : kMaxBlocks, kSequenceThreads, g);
+  launch(trace_gradient_kernel, blocks_for(g.batch.num_sequences, kMaxBlocks), kSequenceThreads, g);
 }
 
 template <class Launch>

@@ -20,7 +20,7 @@ BACKENDS = ("reference", "native", "triton")
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "linear_token_logprobs": {},
-    "policy_loss": {"native": ("cpu",)},
+    "policy_loss": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
     "advantages": {},
 }
 
@@ -45,15 +45,24 @@ def _load_native() -> str | None:
     return None
 
 
+def _has_cuda_kernels() -> bool:
+    if NATIVE_MISSING is not None:
+        return False
+    from . import _C
+
+    return bool(_C.build_info()["cuda_architectures"])
+
+
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    from . import triton_kernels  # noqa: F401  (registers the operators)
+    importlib.import_module("fusedpo.triton_kernels")  # registers the operators
 
     return None
 
 
 NATIVE_MISSING = _load_native()
+HAS_CUDA_KERNELS = _has_cuda_kernels()
 TRITON_MISSING = _triton_missing()
 if NATIVE_MISSING is not None and os.environ.get("FUSEDPO_NATIVE") != "0":
     warnings.warn(f"fusedpo runs without its native kernels: {NATIVE_MISSING}", stacklevel=2)
@@ -106,6 +115,8 @@ def why_not(name: str, operator: str, device: str, dtype: torch.dtype = torch.fl
     interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if device not in devices and not interpreted:
         return f"the {name} kernel of {operator} runs on {', '.join(devices)}, not on {device}"
+    if name == "native" and device == "cuda" and not HAS_CUDA_KERNELS:
+        return "the native extension was built without CUDA kernels; a build with FUSEDPO_CUDA=1 has them"
     if dtype not in _KERNEL_DTYPES:
         return f"kernels compute in float32 for {', '.join(str(d) for d in _KERNEL_DTYPES)}, not for {dtype}"
     return None

@@ -4,12 +4,14 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
+#include <deque>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -33,49 +35,62 @@ constexpr unsigned kWarpSize = 32;
 struct Warp {
   explicit Warp(unsigned lanes) : barrier(lanes) {}
   std::barrier<> barrier;
-  uint64_t slots[kWarpSize] = {};
+  uint64_t slots[2][kWarpSize] = {};
+};
+
+// What the threads of one block share.
+struct Block {
+  explicit Block(unsigned threads) : barrier(threads) {
+    for (unsigned first = 0; first < threads; first += kWarpSize)
+      warps.emplace_back(std::min(threads - first, kWarpSize));
+  }
+  std::barrier<> barrier;
+  std::deque<Warp> warps;
 };
 
 inline thread_local Index thread_index, block_index;
+inline thread_local Block* block;
 inline thread_local Warp* warp;
-inline thread_local std::barrier<>* block_barrier;
+inline thread_local unsigned turn;  // which of the slots the next shuffle uses
 inline Index block_size, grid_size;
 inline std::vector<double> dynamic_shared;
 
 // kernel<<<blocks, threads, shared_bytes>>>, where `kernel` is a call of it.
-inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel, size_t shared_bytes = 0) {
+template <class Kernel>
+void launch(unsigned blocks, unsigned threads, Kernel kernel, size_t shared_bytes = 0) {
   block_size = {threads, 1, 1};
   grid_size = {blocks, 1, 1};
   dynamic_shared.assign(shared_bytes / sizeof(double) + 1, NAN);
-  for (unsigned block = 0; block < blocks; ++block) {
-    std::barrier<> barrier(threads);
-    std::vector<std::unique_ptr<Warp>> warps;
-    for (unsigned first = 0; first < threads; first += kWarpSize)
-      warps.push_back(std::make_unique<Warp>(threads - first < kWarpSize ? threads - first : kWarpSize));
-    std::vector<std::thread> team;
-    for (unsigned thread = 0; thread < threads; ++thread)
-      team.emplace_back([&, thread] {
-        thread_index = {thread, 0, 0};
-        block_index = {block, 0, 0};
-        warp = warps[thread / kWarpSize].get();
-        block_barrier = &barrier;
+  std::optional<Block> current(std::in_place, threads);
+  std::barrier between_blocks(threads, [&]() noexcept { current.emplace(threads); });
+  std::vector<std::thread> team;
+  for (unsigned thread = 0; thread < threads; ++thread)
+    team.emplace_back([&, thread] {
+      thread_index = {thread, 0, 0};
+      for (unsigned number = 0; number < blocks; ++number) {
+        block_index = {number, 0, 0};
+        block = &*current;
+        warp = &block->warps[thread / kWarpSize];
+        turn = 0;
         kernel();
         warp->barrier.arrive_and_drop();
-        barrier.arrive_and_drop();
-      });
-    for (std::thread& thread : team) thread.join();
-  }
+        block->barrier.arrive_and_drop();
+        between_blocks.arrive_and_wait();
+      }
+    });
+  for (std::thread& thread : team) thread.join();
 }
 
-// The value of another lane of the warp; its own where there is no such lane.
+// The value of another lane of the warp; its own where there is no such lane. One barrier will do, since the slots that
+// lanes may still be reading are not those that the next shuffle writes.
 template <class T>
 T shuffle(T value, unsigned lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  const unsigned mine = thread_index.x % kWarpSize;
-  std::memcpy(&warp->slots[mine], &value, sizeof value);
+  uint64_t* slots = warp->slots[turn];
+  turn = 1 - turn;
+  std::memcpy(&slots[thread_index.x % kWarpSize], &value, sizeof value);
   warp->barrier.arrive_and_wait();
-  if (lane < kWarpSize) std::memcpy(&value, &warp->slots[lane], sizeof value);
-  warp->barrier.arrive_and_wait();
+  if (lane < kWarpSize) std::memcpy(&value, &slots[lane], sizeof value);
   return value;
 }
 
@@ -87,9 +102,9 @@ T shuffle(T value, unsigned lane) {
 #define gridDim cuda_on_cpu::grid_size
 #define DYNAMIC_SHARED(type, name) type* name = (type*)cuda_on_cpu::dynamic_shared.data()
 
-inline void __syncthreads() { cuda_on_cpu::block_barrier->arrive_and_wait(); }
+inline void __syncthreads() { cuda_on_cpu::block->barrier.arrive_and_wait(); }
 inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::warp->barrier.arrive_and_wait(); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence() {}  // blocks run one after the other
 
 template <class T>
 T __shfl_sync(unsigned, T value, unsigned lane) {
@@ -107,12 +122,14 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned mask) {
   return cuda_on_cpu::shuffle(value, (threadIdx.x % cuda_on_cpu::kWarpSize) ^ mask);
 }
+// Lane i votes with bit i.
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  unsigned votes = 0;
-  for (unsigned lane = 0; lane < cuda_on_cpu::kWarpSize; ++lane)
-    votes |= (unsigned)__shfl_sync(~0u, (unsigned)vote, lane) << lane;
+  unsigned votes = (unsigned)vote << threadIdx.x % cuda_on_cpu::kWarpSize;
+  for (unsigned distance = 1; distance < cuda_on_cpu::kWarpSize; distance *= 2)
+    votes |= __shfl_xor_sync(~0u, votes, distance);
   return votes;
 }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 
 template <class T>
 T atomicAdd(T* address, T value) {

@@ -1,0 +1,519 @@
+"""The kernels of the advantages, native and Triton, against the reference in float64; and what operators promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedpo import backends
+from fusedpo.ops_advantages import ESTIMATORS, Kernels
+from fusedpo.reference import advantages as reference
+
+NATIVE, TRITON = Kernels("native"), Kernels("triton")
+NAN = math.nan
+# Sums of at most a thousand float64 terms in another order, relative to the largest.
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+both = pytest.mark.parametrize(
+    "kernels", [NATIVE, pytest.param(TRITON, marks=pytest.mark.triton)], ids=["native", "triton"]
+)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# Name, arguments; rewards and groups come with the layout, `lengths` and `baselines` too.
+GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo": ("grpo", {"eps": 1e-3}),
+    "dr_grpo": ("dr_grpo", {}),
+    "rloo": ("rloo", {}),
+    "opo": ("opo", {"lengths": ...}),
+    "gpg": ("gpg", {"f_norm": 1.7}),
+    "raft": ("raft", {}),
+    "reinforce_rej": ("reinforce_rej", {}),
+    "remax": ("remax", {"baselines": ...}),
+    "reinforce_plus_plus_baseline": ("reinforce_plus_plus_baseline", {"lengths": ...}),
+    "maxpo": ("maxpo", {"k": 3}),
+    "maxpo, unbiased": ("maxpo", {"k": 2, "scale": "unbiased"}),
+    "order_statistic": ("order_statistic", {"k": 3, "weights": [0.5, -1.0, 2.0], "scale": "unbiased"}),
+    "pkpo, s": ("pkpo", {"k": 3, "variant": "s"}),
+    "pkpo, sloo": ("pkpo", {"k": 3, "variant": "sloo"}),
+    "pkpo, sloo-1": ("pkpo", {"k": 3, "variant": "sloo-1"}),
+    "passk": ("passk", {"k": 3}),
+    "max_at_k": ("max_at_k", {"k": 3}),
+    "grpo_passk": ("grpo_passk", {"eps": 1e-3}),
+    "grpo_passk, no std": ("grpo_passk", {"std": False}),
+}
+CENTRED = ("grpo", "dr_grpo", "rloo", "opo", "gpg", "maxpo", "order_statistic", "pkpo, sloo-1", "grpo_passk")
+
+
+def prepare(name: str, rewards: Tensor, **groups: Any) -> tuple[str, Tensor, dict[str, Any]]:
+    """Function, rewards and arguments of an estimator of ``GROUPS``."""
+    function, arguments = GROUPS[name]
+    arguments = dict(arguments)
+    if "lengths" in arguments:
+        arguments["lengths"] = torch.arange(len(rewards)) % 5
+    if "baselines" in arguments:
+        arguments["baselines"] = random(len(rewards) // groups.get("group_size", 1), seed=7)
+    if "baselines" in arguments and "group_ids" in groups:
+        groups["group_ids"] = groups["group_ids"] % 3
+    if name == "passk":
+        rewards = (rewards > 0).to(rewards.dtype)
+    if name == "raft":
+        groups = {key: value for key, value in groups.items() if key == "mask"}
+    return function, rewards, arguments | groups
+
+
+def estimate(source: Any, name: str, rewards: Tensor, **groups: Any) -> Tensor:
+    """An estimator of ``GROUPS`` by the functions of ``source``."""
+    function, rewards, arguments = prepare(name, rewards, **groups)
+    return getattr(source, function)(rewards, **arguments)
+
+
+def layouts(count: int) -> dict[str, dict[str, Any]]:
+    """Groups of 6 and more samples; masks leave 4 or more of them."""
+    mask = torch.arange(count) % 6 != 1
+    sizes = torch.tensor([count // 4, count // 2, count - count // 2 - count // 4])
+    ids = torch.repeat_interleave(torch.tensor([40, -7, 5]), sizes)
+    ids = ids[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    return {
+        "equal": {"group_size": count // 4},
+        "masked": {"group_size": count // 4, "mask": mask},
+        "ragged": {"group_ids": ids},
+        "ragged, masked, int32": {"group_ids": ids.int(), "mask": mask.float()},
+    }
+
+
+REWARDS: dict[str, Callable[[int], Tensor]] = {
+    "distinct": lambda count: random(count),
+    "ties": lambda count: random(count).mul(2).round(),
+    "one best": lambda count: (torch.arange(count) == count // 3).double(),
+}
+
+
+def check(kernels: Kernels, name: str, rewards: Tensor, groups: dict[str, Any]) -> None:
+    if "mask" in groups:
+        rewards = rewards.where(groups["mask"] != 0, NAN) if name != "passk" else rewards
+    for dtype in (torch.float64, torch.float32):
+        x = rewards.to(dtype)
+        result, expected = estimate(kernels, name, x, **groups), estimate(reference, name, x, **groups)
+        close = CLOSE if dtype == torch.float64 else {"rtol": 1.2e-7, "atol": 1e-12}  # the rounding of the result
+        torch.testing.assert_close(result, expected, **close)
+
+
+@both
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("layout", layouts(24))
+def test_groups(kernels, name, layout):
+    for rewards in REWARDS.values():
+        check(kernels, name, rewards(24), layouts(24)[layout])
+
+
+@both
+@pytest.mark.parametrize("name", ["grpo", "maxpo", "order_statistic"])
+def test_groups_larger_than_a_block(kernels, name):
+    check(kernels, name, random(1200), {"group_size": 600})
+    check(kernels, name, random(700).mul(20).round(), {"group_ids": (torch.arange(700) % 7 > 0).long()})
+
+
+@pytest.mark.parametrize("n", [*range(2, 10), 16])
+def test_every_k(n):
+    rewards = torch.cat([REWARDS[kind](n) for kind in REWARDS])
+    for k in range(1, n + 1):
+        for name in ("maxpo", "max_at_k", "pkpo, s", "pkpo, sloo", "pkpo, sloo-1"):
+            if k <= n - (name in ("maxpo", "pkpo, sloo")) and k >= 1 + (name == "pkpo, sloo-1"):
+                function, arguments = GROUPS[name]
+                arguments = arguments | {"k": k, "group_size": n}
+                result = getattr(NATIVE, function)(rewards, **arguments)
+                torch.testing.assert_close(result, getattr(reference, function)(rewards, **arguments), **CLOSE)
+
+
+@pytest.mark.parametrize("n", [257, 1024])
+def test_every_k_of_a_large_group(n):
+    rewards = random(n)
+    for k in range(1, n):
+        result = NATIVE.maxpo(rewards, k=k, group_size=n)
+        assert result.isfinite().all()
+        assert abs(result.sum()) <= 1e-12 * result.abs().sum()
+    for k in (1, 2, 17, n // 2, n - 2, n - 1):
+        for function in ("maxpo", "pkpo", "max_at_k"):
+            if k > 1:
+                arguments = {"k": k, "group_size": n}
+                result, expected = (getattr(source, function)(rewards, **arguments) for source in (NATIVE, reference))
+                torch.testing.assert_close(result, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kernels", [NATIVE, pytest.param(TRITON, marks=pytest.mark.triton)], ids=["native", "triton"])
+def test_every_dtype(kernels):
+    rewards = torch.tensor([0, 3, 1, 1, 2, 0, 0, 0, 5, 1, 1, 0])
+    expected = reference.maxpo(rewards, k=2, group_size=4)
+    lengths = reference.opo(rewards, lengths=rewards, group_size=4)
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16):
+        torch.testing.assert_close(kernels.maxpo(rewards.to(dtype), k=2, group_size=4), expected)
+        torch.testing.assert_close(kernels.opo(rewards, lengths=rewards.to(dtype), group_size=4), lengths)
+    for dtype in (torch.bool, torch.int8, torch.float16, torch.float64):
+        mask = (torch.arange(12) % 4 != 2).to(dtype)
+        torch.testing.assert_close(
+            kernels.rloo(rewards > 0, group_size=4, mask=mask), reference.rloo(rewards > 0, group_size=4, mask=mask)
+        )
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("name", ["grpo", "maxpo", "pkpo, s"])
+def test_triton_without_float64(name, monkeypatch):
+    """As on an Intel GPU that has none: float32 sums of 24 terms, and products of as many."""
+    advantages = pytest.importorskip("fusedpo.triton_kernels.advantages")
+    monkeypatch.setattr(advantages, "_real", lambda device: advantages.tl.float32)
+    for groups in layouts(24).values():
+        rewards = random(24).float()
+        torch.testing.assert_close(
+            estimate(TRITON, name, rewards, **groups),
+            estimate(reference, name, rewards, **groups),
+            rtol=2e-6,
+            atol=2e-6,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- invariances
+
+
+@both
+@pytest.mark.parametrize("name", CENTRED)
+def test_equal_rewards_give_exactly_zero(kernels, name):
+    for value in (0.1, -1e30, 1e-40):
+        rewards = torch.full((21,), value, dtype=torch.float32)
+        assert (estimate(kernels, name, rewards, group_size=7) == 0).all()
+    if kernels is NATIVE:
+        assert (estimate(kernels, name, torch.full((2000,), 1 / 3), group_size=1000) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in GROUPS if name not in ("opo", "remax", "reinforce_plus_plus_baseline")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_order_of_samples_changes_no_bit(name, dtype):
+    for count in (24, 1200):
+        rewards = torch.cat([random(count // 2, seed=1), random(count // 2).mul(2).round()]).to(dtype)
+        ids = torch.arange(count) // (count // 4)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        expected = estimate(NATIVE, name, rewards, group_ids=ids)
+        assert torch.equal(estimate(NATIVE, name, rewards[order], group_ids=ids[order]), expected[order])
+        assert torch.equal(estimate(NATIVE, name, rewards, group_size=count // 4), expected)
+
+
+@both
+@pytest.mark.parametrize("name", ["maxpo", "max_at_k", "pkpo, sloo-1"])
+def test_equal_rewards_get_bit_identical_advantages(kernels, name):
+    rewards = random(5)[torch.arange(300) * 7 % 5]
+    result = estimate(kernels, name, rewards, group_size=300)
+    for value in rewards.unique():
+        assert result[rewards == value].unique().numel() == 1
+
+
+def test_the_number_of_threads_changes_no_bit():
+    rewards, values, mask = random(64, 300), random(64, 300, seed=1), random(64, 300, seed=2) > 0
+
+    def everything() -> list[Tensor]:
+        ids = torch.arange(rewards.numel()) % 700
+        flat = {name: estimate(NATIVE, name, rewards.flatten(), group_ids=ids) for name in GROUPS}
+        gae = NATIVE.gae(rewards, values, mask=mask, gamma=0.99, lam=0.95)
+        return [*flat.values(), *gae, NATIVE.whiten(rewards, mask=mask)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = everything()
+        torch.set_num_threads(3)
+        results = everything()
+    finally:
+        torch.set_num_threads(threads)
+    for result, one_thread in zip(results, expected, strict=True):
+        assert torch.equal(result, one_thread)
+
+
+@both
+@pytest.mark.parametrize(
+    "name", [name for name in GROUPS if name not in ("gpg", "reinforce_plus_plus_baseline", "passk")]
+)
+def test_nan_and_inf_stay_in_their_group(kernels, name):
+    rewards = random(24)
+    clean = estimate(kernels, name, rewards, group_size=8)
+    for poison in (NAN, math.inf):
+        poisoned = rewards.clone()
+        poisoned[10] = poison
+        result = estimate(kernels, name, poisoned, group_size=8)
+        assert torch.equal(result[:8], clean[:8])
+        assert torch.equal(result[16:], clean[16:])
+        assert not result[8:16].isfinite().all()
+    left_out = torch.arange(24) != 10
+    result = estimate(kernels, name, rewards.where(left_out, NAN), group_size=8, mask=left_out)
+    assert result.isfinite().all()
+    assert result[10] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+
+
+def token_batches() -> list[dict[str, Any]]:
+    batches = []
+    for length in (1, 37, 130):
+        mask = random(4, length, seed=3) > -0.5
+        mask[0] = False
+        rewards, values, new, old = (random(4, length, seed=seed).where(mask, NAN) for seed in range(4, 8))
+        padded = {"rewards": rewards, "values": values, "logprobs": new, "old_logprobs": old, "mask": mask}
+        packed = {name: x.flatten() for name, x in padded.items()}
+        offsets = torch.tensor([0, length, length, 2 * length + 1, 4 * length], dtype=torch.int32)
+        batches += [padded, packed | {"cu_seqlens": offsets}, packed]
+        batches.append({name: x.unsqueeze(0) for name, x in packed.items()} | {"cu_seqlens": offsets.long()})
+    batches.append(
+        {"rewards": random(3, 9), "values": random(3, 9), "logprobs": random(3, 9), "old_logprobs": random(3, 9)}
+    )
+    return batches
+
+
+def sequences(batch: dict[str, Any]) -> int:
+    if "cu_seqlens" in batch:
+        return len(batch["cu_seqlens"]) - 1
+    return len(batch["rewards"]) if batch["rewards"].dim() == 2 else 1
+
+
+def without(batch: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: x for name, x in batch.items() if name not in names}
+
+
+TOKENS: dict[str, Callable[[Any, dict[str, Any], Tensor | None], Any]] = {
+    "reward_to_go": lambda f, b, end: f.reward_to_go(
+        **without(b, "values", "logprobs", "old_logprobs"), gamma=0.9, bootstrap=end
+    ),
+    "gae": lambda f, b, end: f.gae(**without(b, "logprobs", "old_logprobs"), gamma=0.99, lam=0.95, bootstrap=end),
+    "gae, lam=0": lambda f, b, end: f.gae(**without(b, "logprobs", "old_logprobs"), gamma=1.0, lam=0.0, bootstrap=end),
+    "vtrace": lambda f, b, end: f.vtrace(**b, gamma=0.9, lam=0.8, rho_bar=1.3, c_bar=0.7, bootstrap=end),
+    "vtrace, not truncated": lambda f, b, end: f.vtrace(**b, gamma=0.9, rho_bar=math.inf, bootstrap=end),
+    "reinforce_plus_plus": lambda f, b, end: f.reinforce_plus_plus(
+        **without(b, "values", "logprobs", "old_logprobs"), gamma=0.9
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens(kernels, name):
+    for batch in token_batches():
+        for bootstrap in (None, random(sequences(batch), seed=9)):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()}
+                results, expected = (TOKENS[name](source, inputs, bootstrap) for source in (kernels, reference))
+                if isinstance(results, Tensor):
+                    results, expected = (results,), (expected,)
+                # In float32 the rounding of the result, whose terms are of order 1.
+                close = CLOSE if dtype == torch.float64 else {"rtol": 1.2e-7, "atol": 1e-12}
+                for result, truth in zip(results, expected, strict=True):
+                    torch.testing.assert_close(result, truth, **close)
+
+
+@pytest.mark.triton
+def test_sequences_longer_than_a_block():
+    rewards, values = random(2, 2500), random(2, 2500, seed=1)
+    mask = random(2, 2500, seed=2) > 0
+    for kernels in (NATIVE, TRITON):
+        arguments = {"mask": mask, "gamma": 0.999, "lam": 0.99}
+        results, expected = (source.gae(rewards, values, **arguments) for source in (kernels, reference))
+        torch.testing.assert_close(results.advantages, expected.advantages, **CLOSE)
+
+
+@both
+def test_nan_of_a_token_stays_in_its_sequence_and_before_it(kernels):
+    rewards = random(3, 50)
+    rewards[1, 20] = NAN
+    result = kernels.gae(rewards, random(3, 50, seed=1), gamma=0.9, lam=0.9).advantages
+    assert result[1, :21].isnan().all()
+    assert result[1, 21:].isfinite().all()
+    assert result[[0, 2]].isfinite().all()
+    cut = kernels.gae(rewards, random(3, 50, seed=1), gamma=0.9, lam=0.0).advantages
+    assert cut.isnan().sum() == 1  # nothing follows where the factor is 0
+
+
+@both
+def test_to_tokens(kernels):
+    advantages, mask = random(4), random(4, 30) > 0
+    offsets = torch.tensor([0, 40, 40, 90, 120])
+    for arguments in ((advantages.float(), mask), (advantages, mask.flatten().int())):
+        packed = {} if arguments[1].dim() == 2 else {"cu_seqlens": offsets}
+        assert torch.equal(kernels.to_tokens(*arguments, **packed), reference.to_tokens(*arguments, **packed))
+
+
+@both
+@pytest.mark.parametrize("whiten", [False, True])
+def test_steps(kernels, whiten):
+    values, step_rewards = random(6, 8), random(6, 7, seed=1)
+    step_ids = torch.randint(-1, 7, (6, 60), generator=torch.Generator().manual_seed(0))
+    for missing in (0.0, 0.5, 1.0):
+        v = values.where(torch.rand(6, 8, generator=torch.Generator().manual_seed(2)) >= missing, NAN)
+        for dtype in (torch.float64, torch.float16):
+            arguments = {"step_rewards": step_rewards.to(dtype), "step_ids": step_ids, "whiten": whiten}
+            result, expected = (source.vineppo(v.to(dtype), **arguments) for source in (kernels, reference))
+            torch.testing.assert_close(result, expected, **(CLOSE if dtype == torch.float64 else {}))
+
+
+@both
+def test_whiten(kernels):
+    x = random(3, 3000).mul(2).add(5)
+    mask = random(3, 3000, seed=1) > 0
+    for arguments in ({}, {"mask": mask}, {"mask": torch.zeros_like(mask)}):
+        torch.testing.assert_close(kernels.whiten(x, **arguments), reference.whiten(x, **arguments), **CLOSE)
+    assert (kernels.whiten(x.where(mask, NAN), mask=mask)[~mask] == 0).all()
+    assert kernels.whiten(torch.tensor([3.0, 7.0]), mask=torch.tensor([1, 0])).tolist() == [0, 0]
+
+
+@both
+def test_nothing_to_do(kernels):
+    empty, ids = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    assert kernels.maxpo(empty, k=2, group_size=4).shape == (0,)
+    assert kernels.rloo(empty, group_ids=ids).shape == (0,)
+    for shape in ((0,), (0, 4), (3, 0)):
+        assert kernels.gae(torch.empty(shape), torch.empty(shape), gamma=1.0, lam=1.0).returns.shape == shape
+        assert kernels.whiten(torch.empty(shape)).shape == shape
+    assert kernels.vineppo(torch.empty(2, 1), step_rewards=torch.empty(2, 0), step_ids=ids.view(2, 0)).shape == (2, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda r: NATIVE.maxpo(r, k=4, group_size=4), "k must be at most .* - 1, got k=4, but group 0 has size 4"),
+        (
+            lambda r: NATIVE.maxpo(r, k=3, group_ids=torch.tensor([7, 7, 7, 7, 9, 9, 9, 7])),
+            "k=3, but group 9 has size 3",
+        ),
+        (
+            lambda r: NATIVE.pkpo(r, k=4, group_size=4, mask=torch.arange(8) != 5),
+            "of the group, got k=4, but group 1 has size 3",
+        ),
+        (lambda r: NATIVE.grpo_passk(r, group_size=1), "at least 2 samples, but group 0 has size 1"),
+        (lambda r: NATIVE.passk(r, k=2, group_size=4), "rewards must be 0 or 1 for passk, got 2"),
+        (lambda r: NATIVE.opo(r, lengths=r - 3, group_size=4), "lengths must be >= 0, got -3"),
+        (
+            lambda r: NATIVE.remax(r, baselines=r[:2], group_ids=r.long() // 3),
+            "group_ids must be 0 to 1, as baselines, got 2",
+        ),
+        (
+            lambda r: NATIVE.vineppo(r[None], step_rewards=r[None, 1:], step_ids=torch.tensor([[3, 7]])),
+            "step_ids must be less than the number of steps 7, got 7",
+        ),
+    ],
+)
+def test_values_that_are_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call(torch.arange(8.0))
+
+
+@pytest.mark.triton
+def test_where_the_cpu_raises_triton_gives_nan():
+    ids = torch.tensor([7, 7, 7, 7, 9, 9, 9, 7])
+    result = TRITON.maxpo(torch.arange(8.0), k=3, group_ids=ids, mask=torch.arange(8) != 4)
+    assert result.isnan().tolist() == [False] * 5 + [True] * 2 + [False]
+    result = TRITON.remax(torch.arange(8.0), baselines=torch.zeros(2), group_ids=torch.arange(8) // 3)
+    assert result.isnan().tolist() == [False] * 6 + [True] * 2
+    steps = TRITON.vineppo(torch.ones(1, 3), step_rewards=torch.ones(1, 2), step_ids=torch.tensor([[0, 1, 2, -1]]))
+    assert steps.isnan().tolist() == [[False, False, True, False]]
+
+
+# --------------------------------------------------------------------------------------------------------- operators
+
+
+def operator_arguments() -> dict[str, list[tuple]]:
+    r, ids, order = random(12).float(), torch.arange(12) // 4, torch.arange(12)
+    maxpo = (ESTIMATORS.index("maxpo"), 2, False, 0.0, False)
+    opo = (ESTIMATORS.index("opo"), 0, False, 0.0, True)
+    x, values = random(2, 6).float(), random(2, 4).float()
+    return {
+        "group_advantages": [(r, None, None, 4, None, None, *maxpo), (r, ids, order, 1, r.abs(), r > 0, *opo)],
+        "token_advantages": [
+            (x, None, None, None, x > 0, None, r[:2], 1, 0.9, 1.0, 1.0, 1.0, False),
+            (r, r, r, r, None, torch.tensor([0, 5, 12]), None, 3, 0.9, 1.0, 1.0, 1.0, True),
+        ],
+        "step_advantages": [(values, values[:, 1:], torch.zeros(2, 5, dtype=torch.int64), False)],
+        "whiten": [(x, None, x > 0, True), (x, x.abs(), None, False)],
+    }
+
+
+@pytest.mark.parametrize("operator", operator_arguments())
+def test_opcheck(operator):
+    for arguments in operator_arguments()[operator]:
+        torch.library.opcheck(getattr(torch.ops.fusedpo, operator).native, arguments)
+
+
+def test_one_graph_for_all_sizes():
+    """20 sizes, numbers of groups and k: one graph for the first, one for all others."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(rewards: Tensor, ids: Tensor, tokens: Tensor, group_size: int, k: int) -> tuple[Tensor, ...]:
+        equal = NATIVE.maxpo(rewards, k=k, group_size=group_size)
+        ragged = NATIVE.grpo(rewards, group_ids=ids)
+        return equal, ragged, NATIVE.gae(tokens, tokens, gamma=0.99, lam=0.95).advantages, NATIVE.whiten(tokens)
+
+    for i in range(20):
+        group_size, k = 4 + i, 2 + i // 2
+        rewards, tokens = random(group_size * (3 + i % 4)), random(2, 5 + i)
+        ids = torch.arange(len(rewards)) % 5
+        results = step(rewards, ids, tokens, group_size, k)
+        torch.testing.assert_close(results[0], reference.maxpo(rewards, k=k, group_size=group_size), **CLOSE)
+        torch.testing.assert_close(results[1], reference.grpo(rewards, group_ids=ids), **CLOSE)
+        torch.testing.assert_close(results[3], reference.whiten(tokens), **CLOSE)
+    assert counter.frame_count <= 2
+
+
+class CountCalls(TorchDispatchMode):
+    """The names of the operators that reach a backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_one_operator_per_call(name):
+    """Nothing beside it: no conversion, no copy, no sync. Groups by ids take a sort, whitening an operator more."""
+    operators = ["fusedpo::group_advantages.native"]
+    if name == "reinforce_plus_plus_baseline":
+        operators.append("fusedpo::whiten.native")
+    for groups, sort in (({"group_size": 6}, []), ({"group_ids": torch.arange(24) % 3}, ["aten::sort.stable"])):
+        mask = torch.arange(24) % 6
+        function, rewards, arguments = prepare(name, torch.arange(24) % 7, mask=mask, **groups)
+        with CountCalls() as calls:
+            getattr(NATIVE, function)(rewards, **arguments)
+        weights = ["aten::lift_fresh"] if name == "order_statistic" else []  # a list becomes a tensor
+        assert calls.names == weights + (sort if name not in ("remax", "raft") else []) + operators
+
+
+@pytest.mark.gpu
+def test_no_host_sync():
+    rewards, ids = random(24).float().cuda(), (torch.arange(24) % 3).cuda()
+    for kernels, why_not in ((NATIVE, None), (TRITON, None)):
+        if kernels is NATIVE and backends.why_not("native", "group_advantages", "cuda") is not why_not:
+            continue
+        estimate(kernels, "maxpo", rewards, group_ids=ids)  # loading a kernel may sync
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [estimate(kernels, name, rewards, group_ids=ids) for name in ("grpo", "maxpo", "gpg")]
+            results += [kernels.gae(rewards, rewards, gamma=0.9, lam=0.9).advantages, kernels.whiten(rewards)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(result.isfinite().all() for result in results)

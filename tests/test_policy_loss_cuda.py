@@ -1,0 +1,330 @@
+"""The CUDA kernels of the policy loss: run on the CPU against the reference, compiled by nvcc, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cuda_on_cpu
+import pytest
+import test_policy_loss as contract
+import torch
+from test_policy_loss import INF, NAN, pack, random_batch
+from test_policy_loss_kernel import COMBINATIONS
+from torch import Tensor
+
+import fusedpo
+from fusedpo import backends, ops_policy_loss
+from fusedpo import objectives as O
+
+ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+
+on_the_cpu = pytest.mark.skipif(
+    backends.NATIVE_MISSING is not None or cuda_on_cpu.COMPILER is None,
+    reason=backends.NATIVE_MISSING or "no C++ compiler",
+)
+
+
+# ------------------------------------------------------------------------------------------------ the kernels on the CPU
+
+
+class Sizes(NamedTuple):
+    """Threads of a block, tokens of a tile, and how many blocks a grid has at most."""
+
+    block: int = 32
+    tile: int = 8
+    grid: int = 1
+
+
+class Call(NamedTuple):
+    """What the kernels get, and what the reference makes of it in float64: loss, metrics and two gradients."""
+
+    name: str
+    arguments: tuple
+    expected: list[Tensor]
+
+
+def call(batch: dict, objective: O.Objective, per_token: bool, sizes: Sizes = Sizes(), **options: Any) -> Call:
+    batch = cast(batch, torch.float32)
+    lp, cu_seqlens = batch["logprobs"], batch.get("cu_seqlens")
+    upstream = torch.randn(lp.shape) if per_token else None
+    options |= {"objective": objective, "reduction": "none" if per_token else "mean"}
+    tensors = operator_arguments(batch, options)
+    parts, values = ops_policy_loss.encode(objective)
+    encoded = (torch.tensor(parts), torch.tensor(values, dtype=torch.float64), per_token)
+    if cu_seqlens is None:
+        shape = (lp.numel(), lp.shape[0] if lp.dim() == 2 else 1, lp.shape[-1])
+    else:
+        shape = (lp.numel(), cu_seqlens.numel() - 1, 0)
+    advantages, is_weights = tensors[2], tensors[7]
+    is_per_token = [x is None or x.shape == lp.shape for x in (advantages, is_weights)]
+    arguments = (*sizes, *tensors, *encoded, *shape, *is_per_token, upstream)
+    name = f"{objective}, per_token={per_token}, {list(lp.shape)}, {sizes}"
+    return Call(name, arguments, reference(batch, options, upstream))
+
+
+def cast(batch: dict, dtype: torch.dtype) -> dict:
+    return {name: x.to(dtype) if x is not None and x.is_floating_point() else x for name, x in batch.items()}
+
+
+def operator_arguments(batch: dict, options: dict) -> tuple[Tensor | None, ...]:
+    """The tensors that the operator gets."""
+    captured = []
+
+    def capture(*tensors: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
+        captured.append(tensors)
+        return torch.zeros(()), torch.zeros(16)
+
+    with pytest.MonkeyPatch.context() as patch, fusedpo.backend("native"):
+        patch.setattr(ops_policy_loss, "policy_loss", capture)
+        fusedpo.policy_loss(**batch, **options)
+    return captured[0]
+
+
+def reference(batch: dict, options: dict, upstream: Tensor | None) -> list[Tensor]:
+    batch = cast(batch, torch.float64)
+    leaves = {name: batch[name].clone().requires_grad_() for name in ("logprobs", "entropy") if batch.get(name) is not None}
+    with fusedpo.backend("reference"):
+        out = fusedpo.policy_loss(**batch | leaves, **options)
+    out.loss.backward(None if upstream is None else upstream.double())
+    has_entropy = options["objective"].entropy_coef != 0
+    gradients = [leaves["logprobs"].grad, leaves["entropy"].grad if has_entropy else torch.empty(0).double()]
+    return [out.loss.detach(), torch.stack(list(out.metrics.values())), *gradients]
+
+
+def run(program: Path, calls: list[Call]) -> list[list[Tensor]]:
+    """All calls in one process."""
+    shapes = [(x.shape, torch.float32) for call in calls for x in call.expected]
+    results = iter(cuda_on_cpu.run(program, [call.arguments for call in calls], shapes))
+    return [[next(results) for _ in call.expected] for call in calls]
+
+
+def check(program: Path, calls: list[Call], rtol: float = 1e-5) -> None:
+    """float32 loses some 10 roundoffs per token; metrics and losses are sums of terms of both signs and of size 1."""
+    for call, results in zip(calls, run(program, calls), strict=True):
+        for name, result, expected in zip(
+            ("loss", "metrics", "gradient", "entropy"), results, call.expected, strict=True
+        ):
+            finite = expected.isfinite()
+            size = expected[finite].abs().amax().item() if finite.any() else 0.0
+            assert torch.equal(result.isnan(), expected.isnan()), f"{name} of {call.name}"
+            torch.testing.assert_close(
+                result[finite].double(),
+                expected[finite],
+                rtol=rtol,
+                atol=2e-6 * size + 1e-6,
+                msg=lambda text, name=name, call=call: f"{name} of {call.name}: {text}",
+            )
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return cuda_on_cpu.build("policy_loss", tmp_path_factory.mktemp("cuda") / "policy_loss")
+
+
+@on_the_cpu
+def test_every_combination(program):
+    """Every ratio with every trust region, in turns padded and packed, aggregated and not."""
+    calls = []
+    for i, objective in enumerate(COMBINATIONS):
+        batch, per_sequence = random_batch(3, 21, seed=i), torch.randn(3)
+        if i // 2 % 2:
+            batch = pack(batch, [21, 0, 12])
+            batch["is_weights"] = [batch["is_weights"], per_sequence.exp()][i // 5 % 2]
+        else:
+            batch["advantages"] = [batch["advantages"], per_sequence][i // 5 % 2]
+        calls.append(call(batch, objective, i // 3 % 2 == 1))
+    check(program, calls)
+
+
+@on_the_cpu
+def test_aggregation_and_its_options(program):
+    calls = []
+    for i, aggregation in enumerate(contract.AGGREGATIONS):
+        objective = O.Objective(kl=contract.KLS[i + 1], entropy_coef=0.1, aggregation=aggregation)
+        free = call(random_batch(), objective, False, loss_scale=0.7)
+        calls += [free, call(pack(random_batch(), [5, 0, 3]), objective, False)]
+        if aggregation != "token-sum":
+            calls.append(call(random_batch(), objective, False, denominator=torch.tensor(7.0)))
+            calls.append(call(random_batch(), objective, False, denominator=0.0))
+    calls.append(call(random_batch(), O.dr_grpo(length_norm=40.0), False))
+    check(program, calls)
+
+
+LONG = [
+    O.nfpo(4, kl=O.KL("k3", 0.1)),
+    O.nfpo(65),  # the longest window that is summed token by token
+    O.nfpo(66),
+    O.nfpo(4, differentiate=True),
+    O.nfpo(100, differentiate=True),
+    O.Objective(O.Trace(20, 9), O.PPOClip(cap=3.0)),
+    O.Objective(O.Trace(40, 50), O.SAPO()),
+    O.Objective(O.Trace(70, 3), O.NoTrustRegion()),
+    O.vespo(),
+    O.ctpo(),
+    O.cppo(),
+    O.gspo(),
+    O.gmpo(),
+]
+
+
+@on_the_cpu
+@pytest.mark.parametrize("sizes", [Sizes(32, 64, 2), Sizes(64, 48, 1000)], ids=str)
+def test_sequences_of_several_tiles(program, sizes):
+    """Windows, means and prefixes go on across the borders of tiles and of blocks."""
+    batch = random_batch(3, 150, spread=0.05)
+    packed = pack(batch, [150, 0, 101])
+    check(program, [call((batch, packed)[i % 2], o, i % 3 == 0, sizes) for i, o in enumerate(LONG)])
+
+
+@on_the_cpu
+def test_sizes_of_the_launcher(program):
+    """256 threads and tiles of 1,024 tokens."""
+    check(program, [call(random_batch(2, 1100, spread=0.05), O.nfpo(65), False, Sizes(256, 1024, 1024))])
+
+
+@on_the_cpu
+@pytest.mark.parametrize("count", [1, 32, 33, 1100])
+def test_every_tile_finds_its_sequence(program, count):
+    """The search among offsets goes by 32; some sequences are empty, some have several tiles."""
+    lengths = torch.randint(0, 4, (count,))
+    lengths[count // 2] = 9
+    cu_seqlens = torch.cat((torch.zeros(1), lengths.cumsum(0))).long()
+    lp = -torch.rand(int(cu_seqlens[-1])) - 0.1
+    batch = {"logprobs": lp, "old_logprobs": lp + 0.2 * torch.randn(lp.shape), "advantages": torch.randn(count)}
+    check(program, [call(batch | {"cu_seqlens": cu_seqlens}, O.nfpo(3), True, Sizes(32, 4, 1))])
+
+
+@on_the_cpu
+def test_absent_arguments(program):
+    calls = []
+    for missing in ("mask", "entropy", "is_weights", "old_logprobs", "ref_logprobs"):
+        calls.append(call(random_batch() | {missing: None}, O.nfpo(3), False))
+    check(program, calls)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("kept", [True, False])
+def test_extreme_log_ratios(program, kept):
+    """One extreme per sequence, kept or masked, beside ordinary tokens."""
+    deltas = torch.tensor([0.0, 19.9, -19.9, 20.1, -20.1, 89.0, -89.0, 1e4, -1e4, INF, -INF, NAN])
+    calls = []
+    for i, objective in enumerate(COMBINATIONS[kept::4]):
+        batch = random_batch(len(deltas), 6, seed=i, holes=False)
+        batch["mask"][:, 1] = False
+        batch["mask"][:, 3] = kept
+        batch["old_logprobs"][:, 3] = batch["logprobs"][:, 3] - deltas
+        calls.append(call(batch, O.Objective(objective.ratio, objective.trust_region), True, Sizes(tile=64)))
+    for results, (name, _, expected) in zip(run(program, calls), calls, strict=True):
+        assert torch.equal(results[0].isnan(), expected[0].isnan()), name
+        for result, value in zip(results, expected, strict=True):
+            finite = value.isfinite()
+            torch.testing.assert_close(result[finite].double(), value[finite], rtol=2e-5, atol=1e-6)
+
+
+@on_the_cpu
+def test_masked_garbage_reaches_nothing(program):
+    calls = []
+    for i, objective in enumerate(COMBINATIONS[::5]):
+        batch = cast(random_batch(3, 9, seed=i), torch.float32)
+        garbage = torch.tensor([NAN, INF, -INF, 1e38])[torch.randint(4, (3, 9))]
+        dirty = {name: x if name == "mask" else x.where(batch["mask"], garbage) for name, x in batch.items()}
+        calls += [call(x, objective, i % 2 == 1) for x in (batch, dirty)]
+    results = run(program, calls)
+    for clean, dirty, name in zip(results[::2], results[1::2], calls[::2], strict=True):
+        for one, other in zip(clean[:2], dirty[:2], strict=True):
+            assert torch.equal(one, other), name.name
+        assert all(x.isfinite().all() for x in clean + dirty), name.name
+
+
+@on_the_cpu
+@pytest.mark.parametrize(
+    ("shape", "cu_seqlens"),
+    [((2, 3), None), ((0, 3), None), ((2, 0), None), ((0,), None), ((0,), [0]), ((1, 0), [0, 0]), ((4,), [0, 0, 3, 4])],
+)
+def test_nothing_to_learn_from(program, shape, cu_seqlens):
+    lp = torch.full(shape, NAN)
+    batch = {"logprobs": lp, "old_logprobs": lp, "advantages": lp, "mask": torch.zeros(shape, dtype=torch.bool)}
+    if cu_seqlens is not None:
+        batch["cu_seqlens"] = torch.tensor(cu_seqlens)
+    objectives = (O.grpo(), O.nfpo(3, differentiate=True), O.gspo(), O.ctpo(), O.cppo(), O.gmpo())
+    for results in run(program, [call(batch, o, per_token) for o in objectives for per_token in (False, True)]):
+        assert all((x == 0).all() for x in results)
+
+
+@on_the_cpu
+def test_bits_do_not_depend_on_layout_or_run(program):
+    """Per token, a packed batch has the bits of the padded one; all else has the same bits in every run."""
+    lengths = [37, 0, 1, 16]
+    inside = torch.arange(40) < torch.tensor(lengths)[:, None]
+    padded = random_batch(4, 40, holes=False)
+    padded["mask"] &= inside
+    padded["mask"][:, 2] = False
+    packed = pack(padded, lengths)
+    for objective in (O.nfpo(4), *LONG[2:]):
+        objective = O.Objective(objective.ratio, objective.trust_region, aggregation="seq-mean-token-mean")
+        torch.manual_seed(0)
+        calls = [call(batch, objective, False, Sizes(64, 8, 3)) for batch in (padded, packed, padded)]
+        one, other, again = run(program, calls)
+        assert torch.equal(one[2][inside], other[2])
+        assert all(map(torch.equal, one, again))
+
+
+# -------------------------------------------------------------------------------------------------------- sanitizers
+
+
+@on_the_cpu
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_kernels_under_sanitizers(tmp_path, sanitizer):
+    program = cuda_on_cpu.build("policy_loss", tmp_path / "policy_loss", f"-fsanitize={sanitizer}")
+    batch = random_batch(2, 90, spread=0.05)
+    packed = pack(batch, [90, 41])
+    check(program, [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)])
+
+
+@on_the_cpu
+def test_a_race_is_found(tmp_path):
+    """What a clean run under the thread sanitizer is worth."""
+    program = cuda_on_cpu.build("race", tmp_path / "race", "-fsanitize=thread")
+    assert subprocess.run([program], capture_output=True).returncode == 0
+    racing = subprocess.run([program, "without barrier"], capture_output=True, text=True)
+    assert racing.returncode != 0
+    assert "data race" in racing.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.slow
+def test_nvcc_spills_no_register(tmp_path, record_property):
+    """Device code for every supported generation; three blocks of tile_kernel fit on a multiprocessor (sm_80 to sm_120)."""
+    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-Werror", "all-warnings", "-DUSE_CUDA"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", ROOT / "csrc"]
+    command += ["-isystem", Path(torch.__file__).parent / "include", "--threads", "2"]
+    command += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90, 100, 120)]
+    command += ["-fatbin", ROOT / "csrc/cuda/policy_loss.cu", "-o", tmp_path / "policy_loss.fatbin"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
+    assert spilled == [("0", "0", "0")] * 12
+    used = re.findall(
+        r"Compiling entry function '\w*?(tile|sequence|gradient)_kernel\w*' for '(\w+)'.*?Used (\d+)", output, re.S
+    )
+    assert len(used) == 12
+    for kernel, architecture, registers in used:
+        record_property(f"registers of {kernel}_kernel on {architecture}", registers)
+        assert int(registers) <= {"tile": 80}.get(kernel, 128)
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+
+on_a_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not backends.HAS_CUDA_KERNELS, reason="built without CUDA kernels"),
+]
