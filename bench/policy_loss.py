@@ -132,7 +132,7 @@ def main() -> None:
     results: list[Row] = []
     counts = {}
     for rows, width, n in progress([(8, 512, 4)] if arguments.quick else cases, "policy_loss"):
-        block, counted = case(rows, width, n, 3 if arguments.quick else 15)
+        block, counted = case(rows, width, n, 3 if arguments.quick else 9)
         results += block
         counts[block[0].case] = counted
     report("policy_loss", results, arguments.out, operators=counts, overhead_microseconds=overhead())

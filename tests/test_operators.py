@@ -213,6 +213,14 @@ def test_inplace_gradient_is_bitwise_the_other_one(view):
     assert torch.equal(*grads)
 
 
+def test_inplace_leaves_expanded_logits_alone(token_ids):
+    """Rows that share memory cannot hold different gradients."""
+    leaf = torch.randn(1, 1, SIZE, requires_grad=True)
+    total(fusedpo.token_logprobs((leaf * 1).expand(*ROWS, SIZE), token_ids, inplace_backward=True)).backward()
+    want = reference_grad(leaf.detach().expand(*ROWS, SIZE), token_ids).sum((0, 1), keepdim=True)
+    torch.testing.assert_close(leaf.grad, want)
+
+
 def test_inplace_overwrites_the_logits_and_says_so(logits, token_ids):
     x = logits * 1
     loss = total(fusedpo.token_logprobs(x, token_ids, inplace_backward=True))

@@ -22,6 +22,7 @@ from fusedpo import backends, ops_policy_loss
 from fusedpo import objectives as O
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda"
 NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
 
 on_the_cpu = pytest.mark.skipif(
@@ -30,15 +31,18 @@ on_the_cpu = pytest.mark.skipif(
 )
 
 
-# ------------------------------------------------------------------------------------------------ the kernels on the CPU
+# ----------------------------------------------------------------------------------------------- the kernels on the CPU
 
 
 class Sizes(NamedTuple):
     """Threads of a block, tokens of a tile, and how many blocks a grid has at most."""
 
-    block: int = 32
-    tile: int = 8
-    grid: int = 1
+    block: int
+    tile: int
+    grid: int
+
+
+SMALL = Sizes(32, 8, 1)
 
 
 class Call(NamedTuple):
@@ -49,7 +53,7 @@ class Call(NamedTuple):
     expected: list[Tensor]
 
 
-def call(batch: dict, objective: O.Objective, per_token: bool, sizes: Sizes = Sizes(), **options: Any) -> Call:
+def call(batch: dict, objective: O.Objective, per_token: bool, sizes: Sizes = SMALL, **options: Any) -> Call:
     batch = cast(batch, torch.float32)
     lp, cu_seqlens = batch["logprobs"], batch.get("cu_seqlens")
     upstream = torch.randn(lp.shape) if per_token else None
@@ -88,7 +92,9 @@ def operator_arguments(batch: dict, options: dict) -> tuple[Tensor | None, ...]:
 
 def reference(batch: dict, options: dict, upstream: Tensor | None) -> list[Tensor]:
     batch = cast(batch, torch.float64)
-    leaves = {name: batch[name].clone().requires_grad_() for name in ("logprobs", "entropy") if batch.get(name) is not None}
+    leaves = {
+        name: batch[name].clone().requires_grad_() for name in ("logprobs", "entropy") if batch.get(name) is not None
+    }
     with fusedpo.backend("reference"):
         out = fusedpo.policy_loss(**batch | leaves, **options)
     out.loss.backward(None if upstream is None else upstream.double())
@@ -104,22 +110,22 @@ def run(program: Path, calls: list[Call]) -> list[list[Tensor]]:
     return [[next(results) for _ in call.expected] for call in calls]
 
 
-def check(program: Path, calls: list[Call], rtol: float = 1e-5) -> None:
+def compare(call: Call, results: list[Tensor]) -> None:
     """float32 loses some 10 roundoffs per token; metrics and losses are sums of terms of both signs and of size 1."""
+    for name, result, expected in zip(("loss", "metrics", "gradient", "entropy"), results, call.expected, strict=True):
+        size = expected.abs().amax().item() if expected.numel() else 0.0
+        torch.testing.assert_close(
+            result.double(),
+            expected,
+            rtol=1e-5,
+            atol=2e-6 * size + 1e-6,
+            msg=lambda text, name=name: f"{name} of {call.name}: {text}",
+        )
+
+
+def check(program: Path, calls: list[Call]) -> None:
     for call, results in zip(calls, run(program, calls), strict=True):
-        for name, result, expected in zip(
-            ("loss", "metrics", "gradient", "entropy"), results, call.expected, strict=True
-        ):
-            finite = expected.isfinite()
-            size = expected[finite].abs().amax().item() if finite.any() else 0.0
-            assert torch.equal(result.isnan(), expected.isnan()), f"{name} of {call.name}"
-            torch.testing.assert_close(
-                result[finite].double(),
-                expected[finite],
-                rtol=rtol,
-                atol=2e-6 * size + 1e-6,
-                msg=lambda text, name=name, call=call: f"{name} of {call.name}: {text}",
-            )
+        compare(call, results)
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +208,8 @@ def test_every_tile_finds_its_sequence(program, count):
 
 @on_the_cpu
 def test_absent_arguments(program):
-    calls = []
-    for missing in ("mask", "entropy", "is_weights", "old_logprobs", "ref_logprobs"):
-        calls.append(call(random_batch() | {missing: None}, O.nfpo(3), False))
-    check(program, calls)
+    names = ("mask", "entropy", "is_weights", "old_logprobs", "ref_logprobs")
+    check(program, [call(random_batch() | {name: None}, O.nfpo(3), False) for name in names])
 
 
 @on_the_cpu
@@ -219,12 +223,14 @@ def test_extreme_log_ratios(program, kept):
         batch["mask"][:, 1] = False
         batch["mask"][:, 3] = kept
         batch["old_logprobs"][:, 3] = batch["logprobs"][:, 3] - deltas
-        calls.append(call(batch, O.Objective(objective.ratio, objective.trust_region), True, Sizes(tile=64)))
+        calls.append(call(batch, O.Objective(objective.ratio, objective.trust_region), True, Sizes(32, 64, 1)))
     for results, (name, _, expected) in zip(run(program, calls), calls, strict=True):
         assert torch.equal(results[0].isnan(), expected[0].isnan()), name
         for result, value in zip(results, expected, strict=True):
-            finite = value.isfinite()
-            torch.testing.assert_close(result[finite].double(), value[finite], rtol=2e-5, atol=1e-6)
+            finite, size = value.isfinite(), value.abs()
+            # what reaches a token through traces of 1e8 cancels
+            largest = size.where(finite, 0).amax(-1, keepdim=True) if value.dim() == 2 else 0
+            assert ((result - value).abs() <= 2e-5 * size + 1e-6 * (1 + largest))[finite].all(), name
 
 
 @on_the_cpu
@@ -279,7 +285,7 @@ def test_bits_do_not_depend_on_layout_or_run(program):
 
 
 @on_the_cpu
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_kernels_under_sanitizers(tmp_path, sanitizer):
     program = cuda_on_cpu.build("policy_loss", tmp_path / "policy_loss", f"-fsanitize={sanitizer}")
     batch = random_batch(2, 90, spread=0.05)
@@ -303,7 +309,7 @@ def test_a_race_is_found(tmp_path):
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.slow
 def test_nvcc_spills_no_register(tmp_path, record_property):
-    """Device code for every supported generation; three blocks of tile_kernel fit on a multiprocessor (sm_80 to sm_120)."""
+    """Device code for every supported generation; three blocks of tile_kernel fit on a multiprocessor."""
     command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-Werror", "all-warnings", "-DUSE_CUDA"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", ROOT / "csrc"]
     command += ["-isystem", Path(torch.__file__).parent / "include", "--threads", "2"]
@@ -324,7 +330,91 @@ def test_nvcc_spills_no_register(tmp_path, record_property):
 # ------------------------------------------------------------------------------------------------------------ on a GPU
 
 
-on_a_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not backends.HAS_CUDA_KERNELS, reason="built without CUDA kernels"),
-]
+def on_a_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not backends.HAS_CUDA_KERNELS, reason="built without CUDA kernels")(test))
+
+
+def to_device(batch: dict) -> dict:
+    return {name: x if x is None else x.to(DEVICE) for name, x in cast(batch, torch.float32).items()}
+
+
+def run_on_device(batch: dict, objective: O.Objective, upstream: Tensor | None) -> list[Tensor]:
+    batch = to_device(batch)
+    leaves = {name: batch[name].requires_grad_() for name in ("logprobs", "entropy")}
+    with fusedpo.backend("native"):
+        out = fusedpo.policy_loss(
+            **batch | leaves, objective=objective, reduction="mean" if upstream is None else "none"
+        )
+    out.loss.backward(upstream if upstream is None else upstream.to(DEVICE))
+    gradients = [leaves["logprobs"].grad, leaves["entropy"].grad if objective.entropy_coef != 0 else torch.empty(0)]
+    return [x.detach().cpu() for x in (out.loss, torch.stack(list(out.metrics.values())), *gradients)]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("objective", COMBINATIONS, ids=contract.name_of)
+def test_every_combination_on_a_gpu(objective):
+    batch = random_batch(4, 1100, spread=0.05)
+    for x in (batch, pack(batch, [1100, 0, 1, 1025])):
+        for per_token in (False, True):
+            expected = call(x, objective, per_token)
+            compare(expected, run_on_device(x, objective, expected.arguments[-1]))
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("objective", "launches"),
+    [
+        *(
+            (o, 2)
+            for o in (O.ppo(), O.nfpo(4), O.nfpo(100), O.opo(), O.gspo(), O.gmpo(), O.cppo(), O.ctpo(), O.vespo())
+        ),
+        (O.nfpo(4, differentiate=True), 3),
+    ],
+)
+def test_launches_without_sync(objective, launches, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    tensors = operator_arguments(to_device(random_batch(8, 500)), {"objective": objective})
+    arguments = (*tensors, *ops_policy_loss.encode(objective), False)
+    torch.ops.fusedpo.policy_loss.native(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            torch.ops.fusedpo.policy_loss.native(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(on_device) == launches, on_device
+
+
+@on_a_gpu
+@pytest.mark.parametrize("objective", LONG, ids=contract.name_of)
+def test_bits_and_graphs(objective):
+    """The same bits in every run, and when a captured graph is replayed."""
+    tensors = operator_arguments(to_device(random_batch(64, 3000, spread=0.02)), {"objective": objective})
+    arguments = (*tensors, *ops_policy_loss.encode(objective), False)
+    first = torch.ops.fusedpo.policy_loss.native(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.ops.fusedpo.policy_loss.native(*arguments)
+    for _ in range(3):
+        graph.replay()
+        for results in (captured, torch.ops.fusedpo.policy_loss.native(*arguments)):
+            assert all(map(torch.equal, results, first))
+
+
+@on_a_gpu
+@pytest.mark.slow
+def test_more_tokens_than_an_int_counts():
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("needs 60 GiB")
+    lp = torch.full((2**31 + 3000,), -1.0, device=DEVICE)
+    lp[-2000:] = -torch.rand(2000, device=DEVICE)
+    cu_seqlens = torch.tensor([0, lp.numel() - 2000, lp.numel()], device=DEVICE)
+    objective = O.Objective(O.OnPolicy(), O.NoTrustRegion(), aggregation="token-sum")
+    with fusedpo.backend("native"):
+        loss = fusedpo.policy_loss(
+            lp.requires_grad_(), None, -lp.detach(), objective=objective, cu_seqlens=cu_seqlens
+        ).loss
+    loss.backward()
+    assert torch.equal(lp.grad, lp.detach())

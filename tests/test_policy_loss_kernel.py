@@ -190,6 +190,18 @@ def test_extreme_log_ratios(objective, kept):
     assert torch.equal(result[0].isnan(), expected[0].isnan())
 
 
+def test_sequence_ratios_beyond_their_clamp():
+    """The log-ratio of a sequence is clamped at 10, which stops its gradient; GMPO's mean is not."""
+    batch = random_batch(3, 6, holes=False)
+    batch["old_logprobs"][0] = batch["logprobs"][0] - 15
+    for region in contract.REGIONS + REGIONS:
+        try:
+            objective = O.Objective(O.SequenceRatio(), region)
+        except ValueError:
+            continue
+        check(batch, objective)
+
+
 @every_combination
 def test_masked_garbage_reaches_nothing(objective):
     contract.test_masked_garbage_reaches_nothing(objective)

@@ -80,6 +80,15 @@ class Group(NamedTuple):
     label: Any
 
 
+class Part(NamedTuple):
+    """A block of a group: its samples, which of them exist, which are kept, and their rewards."""
+
+    sample: Any
+    inside: Any
+    kept: Any
+    reward: Any
+
+
 class Census(NamedTuple):
     """What is known of a group before its estimator runs. A nan is neither lowest nor highest."""
 
@@ -115,8 +124,8 @@ def _find_group(ids, count, group_size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_samples(s, group, first, BLOCK: tl.constexpr, REAL: tl.constexpr):
-    """A block of a group from position ``first``: samples, which of them exist, which are kept, and their rewards."""
+def _load_part(s, group, first, BLOCK: tl.constexpr, REAL: tl.constexpr):
+    """The positions of a group from ``first``."""
     i = first + tl.arange(0, BLOCK)
     inside = i < group.size
     sample = group.start + i
@@ -125,7 +134,7 @@ def _load_samples(s, group, first, BLOCK: tl.constexpr, REAL: tl.constexpr):
     kept = inside
     if s.mask is not None:
         kept = inside & (tl.load(s.mask + sample, mask=inside, other=0) != 0)
-    return sample, inside, kept, tl.load(s.rewards + sample, mask=kept, other=0).to(REAL)
+    return Part(sample, inside, kept, tl.load(s.rewards + sample, mask=kept, other=0).to(REAL))
 
 
 @triton.jit
@@ -133,10 +142,11 @@ def _census(s, group, BLOCK: tl.constexpr, REAL: tl.constexpr):
     zero = tl.full([], 0.0, REAL)
     n, nans, lowest, highest, second = zero, zero, zero + INF, zero - INF, zero - INF
     for first in range(0, group.size, BLOCK):
-        _, _, kept, r = _load_samples(s, group, first, BLOCK, REAL)
-        n += tl.sum(kept.to(REAL), 0)
-        nans += tl.sum((kept & (r != r)).to(REAL), 0)
-        known = kept & (r == r)
+        part = _load_part(s, group, first, BLOCK, REAL)
+        r = part.reward
+        n += tl.sum(part.kept.to(REAL), 0)
+        nans += tl.sum((part.kept & (r != r)).to(REAL), 0)
+        known = part.kept & (r == r)
         lowest = tl.minimum(lowest, tl.min(tl.where(known, r, INF), 0))
         top = tl.max(tl.where(known, r, -INF), 0)
         twice = tl.sum((known & (r == top)).to(REAL), 0) > 1
@@ -147,11 +157,11 @@ def _census(s, group, BLOCK: tl.constexpr, REAL: tl.constexpr):
 
 
 @triton.jit
-def _weights(s, sample, kept, estimator, REAL: tl.constexpr):
-    w = kept.to(REAL)
-    if s.other is not None:
+def _weights(s, part, estimator, REAL: tl.constexpr):
+    w = part.kept.to(REAL)
+    if s.other is not None:  # noqa: SIM102 (that is known when the kernel is compiled)
         if estimator == OPO:
-            w = tl.load(s.other + sample, mask=kept, other=0).to(REAL)
+            w = tl.load(s.other + part.sample, mask=part.kept, other=0).to(REAL)
     return w
 
 
@@ -181,25 +191,25 @@ def _baseline_kernel(
 
     weights, total = zero, zero
     for first in range(0, group.size, BLOCK):
-        sample, _, kept, r = _load_samples(s, group, first, BLOCK, REAL)
-        w = _weights(s, sample, kept, estimator, REAL)
+        part = _load_part(s, group, first, BLOCK, REAL)
+        w = _weights(s, part, estimator, REAL)
         weights += tl.sum(w, 0)
-        total += tl.sum(tl.where(w > 0, w * (r - every.lowest), 0.0), 0)
+        total += tl.sum(tl.where(w > 0, w * (part.reward - every.lowest), 0.0), 0)
     mean = total / weights
 
     others = tl.maximum(every.kept - 1, 1)
     squares = zero
     if (estimator == GRPO) | (estimator == NORMALISED_LEAD):
         for first in range(0, group.size, BLOCK):
-            _, _, kept, r = _load_samples(s, group, first, BLOCK, REAL)
-            centred = tl.where(kept, (r - every.lowest) - mean, 0.0)
+            part = _load_part(s, group, first, BLOCK, REAL)
+            centred = tl.where(part.kept, (part.reward - every.lowest) - mean, 0.0)
             squares += tl.sum(centred * centred, 0)
     deviation = tl.sqrt(squares / others) + number
 
     batch_kept, batch_nonzero = zero, zero
     if (estimator == GPG) & (group.size > 0):
-        for first in range(0, count, BLOCK):
-            i = first + tl.arange(0, BLOCK)
+        for start in range(0, count, BLOCK):
+            i = start + tl.arange(0, BLOCK)
             kept = i < count
             if mask is not None:
                 kept = kept & (tl.load(mask + i, mask=kept, other=0) != 0)
@@ -208,8 +218,8 @@ def _baseline_kernel(
     alpha = batch_kept / tl.maximum(batch_nonzero, 1)
 
     baseline = zero
-    if (estimator == REMAX) & (group.size > 0):
-        if other is not None:
+    if other is not None:  # noqa: SIM102 (that is known when the kernel is compiled)
+        if (estimator == REMAX) & (group.size > 0):
             labelled = (group.label >= 0) & (group.label < num_other)
             baseline = tl.where(labelled, tl.load(other + group.label, mask=labelled, other=0).to(REAL), NAN)
     leads = (estimator == LEAD) | (estimator == NORMALISED_LEAD)
@@ -217,7 +227,8 @@ def _baseline_kernel(
     equal = (every.lowest == every.highest) & (every.nans == 0) & (every.kept > 1)
 
     for first in range(0, group.size, BLOCK):
-        sample, inside, kept, r = _load_samples(s, group, first, BLOCK, REAL)
+        part = _load_part(s, group, first, BLOCK, REAL)
+        r = part.reward
         centred = tl.where(weights > 0, (r - every.lowest) - mean, 0.0)
         a = centred
         if estimator == RAFT:
@@ -236,23 +247,23 @@ def _baseline_kernel(
             lead = tl.where(r == every.highest, r - every.second, 0.0)
             a = tl.where(estimator == LEAD, lead, lead / deviation)
         a = tl.where(undefined, NAN, a)
-        tl.store(advantages + sample, tl.where(kept, a, 0.0), mask=inside)
+        tl.store(advantages + part.sample, tl.where(part.kept, a, 0.0), mask=part.inside)
 
 
 @triton.jit
 def _sort(s, group, sorted_rewards, source, BLOCK: tl.constexpr, CHUNK: tl.constexpr, REAL: tl.constexpr):
     """Writes the kept rewards in ascending order and where they come from: a rank is the number of samples before."""
     for first in range(0, group.size, BLOCK):
-        sample, _, kept, r = _load_samples(s, group, first, BLOCK, REAL)
-        i = first + tl.arange(0, BLOCK)
+        mine = _load_part(s, group, first, BLOCK, REAL)
+        i, r = (first + tl.arange(0, BLOCK))[:, None], mine.reward[:, None]
         rank = tl.zeros([BLOCK], tl.int32)
-        for other in range(0, group.size, CHUNK):
-            _, _, other_kept, x = _load_samples(s, group, other, CHUNK, REAL)
-            j = other + tl.arange(0, CHUNK)
-            equal_before = (x[None, :] == r[:, None]) & (j[None, :] < i[:, None])
-            rank += tl.sum((other_kept[None, :] & ((x[None, :] < r[:, None]) | equal_before)).to(tl.int32), 1)
-        tl.store(sorted_rewards + rank, r, mask=kept)
-        tl.store(source + rank, sample, mask=kept)
+        for start in range(0, group.size, CHUNK):
+            theirs = _load_part(s, group, start, CHUNK, REAL)
+            j, x = (start + tl.arange(0, CHUNK))[None, :], theirs.reward[None, :]
+            before = theirs.kept[None, :] & ((x < r) | ((x == r) & (j < i)))
+            rank += tl.sum(before.to(tl.int32), 1)
+        tl.store(sorted_rewards + rank, mine.reward, mask=mine.kept)
+        tl.store(source + rank, mine.sample, mask=mine.kept)
 
 
 @triton.jit
@@ -308,9 +319,9 @@ def _ranks_kernel(
     every = _census(s, group, BLOCK, REAL)
     defined = (every.kept >= k + spare) & (every.kept > 0) & (every.nans == 0)
     for first in range(0, group.size, BLOCK):
-        sample, inside, kept, _ = _load_samples(s, group, first, BLOCK, REAL)
-        later = tl.where(defined, kept.to(tl.int32), 0)
-        tl.store(advantages + sample, tl.where(kept, NAN, 0.0), mask=inside & (later == 0))
+        part = _load_part(s, group, first, BLOCK, REAL)
+        later = tl.where(defined, part.kept.to(tl.int32), 0)
+        tl.store(advantages + part.sample, tl.where(part.kept, NAN, 0.0), mask=part.inside & (later == 0))
 
     n = tl.where(defined, every.kept, 0).to(tl.int64)
     sorted_rewards += group.start
@@ -543,9 +554,7 @@ def _moments_kernel(x, weights, mask, partial, count, BLOCK: tl.constexpr, REAL:
 
 
 @kernel
-def _whiten_kernel(
-    x, weights, mask, partial, whitened, count, num_blocks, BLOCK: tl.constexpr, REAL: tl.constexpr
-):
+def _whiten_kernel(x, weights, mask, partial, whitened, count, num_blocks, BLOCK: tl.constexpr, REAL: tl.constexpr):
     zero = tl.full([], 0.0, REAL)
     weight, total = zero, zero
     for first in range(0, num_blocks, BLOCK):
@@ -596,9 +605,9 @@ def _two_parts(number: float) -> tuple[float, float]:
     return high, number - high
 
 
-def _block(elements: int, at_most: int) -> dict[str, int]:
+def _block(elements: int, at_most: int, per_thread: int) -> dict[str, int]:
     block = max(16, min(triton.next_power_of_2(elements), at_most))
-    return {"BLOCK": block, "num_warps": max(1, block // 128)}
+    return {"BLOCK": block, "num_warps": max(1, block // (32 * per_thread))}
 
 
 def group_advantages(
@@ -623,7 +632,7 @@ def group_advantages(
     rewards, mask, other, order, ids = _contiguous(rewards, mask, other, order, ids)
     arguments = (rewards, mask, other, order, ids, advantages)
     real = _real(advantages.device)
-    shape = _block(64 if ids is not None else group_size, 256)
+    shape = _block(64 if ids is not None else group_size, 32, per_thread=1)
     if estimator < MAXPO.value:
         num_other = 0 if other is None else other.numel()
         numbers = (count, group_size, num_other, estimator, *_two_parts(number))
@@ -675,7 +684,7 @@ def token_advantages(
         estimator,
         *numbers,
         REAL=_real(rewards.device),
-        **_block(rewards.numel() // sequences, 1024),
+        **_block(rewards.numel() // sequences, 1024, per_thread=4),
     )
     return advantages, returns
 

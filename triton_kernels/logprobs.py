@@ -307,7 +307,7 @@ def _width(tensor: Tensor, layout: _Layout) -> int:
 
 
 def _tile(vocab_size: int, num_ids: int, itemsize: int, width: int) -> dict[str, int]:
-    """The tile of a program: 16 KB of a long row, or 4 KB of short rows. A thread holds 64 bytes in four wide loads, or 32."""
+    """A tile: 16 KB of a long row, or 4 KB of short ones; 64 bytes for each thread, or 32 where loads are narrow."""
     block = max(128, min(triton.next_power_of_2(vocab_size), 16384 // itemsize))
     ids = triton.next_power_of_2(max(1, num_ids))
     row_bytes = max(block * itemsize, ids * 16)  # an id comes with its column, two sums and its gradient

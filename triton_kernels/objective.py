@@ -321,7 +321,10 @@ def gmpo_high(high, x, log_ratio):
 @triton.jit
 def gmpo(low, high, x, w):
     loss = -x.advantage * exp(w.log_ratio - w.log_ratio + x.sequence_sum)  # NaN where the token's own ratio is
-    return through_ratio(loss, loss, gmpo_low(low, x, w.log_ratio), gmpo_high(high, x, w.log_ratio))
+    too_low, too_high = gmpo_low(low, x, w.log_ratio), gmpo_high(high, x, w.log_ratio)
+    dead = too_low | too_high | (log_ratio_live(x.logprob, x.old_logprob) == 0)
+    d_logprob = tl.where(dead, 0.0, loss)  # the bound on the sequence's ratio has no say
+    return Term(loss, tl.zeros_like(loss), d_logprob, too_low, too_high)
 
 
 @triton.jit

@@ -386,18 +386,21 @@ def _store_statistics(statistics, result, entropy, kept, share, opens_sequence):
     w = result.weight
     weight = w.ratio * w.trace
     k3 = exp_minus_1_minus(w.log_ratio, exp(w.log_ratio))
+    ratios = tl.sum(tl.where(kept, w.ratio, 0.0), 0)
+    traces = tl.sum(tl.where(kept, w.trace, 0.0), 0)
     out = statistics + tl.program_id(0)
     row = tl.num_programs(0)
     tl.store(out + TOKENS * row, tl.sum(kept.to(tl.float32), 0))
     tl.store(out + CLIPPED * row, tl.sum((kept & (result.low | result.high)).to(tl.float32), 0))
     tl.store(out + CLIPPED_LOW * row, tl.sum((kept & result.low).to(tl.float32), 0))
     tl.store(out + CLIPPED_HIGH * row, tl.sum((kept & result.high).to(tl.float32), 0))
-    tl.store(out + RATIO * row, tl.sum(tl.where(kept, w.ratio, 0.0), 0))
-    tl.store(out + MINUS_RATIO_MAX * row, _largest(-w.ratio, kept))
-    tl.store(out + RATIO_MAX * row, _largest(w.ratio, kept))
-    tl.store(out + TRACES * row, tl.sum(tl.where(kept, w.trace, 0.0), 0))
-    tl.store(out + MINUS_TRACE_MAX * row, _largest(-w.trace, kept))
-    tl.store(out + TRACE_MAX * row, _largest(w.trace, kept))
+    # a maximum may pass over a NaN, 0 times a sum does not
+    tl.store(out + RATIO * row, ratios)
+    tl.store(out + MINUS_RATIO_MAX * row, tl.max(tl.where(kept, -w.ratio, MINUS_INF), 0) + 0 * ratios)
+    tl.store(out + RATIO_MAX * row, tl.max(tl.where(kept, w.ratio, MINUS_INF), 0) + 0 * ratios)
+    tl.store(out + TRACES * row, traces)
+    tl.store(out + MINUS_TRACE_MAX * row, tl.max(tl.where(kept, -w.trace, MINUS_INF), 0) + 0 * traces)
+    tl.store(out + TRACE_MAX * row, tl.max(tl.where(kept, w.trace, MINUS_INF), 0) + 0 * traces)
     tl.store(out + MINUS_LOG_RATIO * row, tl.sum(tl.where(kept, -w.log_ratio, 0.0), 0))
     tl.store(out + APPROX_K3 * row, tl.sum(tl.where(kept, k3, 0.0), 0))
     tl.store(out + KL * row, tl.sum(tl.where(kept, result.kl, 0.0), 0))
@@ -407,13 +410,6 @@ def _store_statistics(statistics, result, entropy, kept, share, opens_sequence):
     tl.store(out + LOSS * row, tl.sum(tl.where(kept, share * result.loss, 0.0), 0))
     tl.store(out + SQUARED_WEIGHT * row, tl.sum(tl.where(kept, weight * weight, 0.0), 0))
     tl.store(out + SEQUENCES * row, opens_sequence.to(tl.float32))
-
-
-@triton.jit
-def _largest(values, kept):
-    """NaN wins, as in torch.amax; -infinity if there are none."""
-    top = tl.max(tl.where(kept, values, MINUS_INF), 0)
-    return tl.where(tl.max((kept & (values != values)).to(tl.int32), 0) != 0, float("nan"), top)
 
 
 # --------------------------------------------------------------------------------------------------- scale and metrics

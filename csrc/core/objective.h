@@ -12,7 +12,8 @@ constexpr float kSequenceLogRatioMax = 10.0f;
 constexpr float kVespoLogWeightMin = -18.420681f;  // log(1e-8)
 
 // ------------------------------------------------------------------------------------------------------- the objective
-// Numbers are those that _RATIOS, _TRUST_REGIONS, ... in python/fusedpo/ops_policy_loss.py count.
+
+// The numbers of ratios and trust regions are those of _RATIOS and _TRUST_REGIONS in python/fusedpo/ops_policy_loss.py.
 
 enum Ratio : int32_t { kTokenRatio, kSequenceRatio, kTrace, kOnPolicy };
 enum TrustRegion : int32_t {
@@ -121,8 +122,7 @@ FUSEDPO_HD Mask<F> log_ratio_live(F logprob, F old_logprob) {
   return absolute(logprob - old_logprob) <= kLogRatioClamp;
 }
 
-// ------------------------------------------------------------------------------------------------------ ratio and
-// trace
+// ----------------------------------------------------------------------------------------------------- ratio and trace
 
 template <class F>
 FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
@@ -153,8 +153,9 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
   return w;
 }
 
-// -------------------------------------------------------------------------------------------------------- trust
-// regions p: the fields of the dataclass of the same name, in their order.
+// ------------------------------------------------------------------------------------------------------- trust regions
+
+// Their argument p holds the fields of the dataclass of the same name, in their order.
 
 // A token that is cut has no gradient.
 template <class F>
@@ -212,7 +213,9 @@ FUSEDPO_HD Term<F> log_clip(const float* p, const Token<F>& x, const Weight<F>& 
 template <class F>
 FUSEDPO_HD Term<F> cispo(const float* p, const Token<F>& x, const Weight<F>& w) {
   const float lower = 1 - p[0], upper = 1 + p[1];
-  return through_logprob(x, clamp(w.ratio, lower, upper) * w.trace, w.ratio<lower, w.ratio> upper);
+  const Mask<F> low = w.ratio < lower;
+  const Mask<F> high = w.ratio > upper;
+  return through_logprob(x, clamp(w.ratio, lower, upper) * w.trace, low, high);
 }
 
 // Drops a token with A > 0 where it is too high, another one where it is too low.
@@ -232,7 +235,9 @@ template <class F>
 FUSEDPO_HD Term<F> binary_tv(const float* p, const Token<F>& x, const Weight<F>& w) {
   const float low = p[0], high = p[1], cap = p[2];
   const F moved = Math<F>::exp(x.logprob) - Math<F>::exp(x.old_logprob);
-  return binary<F>(cap, x, w, moved<-low, moved> high);
+  const Mask<F> too_low = moved < -low;
+  const Mask<F> too_high = moved > high;
+  return binary(cap, x, w, too_low, too_high);
 }
 
 template <class F>
@@ -360,8 +365,7 @@ FUSEDPO_HD Term<F> trust_region(const Objective& o, const Token<F>& x, const Wei
   return o.ratio == kOnPolicy ? through_logprob(x, Math<F>::splat(1), Mask<F>{}, Mask<F>{}) : no_trust_region(x, w);
 }
 
-// -------------------------------------------------------------------------------------------------------------------
-// KL
+// ------------------------------------------------------------------------------------------------------------------ KL
 
 template <class F>
 struct KLValue {
@@ -388,8 +392,7 @@ FUSEDPO_HD KLValue<F> kl_of(const Objective& o, F d) {
   return kl;
 }
 
-// ------------------------------------------------------------------------------------------------------------ the
-// token
+// ----------------------------------------------------------------------------------------------------------- the token
 
 // Loss and derivatives of a token: is_weight * policy term + kl_coef * KL - entropy_coef * entropy. The derivative with
 // respect to the entropy is -entropy_coef.

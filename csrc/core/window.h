@@ -18,7 +18,7 @@ FUSEDPO_HD F sum_of_window(const float* x, int64_t back, int64_t ahead) {
 // out[t] += x[t+1] + ... + x[t+count], or x[t-count] + ... + x[t-1] where not `ahead`, for every position t of a
 // sequence: about 4 additions per position however long the window. In blocks of `count` positions from the start of
 // the sequence on, a window is a suffix of one block and a prefix of the next. Both are summed in double, so the error
-// is that of rounding them and of adding them to `out`: at most 3 u sum|x| where that was 0.
+// is that of rounding them and of adding them: at most 2 u sum|x| where `out` was 0.
 FUSEDPO_HD void add_window_sums(const float* x, float* out, int64_t length, int64_t count, bool ahead) {
   const int64_t first = ahead ? 1 : -count;  // the window of t starts at t + first
   for (int64_t begin = 0; begin < length && count > 0; begin += count) {

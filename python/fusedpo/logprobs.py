@@ -53,7 +53,7 @@ def token_logprobs(
         return_entropy: return the entropy as well.
         inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves a tensor of their
             size. A use of the logits that was saved before raises then; reading them afterwards gives the gradient,
-            undetected. Ignored by the reference and under ``torch.compile``.
+            undetected. Ignored by the reference, under ``torch.compile`` and for expanded logits.
 
     Returns:
         ``logprobs`` in nats, shaped like ``token_ids``, float32; with ``return_entropy`` a tuple with the entropy

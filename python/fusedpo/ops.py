@@ -120,9 +120,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, token_ids, temperature, mask, return_entropy, ctx.inplace_backward, ctx.backend = inputs
+        logits, token_ids, temperature, mask, ctx.return_entropy, ctx.inplace_backward, ctx.backend = inputs
         _, entropy, stats = output
-        ctx.mark_non_differentiable(stats, *(() if return_entropy else (entropy,)))
+        ctx.mark_non_differentiable(stats, *(() if ctx.return_entropy else (entropy,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, token_ids, temperature, mask, stats)
         ctx.overwritten = False
@@ -130,6 +130,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
         none = (None,) * 6
+        if not ctx.return_entropy:
+            grad_entropy = None  # torch.compile passes an empty tensor
         if grad_logprobs is None and grad_entropy is None:
             return None, *none
         if ctx.overwritten:
@@ -161,7 +163,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy by the kernels of ``backend``; arguments as the operator's schema has them."""
     if logits.requires_grad and torch.is_grad_enabled():
-        inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+        shares_rows = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+        inplace_backward = inplace_backward and not torch.compiler.is_compiling() and not shares_rows
         args = (logits, token_ids, temperature, mask, return_entropy, inplace_backward, backend)
         logprobs, entropy, _ = apply(_TokenLogprobs, *args)
     else:
