@@ -1,6 +1,6 @@
 """Layer 2 on this machine: NFPO's loss and gradient from log-probs, against the reference and against plain PyTorch.
 
-python bench/policy_loss.py [--quick] [--out out/bench]
+python bench/policy_loss.py [--quick] [--threads 2] [--out out/bench]
 """
 
 from __future__ import annotations
@@ -126,8 +126,10 @@ def overhead() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small case, three repeats")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     cases = [(rows, width, n) for rows, width in ((64, 4096), (8, 32_768)) for n in (1, 2, 4, 8, 64)]
     results: list[Row] = []
     counts = {}

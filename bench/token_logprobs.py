@@ -1,6 +1,6 @@
 """Layer 1 on this machine: token log-probs and entropy, forward and backward, against what trainers use today.
 
-python bench/token_logprobs.py [--rows 512] [--vocab 151936] [--quick] [--out out/bench]
+python bench/token_logprobs.py [--rows 512] [--vocab 151936] [--repeats 9] [--quick] [--out out/bench]
 """
 
 from __future__ import annotations
@@ -208,10 +208,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="64 rows, three repeats")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
-    rows, repeats = (64, 3) if arguments.quick else (arguments.rows, 9)
+    rows, repeats = (64, 3) if arguments.quick else (arguments.rows, arguments.repeats)
     results: list[Row] = []
     for dtype in progress([torch.float32, torch.bfloat16], "token_logprobs"):
         for block in cases(rows, arguments.vocab, dtype, repeats):

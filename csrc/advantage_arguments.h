@@ -146,10 +146,10 @@ struct StepArguments {
 };
 
 struct WhiteningArguments {
-  WhiteningArguments(const Tensor& x, const OptionalTensor& weights, const OptionalTensor& mask, bool wide)
+  WhiteningArguments(const Tensor& x, const OptionalTensor& lengths, const OptionalTensor& mask, bool wide)
       : count(x.numel()), chunks((count + kWhiteningChunk - 1) / kWhiteningChunk) {
     whitening.x = arguments.array(x);
-    whitening.weights = arguments.array(weights);
+    whitening.lengths = arguments.array(lengths);
     whitening.mask = arguments.array(mask);
     whitening.result = arguments.result(x, wide, whitened);
   }

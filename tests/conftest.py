@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -46,3 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", params=["reference", "auto"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a module by the reference, and by the kernels where there are any."""
+    import fusedpo
+
+    with fusedpo.backend(request.param):
+        yield

@@ -13,6 +13,7 @@ import fusedpo
 from fusedpo import advantages, backends
 from fusedpo.advantages import registry
 
+pytestmark = pytest.mark.usefixtures("implementation")
 NAN = math.nan
 
 
@@ -465,7 +466,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_a_forced_backend_that_is_missing_raises(monkeypatch):
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "advantages", {})
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "group_advantages", {})
     with fusedpo.backend("triton"), pytest.raises(fusedpo.BackendUnavailable, match="advantages has no triton kernel"):
         advantages.maxpo(R4, k=1, group_size=4)
     with fusedpo.backend("reference"):

@@ -445,6 +445,65 @@ def test_where_the_cpu_raises_triton_gives_nan():
     assert steps.isnan().tolist() == [[False, False, True, False]]
 
 
+# ---------------------------------------------------------------------------------------- what Triton's compiler makes
+
+
+def compile_cases() -> list[dict[str, Any]]:
+    """In a process without the interpreter: each kernel for each target."""
+    import triton_aot
+    from fusedpo.triton_kernels import advantages
+
+    r, ids, mask = torch.zeros(64), torch.arange(64) // 8, torch.ones(64, dtype=torch.bool)
+    opo, order_statistic = (ESTIMATORS.index(name) for name in ("opo", "order_statistic"))
+    numbers = (0.9, 0.9, 1.0, 1.0, False)
+    cases = [
+        lambda: advantages.group_advantages(r, None, None, 4096, r, mask, opo, 0, False, 1.0, False),
+        lambda: advantages.group_advantages(r, ids, ids, 1, r, mask, opo, 0, False, 1.0, False),
+        lambda: advantages.group_advantages(r, None, None, 4096, r, mask, order_statistic, 2, False, 1.0, False),
+        lambda: advantages.group_advantages(r, ids, ids, 1, None, mask, order_statistic - 1, 2, False, 1.0, True),
+        lambda: advantages.token_advantages(r, r, r, r, mask, ids, r, 3, *numbers),
+        lambda: advantages.token_advantages(torch.zeros(1, 4096), torch.zeros(1, 4096), *[None] * 5, 2, *numbers),
+        lambda: advantages.step_advantages(r.view(8, 8), r.view(8, 8)[:, 1:], ids.view(8, 8), False),
+        lambda: advantages.whiten(r, r, mask, False),
+    ]
+    variants = [variant for launch in cases for variant in triton_aot.variants(launch)]
+    compiled = [triton_aot.compile_for(variant, target) for variant in variants for target in triton_aot.TARGETS]
+    return [{key: result[key] for key in ("kernel", "target", "registers", "stack")} for result in compiled]
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_triton_kernels_compile():
+    """On the stack at most two numbers that outlive the float64 divisions, which are calls."""
+    results = pytest.importorskip("triton_aot").call(__name__, "compile_cases")
+    assert len(results) == 9 * 5
+    assert [result for result in results if result["stack"] > 16] == []
+
+
+def count_variants() -> int:
+    """Sizes, numbers of groups, k, estimators and numbers, in a process without the interpreter."""
+    import triton_aot
+    from fusedpo.triton_kernels import advantages
+
+    def launch() -> None:
+        for i in range(12):
+            rewards = torch.zeros((17 + i) * (1 + i))
+            for estimator in (0, 4, 5, 10, 11, 14):
+                advantages.group_advantages(
+                    rewards, None, None, 17 + i, None, None, estimator, 1 + i, i > 5, 0.1 * i, False
+                )
+            tokens = torch.zeros(1 + i, 130 + 7 * i)
+            advantages.token_advantages(tokens, tokens, *[None] * 5, 2, 0.9 + 0.01 * i, 0.9, 1.0, 1.0, False)
+
+    return len(triton_aot.variants(launch))
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_triton_compiles_once():
+    assert pytest.importorskip("triton_aot").call(__name__, "count_variants") == 3
+
+
 # --------------------------------------------------------------------------------------------------------- operators
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from fusedpo import advantages
 from fusedpo.advantages import rank_weights
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 # Sums of at most a few hundred terms of order 1 in float64.
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 

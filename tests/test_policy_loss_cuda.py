@@ -225,7 +225,8 @@ def test_extreme_log_ratios(program, kept):
         batch["old_logprobs"][:, 3] = batch["logprobs"][:, 3] - deltas
         calls.append(call(batch, O.Objective(objective.ratio, objective.trust_region), True, Sizes(32, 64, 1)))
     for results, (name, _, expected) in zip(run(program, calls), calls, strict=True):
-        assert torch.equal(results[0].isnan(), expected[0].isnan()), name
+        for result, value in zip(results[:2], expected[:2], strict=True):
+            assert torch.equal(result.isnan(), value.isnan()), name
         for result, value in zip(results, expected, strict=True):
             finite, size = value.isfinite(), value.abs()
             # what reaches a token through traces of 1e8 cancels
@@ -246,6 +247,14 @@ def test_masked_garbage_reaches_nothing(program):
         for one, other in zip(clean[:2], dirty[:2], strict=True):
             assert torch.equal(one, other), name.name
         assert all(x.isfinite().all() for x in clean + dirty), name.name
+
+
+@on_the_cpu
+def test_masked_garbage_from_upstream_reaches_no_trace(program):
+    batch = random_batch(3, 9)
+    clean = call(batch, O.nfpo(3, differentiate=True), True)
+    upstream = clean.arguments[-1].where(batch["mask"], NAN)
+    check(program, [clean._replace(arguments=(*clean.arguments[:-1], upstream))])
 
 
 @on_the_cpu
@@ -290,7 +299,8 @@ def test_kernels_under_sanitizers(tmp_path, sanitizer):
     program = cuda_on_cpu.build("policy_loss", tmp_path / "policy_loss", f"-fsanitize={sanitizer}")
     batch = random_batch(2, 90, spread=0.05)
     packed = pack(batch, [90, 41])
-    check(program, [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)])
+    calls = [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)]
+    check(program, [*calls, call(pack(random_batch(70, 1), [1] * 70), O.ppo(), False, Sizes(64, 32, 3))])
 
 
 @on_the_cpu

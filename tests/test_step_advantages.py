@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fusedpo import advantages
 
+pytestmark = pytest.mark.usefixtures("implementation")
 NAN = math.nan
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # float64 sums of some hundred terms of order 1
 

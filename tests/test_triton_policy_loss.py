@@ -94,7 +94,9 @@ def assert_near(results, expected, rtol=1e-5):
 def check(batch, objective, **options):
     """Against the reference, aggregated and per token."""
     for upstream in (None, torch.randn(batch["logprobs"].shape, device="cpu")):
-        results, expected = (run(batch, objective, upstream, dtype, **options) for dtype in (torch.float32, torch.float64))
+        results, expected = (
+            run(batch, objective, upstream, dtype, **options) for dtype in (torch.float32, torch.float64)
+        )
         assert_near(results, expected)
 
 
@@ -418,7 +420,9 @@ def test_compile(reduction):
     def loss(batch):
         return fusedpo.policy_loss(**batch, objective=O.nfpo(3, differentiate=True), reduction=reduction)
 
-    batch = {k: x.to(DEVICE, torch.float32) if x.is_floating_point() else x.to(DEVICE) for k, x in random_batch().items()}
+    batch = {
+        k: x.to(DEVICE, torch.float32) if x.is_floating_point() else x.to(DEVICE) for k, x in random_batch().items()
+    }
     batch["logprobs"].requires_grad_()
     torch._dynamo.reset()
     out, expected = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")(batch), loss(batch)
@@ -432,7 +436,10 @@ def test_compile(reduction):
 
 def gpu_arguments(objective, per_token=False, rows=64, width=4096):
     """Arguments of the operator for a padded batch, nothing left out."""
-    batch = {k: x.to(DEVICE, torch.float32) if x.is_floating_point() else x.to(DEVICE) for k, x in random_batch(rows, width).items()}
+    batch = {
+        k: x.to(DEVICE, torch.float32) if x.is_floating_point() else x.to(DEVICE)
+        for k, x in random_batch(rows, width).items()
+    }
     names = ("ref_logprobs", "entropy", "is_weights")
     arrays = [batch["logprobs"], batch["old_logprobs"], batch["advantages"], batch["mask"], None]
     numbers = [None, torch.ones((), device=DEVICE)]

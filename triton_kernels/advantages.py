@@ -331,20 +331,22 @@ def _ranks_kernel(
         _sort(s, group, sorted_rewards, source, BLOCK, CHUNK, REAL)
     tl.debug_barrier()
 
+    # GapFormula
     one = tl.full([], 1.0, REAL)
     size, subset = tl.maximum(n, 1).to(REAL), k * one
-    exponent = k + 0
-    below, above, slope, scale, share = one, -one, one, one, one * 0
+    exponent, below, above, slope, share = k + 0, one, -one, one, one * 0
+    part, whole = one, one  # of the scale
     if estimator == PKPO:
-        below, above, slope, scale, share = one * 0, subset - size, one * 0, subset / size, subset / size
+        below, above, slope, share = one * 0, subset - size, one * 0, one
+        part, whole = subset, size
     elif estimator == PKPO_LOO:
-        below, above, slope, share = size, -subset, size, -subset / (size * (size - 1))
-        scale = subset / (size * (size - 1))
+        below, above, slope, share = size, -subset, size, -one
+        part, whole = subset, size * (size - 1)
     elif estimator == PKPO_LOO_1:
-        exponent = k - 1
-        above, slope, scale = one * 0, one * 0, subset / size
+        exponent, above, slope = k - 1, one * 0, one * 0
+        part, whole = subset, size
     elif unbiased != 0:
-        scale = subset / size
+        part, whole = subset, size
     rest = (size - subset) / size
 
     # From the highest rank to the lowest: weights of the gaps, and the sums over higher gaps.
@@ -381,8 +383,9 @@ def _ranks_kernel(
 
     if estimator == PASSK:
         failure = rest * total
-        deviation = tl.sqrt(failure * (1 - failure))
-        scale = tl.where(deviation > 0, rest / deviation, 0.0)
+        whole = tl.sqrt(failure * (1 - failure))
+        part = tl.where(whole > 0, rest, 0.0)
+    scale = part / tl.where(whole > 0, whole, one)
     highest = every.highest
     for first in range(0, n, BLOCK):
         p = first + lanes
@@ -394,8 +397,8 @@ def _ranks_kernel(
             middle = (low + high) // 2
             less = tl.load(sorted_rewards + middle, mask=low < high, other=0) < mine
             low, high = tl.where((low < high) & less, middle + 1, low), tl.where((low < high) & ~less, middle, high)
-        a = scale * tl.load(sums + low, mask=inside, other=0)
-        a = tl.where(share != 0, a + share * highest, a)
+        a = tl.load(sums + low, mask=inside, other=0)
+        a = scale * tl.where(share != 0, a + share * highest, a)
         a = tl.where(estimator == MAX_AT_K, highest - rest * total, a)
         tl.store(advantages + tl.load(source + p, mask=inside, other=0), a, mask=inside)
 
@@ -529,21 +532,21 @@ def _steps_kernel(
 
 
 @triton.jit
-def _load_weighted(x, weights, mask, count, BLOCK: tl.constexpr, REAL: tl.constexpr):
+def _load_weighted(x, lengths, mask, count, BLOCK: tl.constexpr, REAL: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     w = inside.to(REAL)
-    if weights is not None:
-        w = tl.maximum(tl.load(weights + i, mask=inside, other=0).to(REAL), 0)
+    if lengths is not None:
+        w = tl.maximum(tl.load(lengths + i, mask=inside, other=0).to(REAL), 0)
     if mask is not None:
         w = tl.where(tl.load(mask + i, mask=inside, other=0) != 0, w, 0.0)
     return i, inside, w, tl.load(x + i, mask=w > 0, other=0).to(REAL)
 
 
 @kernel
-def _moments_kernel(x, weights, mask, partial, count, BLOCK: tl.constexpr, REAL: tl.constexpr):
+def _moments_kernel(x, lengths, mask, partial, count, BLOCK: tl.constexpr, REAL: tl.constexpr):
     """Weight, mean and sum of the squared differences to it, of a block of elements."""
-    _, _, w, value = _load_weighted(x, weights, mask, count, BLOCK, REAL)
+    _, _, w, value = _load_weighted(x, lengths, mask, count, BLOCK, REAL)
     weight = tl.sum(w, 0)
     mean = tl.sum(w * value, 0) / tl.where(weight > 0, weight, 1.0)
     centred = tl.where(w > 0, value - mean, 0.0)
@@ -554,7 +557,7 @@ def _moments_kernel(x, weights, mask, partial, count, BLOCK: tl.constexpr, REAL:
 
 
 @kernel
-def _whiten_kernel(x, weights, mask, partial, whitened, count, num_blocks, BLOCK: tl.constexpr, REAL: tl.constexpr):
+def _whiten_kernel(x, lengths, mask, partial, whitened, count, num_blocks, BLOCK: tl.constexpr, REAL: tl.constexpr):
     zero = tl.full([], 0.0, REAL)
     weight, total = zero, zero
     for first in range(0, num_blocks, BLOCK):
@@ -572,7 +575,7 @@ def _whiten_kernel(x, weights, mask, partial, whitened, count, num_blocks, BLOCK
         between = tl.where(w > 0, w * distance * distance, 0.0)
         squares += tl.sum(tl.load(partial + block * 3 + 2, mask=inside, other=0) + between, 0)
     scale = 1 / tl.sqrt(squares / tl.maximum(weight - 1, 1) + 1e-8)
-    i, inside, w, value = _load_weighted(x, weights, mask, count, BLOCK, REAL)
+    i, inside, w, value = _load_weighted(x, lengths, mask, count, BLOCK, REAL)
     tl.store(whitened + i, tl.where(w > 0, (value - mean) * scale, 0.0), mask=inside)
 
 
@@ -632,10 +635,11 @@ def group_advantages(
     rewards, mask, other, order, ids = _contiguous(rewards, mask, other, order, ids)
     arguments = (rewards, mask, other, order, ids, advantages)
     real = _real(advantages.device)
-    shape = _block(64 if ids is not None else group_size, 32, per_thread=1)
+    likely_size = 64 if ids is not None else group_size
     if estimator < MAXPO.value:
         num_other = 0 if other is None else other.numel()
         numbers = (count, group_size, num_other, estimator, *_two_parts(number))
+        shape = _block(likely_size, 1024, per_thread=4)
         launch(_baseline_kernel, programs, advantages.device, *arguments, *numbers, REAL=real, **shape)
     else:
         spare = int(estimator in (MAXPO.value, PKPO_LOO.value, ORDER_STATISTIC.value))
@@ -645,6 +649,7 @@ def group_advantages(
             advantages.new_empty(count, dtype=torch.int64),
         )
         numbers = (count, group_size, k, spare, estimator, int(unbiased))
+        shape = _block(likely_size, 32, per_thread=1)
         launch(_ranks_kernel, programs, advantages.device, *arguments, *memory, *numbers, CHUNK=16, REAL=real, **shape)
     return advantages
 
@@ -704,7 +709,7 @@ def step_advantages(values: Tensor, step_rewards: Tensor, step_ids: Tensor, wide
     return advantages
 
 
-def whiten(x: Tensor, weights: Tensor | None, mask: Tensor | None, wide: bool) -> Tensor:
+def whiten(x: Tensor, lengths: Tensor | None, mask: Tensor | None, wide: bool) -> Tensor:
     """The operator ``fusedpo::whiten``."""
     whitened = _result(x, wide)
     count = x.numel()
@@ -712,7 +717,7 @@ def whiten(x: Tensor, weights: Tensor | None, mask: Tensor | None, wide: bool) -
         real = _real(x.device)
         blocks = triton.cdiv(count, 2048)
         partial = _scratch(x, real, blocks, 3)
-        tensors = _contiguous(x, weights, mask)
+        tensors = _contiguous(x, lengths, mask)
         shape = {"BLOCK": 2048, "REAL": real, "num_warps": 8}
         launch(_moments_kernel, blocks, x.device, *tensors, partial, count, **shape)
         launch(_whiten_kernel, blocks, x.device, *tensors, partial, whitened, count, blocks, **shape)

@@ -7,7 +7,7 @@ and each finds its sequence in ``cu_seqlens`` by itself. Some tiles are empty.
 
 1. ``_tokens_kernel``, a program per tile: reads every array once for the tile, and of its sequence whatever the
    objective needs beyond that (the window of a trace; the mask, to count; all log-ratios, for a mean). Writes loss and
-   gradient of each token, still without the scale that the whole batch decides, and a column of ``NUM_ROWS`` statistics.
+   gradient of each token, still without the scale that the whole batch decides, and ``NUM_ROWS`` statistics.
 2. ``_finish_kernel``, a program per metric, one for the loss, and one per tile. All read the counts of the tiles; the
    former add up a row of statistics and write a number, the latter scale the results of a tile in place, and add what
    reaches its log-probs through the traces of other tokens.
@@ -51,12 +51,12 @@ from .objective import (
 MINUS_INF = tl.constexpr(float("-inf"))
 
 # Rows of the statistics: the metrics in their order, as sums over a tile or as its maximum, and what else is needed.
-NUM_METRICS = tl.constexpr(16)
 TOKENS, CLIPPED, CLIPPED_LOW, CLIPPED_HIGH = map(tl.constexpr, range(4))
 RATIO, MINUS_RATIO_MAX, RATIO_MAX, TRACES, MINUS_TRACE_MAX, TRACE_MAX = map(tl.constexpr, range(4, 10))
 MINUS_LOG_RATIO, APPROX_K3, KL, ENTROPY, WEIGHT, CLAMPED = map(tl.constexpr, range(10, 16))
 LOSS, SQUARED_WEIGHT, SEQUENCES, NUM_ROWS = map(tl.constexpr, range(16, 20))
-assert len(METRICS) == NUM_METRICS.value
+NUM_REDUCERS = tl.constexpr(LOSS.value // 4 + 1)  # of 4 rows each
+assert len(METRICS) == LOSS.value
 
 
 # ---------------------------------------------------------------------------------------------------- tokens and tiles
@@ -212,7 +212,7 @@ def _through_traces(x, tile, back, ahead, TILE: tl.constexpr, CHUNK: tl.constexp
     return tl.where(kept & live, reaching, 0.0)
 
 
-# ------------------------------------------------------------------------------------ what tokens know of their sequence
+# ----------------------------------------------------------------------------------- what tokens know of their sequence
 
 
 @triton.jit
@@ -354,9 +354,7 @@ def _tokens_kernel(
 
     ref_logprob = _load(ref_logprobs, tile, i, _only_if(o.kl, kept))
     entropy = _load(entropies, tile, i, _only_if(has_entropy, kept))
-    is_weight = _load_weights(
-        Weights(is_weights, is_weight_per_token), tile, i, _only_if(has_is_weights, kept), 1.0
-    )
+    is_weight = _load_weights(Weights(is_weights, is_weight_per_token), tile, i, _only_if(has_is_weights, kept), 1.0)
     x = Token(
         x.logprob,
         x.old_logprob,
@@ -371,7 +369,6 @@ def _tokens_kernel(
     )
     result = evaluate(o, x)
     share = 1 / tl.where(o.aggregation == SEQ_MEAN_TOKEN_MEAN, length, 1.0)
-    _store_statistics(statistics, result, entropy, kept, share, (tile.before == 0) & (count > 0))
     d_logprob = tl.where(kept, share * result.d_logprob, 0.0)
     d_log_trace = tl.where(kept, share * result.d_log_trace, 0.0)
     d_entropy = tl.where(kept, -share * entropy_coef, 0.0)
@@ -379,6 +376,7 @@ def _tokens_kernel(
     tl.store(grad_logprobs + tile.first + i, d_logprob, mask=inside)
     tl.store(grad_log_trace + tile.first + i, d_log_trace, mask=_only_if(differentiate, inside))
     tl.store(grad_entropy + tile.first + i, d_entropy, mask=_only_if(has_entropy_gradient, inside))
+    _store_statistics(statistics, result, entropy, kept, share, (tile.before == 0) & (count > 0))
 
 
 @triton.jit
@@ -441,31 +439,32 @@ def _longest(cu_seqlens, num_sequences, width, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _add_up(statistics, row, cu_seqlens, num_sequences, width, num_tiles, TILE: tl.constexpr, CHUNK: tl.constexpr):
-    """Sum and maximum of a row over all tiles, and 2^-10 times the sum of squared weights, lest that overflow.
+def _add_up(statistics, rows, cu_seqlens, num_sequences, width, num_tiles, TILE: tl.constexpr):
+    """Sums and maxima of rows over all tiles, and 2^-10 times the sum of the squared weights, lest that overflow.
 
-    A lane takes every 16th tile of every (CHUNK / 16)th sequence: tiles that only one of two layouts has, and that hold
-    no tokens, do not move the others to other lanes.
+    A lane takes every 16th tile of every 16th sequence: tiles that only one of two layouts has, and that hold no
+    tokens, do not move the others to other lanes.
     """
-    STRIDE: tl.constexpr = CHUNK // 16
-    sums = tl.zeros([STRIDE, 16], tl.float32)
-    squares = tl.zeros([STRIDE, 16], tl.float32)
-    tops = tl.full([STRIDE, 16], MINUS_INF, tl.float32)
-    for start in range(0, num_sequences, STRIDE):
-        s = start + tl.arange(0, STRIDE)
+    sums = tl.zeros([rows.shape[0], 16, 16], tl.float32)
+    tops = tl.full([rows.shape[0], 16, 16], MINUS_INF, tl.float32)
+    squares = tl.zeros([16, 16], tl.float32)
+    row = rows[:, None, None]
+    for start in range(0, num_sequences, 16):
+        s = start + tl.arange(0, 16)
         exists = s < num_sequences
         begin = _begin(cu_seqlens, s, exists, width)
         size = tl.cdiv(_begin(cu_seqlens, s + 1, exists, width) - begin, TILE)
         first_tile = begin // TILE + s
         for first in range(0, tl.max(tl.where(exists, size, 0), 0), 16):
             k = first + tl.arange(0, 16)[None, :]
-            there = exists[:, None] & (k < size[:, None])
             tile = first_tile[:, None] + k
-            value = tl.load(statistics + row * num_tiles + tile, mask=there, other=0.0)
+            there = exists[:, None] & (k < size[:, None])
+            squares += 2.0**-10 * tl.load(statistics + SQUARED_WEIGHT * num_tiles + tile, mask=there, other=0.0)
+            there = (row <= LOSS) & there[None]
+            value = tl.load(statistics + row * num_tiles + tile[None], mask=there, other=0.0)
             sums += value
             tops = tl.maximum(tops, tl.where(there, value, MINUS_INF))
-            squares += 2.0**-10 * tl.load(statistics + SQUARED_WEIGHT * num_tiles + tile, mask=there, other=0.0)
-    return tl.sum(tl.sum(sums, 1), 0), tl.max(tl.max(tops, 1), 0), tl.sum(tl.sum(squares, 1), 0)
+    return tl.sum(tl.sum(sums, 2), 1), tl.max(tl.max(tops, 2), 1), tl.sum(tl.sum(squares, 1), 0)
 
 
 @kernel
@@ -510,18 +509,19 @@ def _finish_kernel(
             norm = _longest(cu_seqlens, num_sequences, width, CHUNK)
         scale /= norm
 
-    if index <= LOSS:
-        total, top, squares = _add_up(statistics, index, cu_seqlens, num_sequences, width, num_tiles, TILE, CHUNK)
-        top = tl.where(total == total, top, total)  # the maximum may pass over a NaN
+    if index < NUM_REDUCERS:
+        row = index * 4 + tl.arange(0, 4)
+        total, top, squares = _add_up(statistics, row, cu_seqlens, num_sequences, width, num_tiles, TILE)
+        top = tl.where(total == total, top, total)
         mean = total / tl.maximum(tokens, 1.0)
-        value = tl.where((index == RATIO_MAX) | (index == TRACE_MAX), top, mean)
-        value = tl.where((index == MINUS_RATIO_MAX) | (index == MINUS_TRACE_MAX), -top, value)
-        value = tl.where(index == WEIGHT, mean * (total / squares) * 2.0**-10, value)  # the effective sample size
-        value = tl.where(index == TOKENS, tokens, value)
-        tl.store(metrics + index, tl.where(tokens > 0, value, 0.0), mask=index < LOSS)
-        tl.store(loss, scale * total, mask=(index == LOSS) & (per_token == 0))
+        value = tl.where((row == RATIO_MAX) | (row == TRACE_MAX), top, mean)
+        value = tl.where((row == MINUS_RATIO_MAX) | (row == MINUS_TRACE_MAX), -top, value)
+        value = tl.where(row == WEIGHT, mean * (total / squares) * 2.0**-10, value)  # the effective sample size
+        value = tl.where(row == TOKENS, tokens, value)
+        tl.store(metrics + row, tl.where(tokens > 0, value, 0.0), mask=row < LOSS)
+        tl.store(loss + 0 * row, scale * total, mask=_only_if(per_token == 0, row == LOSS))
     else:
-        tile = _find_tile(index - LOSS - 1, cu_seqlens, num_sequences, width, TILE, CHUNK)
+        tile = _find_tile(index - NUM_REDUCERS, cu_seqlens, num_sequences, width, TILE, CHUNK)
         i = tl.arange(0, TILE)
         inside = i < tile.left
         gradient = _load(grad_logprobs, tile, i, inside)
@@ -676,7 +676,7 @@ def policy_loss(
     )
     launch(
         _finish_kernel,
-        LOSS.value + 1 + num_tiles,
+        NUM_REDUCERS.value + num_tiles,
         logprobs.device,
         x,
         old_logprobs,

@@ -248,24 +248,24 @@ FUSEDPO_DEVICE void sort_by_network(Team& team, const Group& group, RankScratch&
   }
 }
 
-// With alpha_g a weight between 0 and 1 and d_g the gap below rank g, the advantage at rank p is
-//   scale (sum_{g <= p} below alpha_g d_g + sum_{g > p} alpha_g (above - slope (n - 1 - g)) / g d_g) + share r_(n-1).
+// With alpha_g a weight between 0 and 1 and d_g the gap below rank g, the advantage at rank p is `scale` times
+//   sum_{g <= p} below alpha_g d_g + sum_{g > p} alpha_g (above - slope (n - 1 - g)) / g d_g + share r_(n-1).
 struct GapFormula {
   int64_t k;  // of alpha
-  double below, above, slope, scale, share;
+  double below, above, slope, share, scale;
 };
 
 FUSEDPO_DEVICE GapFormula gap_formula(const GroupParams& params, int64_t samples) {
   const double n = (double)samples, k = (double)params.k;
   switch (params.estimator) {
     case Estimator::kPKPO:
-      return {params.k, 0, k - n, 0, k / n, k / n};
+      return {params.k, 0, k - n, 0, 1, k / n};
     case Estimator::kPKPOLeaveOneOut:
-      return {params.k, n, -k, n, k / (n * (n - 1)), -k / (n * (n - 1))};
+      return {params.k, n, -k, n, -1, k / (n * (n - 1))};
     case Estimator::kPKPOLeaveOneOutMinusOne:
-      return {params.k - 1, 1, 0, 0, k / n, 0};
+      return {params.k - 1, 1, 0, 0, 0, k / n};
     default:  // each gap adds 0 to the sum over the group
-      return {params.k, 1, -1, 1, params.unbiased ? k / n : 1, 0};
+      return {params.k, 1, -1, 1, 0, params.unbiased ? k / n : 1};
   }
 }
 
@@ -357,9 +357,9 @@ FUSEDPO_DEVICE void compare_ranks(Team& team, const Group& group, const GroupPar
   }
   for (int64_t p = team.rank(); p < n; p += team.size()) {
     // Equal rewards take the value at the first of them: a team may round the same sum differently at each rank.
-    double advantage = formula.scale * s.sums[team.size() > 1 ? first_equal(s.sorted, p) : p];
-    if (formula.share != 0) advantage += formula.share * highest;
-    group.set(s.source[p], params.estimator == Estimator::kMaxAtK ? highest - rest * total : advantage);
+    double sum = s.sums[team.size() > 1 ? first_equal(s.sorted, p) : p];
+    if (formula.share != 0) sum += formula.share * highest;
+    group.set(s.source[p], params.estimator == Estimator::kMaxAtK ? highest - rest * total : formula.scale * sum);
   }
 }
 

@@ -129,13 +129,13 @@ struct AddMoments {
   }
 };
 
-// An element counts `weights` times, once without them; not where the mask is 0.
+// An element counts `lengths` times, once without them; not where the mask is 0.
 struct Whitening {
-  Array x, weights, mask;
+  Array x, lengths, mask;
   Result result;
 
   FUSEDPO_DEVICE double weight(int64_t i) const {
-    const double w = mask && mask[i] == 0 ? 0 : weights ? weights[i] : 1;
+    const double w = mask && mask[i] == 0 ? 0 : lengths ? lengths[i] : 1;
     return w > 0 ? w : 0;
   }
 };

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "advantage_arguments.h"
@@ -23,26 +24,20 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// Calls use(value) for the reward, or what `values` holds, of each kept sample.
-template <class Use>
-void for_each_kept(const GroupArguments& a, const Array& values, Use use) {
-  for (int64_t i = 0; i < a.count; ++i)
-    if (a.samples.kept(i)) use(values[i]);
+void check_lengths(const Array& lengths, const Array& mask, int64_t count) {
+  for (int64_t i = 0; lengths && i < count; ++i)
+    if ((!mask || mask[i] != 0) && !(lengths[i] >= 0)) fail("lengths must be >= 0, got ", lengths[i]);
 }
 
 void check_values(const GroupArguments& a) {
-  if (a.params.estimator == Estimator::kPassAtK)
-    for_each_kept(a, a.samples.rewards, [](double reward) {
-      if (reward != 0 && reward != 1) fail("rewards must be 0 or 1 for passk, got ", reward);
-    });
-  if (a.params.estimator == Estimator::kOPO)
-    for_each_kept(a, a.samples.other, [](double length) {
-      if (!(length >= 0)) fail("lengths must be >= 0, got ", length);
-    });
-  if (a.params.estimator == Estimator::kReMax)
-    for (int64_t i = 0; a.ids && i < a.count; ++i)
-      if (a.samples.kept(i) && (a.ids[i] < 0 || a.ids[i] >= a.samples.num_other))
-        fail("group_ids must be 0 to ", a.samples.num_other - 1, ", as baselines, got ", a.ids[i]);
+  const Samples& samples = a.samples;
+  if (a.params.estimator == Estimator::kOPO) check_lengths(samples.other, samples.mask, a.count);
+  for (int64_t i = 0; a.params.estimator == Estimator::kPassAtK && i < a.count; ++i)
+    if (samples.kept(i) && samples.rewards[i] != 0 && samples.rewards[i] != 1)
+      fail("rewards must be 0 or 1 for passk, got ", std::to_string(samples.rewards[i]));
+  for (int64_t i = 0; a.params.estimator == Estimator::kReMax && a.ids && i < a.count; ++i)
+    if (samples.kept(i) && (a.ids[i] < 0 || a.ids[i] >= samples.num_other))
+      fail("group_ids must be 0 to ", samples.num_other - 1, ", as baselines, got ", a.ids[i]);
 }
 
 [[noreturn]] void fail_for_size(const GroupParams& params, int64_t label, int64_t size) {
@@ -133,8 +128,9 @@ Tensor step_advantages(Tensor values, Tensor step_rewards, Tensor step_ids, bool
   return a.advantages;
 }
 
-Tensor whiten(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask, bool wide) {
-  const WhiteningArguments a(x, weights, mask, wide);
+Tensor whiten(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask, bool wide) {
+  const WhiteningArguments a(x, lengths, mask, wide);
+  check_lengths(a.whitening.lengths, a.whitening.mask, a.count);
   const auto for_each_chunk = [&](auto visit) {
     parallel_for(0, a.chunks, 1, [&](int64_t chunk, int64_t end) {
       for (; chunk < end; ++chunk)

@@ -24,6 +24,6 @@ std::tuple<Tensor, Tensor> token_advantages(Tensor rewards, std::optional<Tensor
 
 Tensor step_advantages(Tensor values, Tensor step_rewards, Tensor step_ids, bool wide);
 
-Tensor whiten(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask, bool wide);
+Tensor whiten(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask, bool wide);
 
 }  // namespace fusedpo::cpu

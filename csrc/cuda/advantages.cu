@@ -54,8 +54,8 @@ Tensor step_advantages(Tensor values, Tensor step_rewards, Tensor step_ids, bool
   return a.advantages;
 }
 
-Tensor whiten(Tensor x, OptionalTensor weights, OptionalTensor mask, bool wide) {
-  const WhiteningArguments a(x, weights, mask, wide);
+Tensor whiten(Tensor x, OptionalTensor lengths, OptionalTensor mask, bool wide) {
+  const WhiteningArguments a(x, lengths, mask, wide);
   if (a.count == 0) return a.whitened;
   const Tensor partial = torch::stable::new_empty(x, {a.chunks, 3}, ScalarType::Double);
   static_assert(sizeof(Moments) == 3 * sizeof(double));

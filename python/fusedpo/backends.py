@@ -21,7 +21,12 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "linear_token_logprobs": {},
     "policy_loss": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
-    "advantages": {},
+    "group_advantages": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
+    "token_advantages": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
+    "step_advantages": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
+    "whiten": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
+    "whiten (process group)": {},
+    "optimal_token_baseline": {},
 }
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -147,7 +147,7 @@ def next_tokens(
     Args:
         input_ids: int32 or int64, padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; ``[T]``
             without ``cu_seqlens`` is one sequence.
-        cu_seqlens: ``[num_sequences + 1]``, int32 or int64: the start of each packed sequence, then the number of tokens.
+        cu_seqlens: ``[num_sequences + 1]``, integers: the start of each packed sequence, then the number of tokens.
         cu_seqlens: ``[num_sequences + 1]``, int32 or int64: where each packed sequence starts, and their number.
 
     Returns:

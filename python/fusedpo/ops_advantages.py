@@ -2,25 +2,26 @@
 
 ::
 
-    group_advantages(rewards, ids?, order?, group_size, other?, mask?, estimator, k, unbiased, number, wide) -> advantages
-    token_advantages(rewards, values?, logprobs?, old_logprobs?, mask?, cu_seqlens?, per_sequence?, estimator, gamma, lam,
-                     rho_bar, c_bar, wide) -> advantages, returns
+    group_advantages(rewards, ids?, order?, group_size, other?, mask?, estimator, k, unbiased, number, wide)
+        -> advantages
+    token_advantages(rewards, values?, logprobs?, old_logprobs?, mask?, cu_seqlens?, per_sequence?,
+                     estimator, gamma, lam, rho_bar, c_bar, wide) -> advantages, returns
     step_advantages(values, step_rewards, step_ids, wide) -> advantages
-    whiten(x, weights?, mask?, wide) -> whitened
+    whiten(x, lengths?, mask?, wide) -> whitened
 
-Floating-point arguments may be of any real dtype, also where they are masks. Everything is computed in float64; results
-are float64 if ``wide``, else float32.
+Tensors that are not said to hold integers may have any real dtype, masks too. Everything is computed in float64;
+results are float64 if ``wide``, else float32.
 
-* ``group_advantages``: ``rewards`` ``[G]``. Groups are ``group_size`` samples in a row, or, where ``ids`` ``[G]`` int32 or
-  int64 are given, runs of equal ids; ``order`` ``[G]`` int64 then says which sample stands where. ``other`` are the
-  lengths ``[G]`` for OPO, the baselines ``[P]`` for ReMax, the weights ``[k]`` for an order statistic. ``unbiased`` and
-  ``number`` as ``GroupParams`` in ``csrc/core/group_advantages.h`` has them.
+* ``group_advantages``: ``rewards`` ``[G]``. Groups are ``group_size`` samples in a row; or, where ``ids`` ``[G]`` of
+  int32 or int64 are given, runs of equal ids, and ``order`` ``[G]`` of int64 says which sample stands where. ``other``:
+  for OPO lengths ``[G]``, for ReMax baselines ``[P]``, for an order statistic weights ``[k]``. ``unbiased`` and
+  ``number`` are explained in ``GroupParams`` in ``csrc/core/group_advantages.h``.
 * ``token_advantages``: ``[B, T]``, ``[T]``, or packed with ``cu_seqlens`` ``[S + 1]``; ``per_sequence`` ``[S]`` is what
   follows the end of a sequence, or the advantage that all its tokens get. ``returns`` are ``[0]`` without ``values``.
-* ``step_advantages``: ``[B, S + 1]``, ``[B, S]``, ``[B, T]`` int32 or int64.
-* ``whiten``: any shape; an element counts ``weights`` times, and not where ``mask`` is 0.
+* ``step_advantages``: ``[B, S + 1]``, ``[B, S]``, and ``[B, T]`` int32 or int64.
+* ``whiten``: any shape; an element counts ``lengths`` times, and not where ``mask`` is 0.
 
-What a value may not be is a ``ValueError`` on the CPU and a nan on a GPU.
+Values outside their domain are a ``ValueError`` on the CPU, and on a GPU a nan.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backends, reference
 from .ops import define
 from .reference.advantages import GAE, VTrace
 from .reference.advantages.segments import result_dtype
@@ -70,8 +72,8 @@ def _like(x: Tensor, wide: bool) -> Tensor:
 
 define(
     "group_advantages",
-    "(Tensor rewards, Tensor? ids, Tensor? order, SymInt group_size, Tensor? other, Tensor? mask, int estimator, SymInt k, "
-    "bool unbiased, float number, bool wide) -> Tensor",
+    "(Tensor rewards, Tensor? ids, Tensor? order, SymInt group_size, Tensor? other, Tensor? mask, int estimator, "
+    "SymInt k, bool unbiased, float number, bool wide) -> Tensor",
     lambda rewards, *args: _like(rewards, args[-1]),
 )
 define(
@@ -91,8 +93,8 @@ define(
 )
 define(
     "whiten",
-    "(Tensor x, Tensor? weights, Tensor? mask, bool wide) -> Tensor",
-    lambda x, weights, mask, wide: _like(x, wide),
+    "(Tensor x, Tensor? lengths, Tensor? mask, bool wide) -> Tensor",
+    lambda x, lengths, mask, wide: _like(x, wide),
 )
 
 
@@ -415,3 +417,12 @@ class Kernels:
 
     def whiten(self, advantages: Tensor, *, mask: Tensor | None = None) -> Tensor:
         return self._call("whiten", advantages, None, mask, _wide(advantages))
+
+
+_KERNELS = {"native": Kernels("native"), "triton": Kernels("triton")}
+
+
+def implementation(operator: str, tensor: Tensor) -> Any:
+    """What has the functions of the reference, for a tensor of this device: the reference, or kernels."""
+    backend = backends.choose(operator, tensor.device.type)
+    return reference.advantages if backend == "reference" else _KERNELS[backend]

@@ -97,7 +97,7 @@ void whiten(Calls& calls, unsigned threads) {
   Whitening whitening{};
   const int64_t count = calls.integer();
   whitening.x = array(calls.tensor());
-  whitening.weights = array(calls.tensor());
+  whitening.lengths = array(calls.tensor());
   whitening.mask = array(calls.tensor());
   Written whitened(count, calls.integer());
   whitening.result = whitened.result();

@@ -8,9 +8,11 @@
 #include <atomic>
 #include <barrier>
 #include <bit>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <mutex>
 #include <optional>
 #include <thread>
 #include <vector>
@@ -32,9 +34,45 @@ struct Index {
 
 constexpr unsigned kWarpSize = 32;
 
+#if defined(__SANITIZE_THREAD__)
+// In libstdc++ all barriers share counters, from which the sanitizer would conclude that threads that wait at different
+// barriers, as those of two warps do, are in order.
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) : threads_(threads), missing_(threads) {}
+
+  void arrive_and_wait() {
+    std::unique_lock lock(mutex_);
+    const unsigned phase = phase_;
+    arrive();
+    complete_.wait(lock, [&] { return phase_ != phase; });
+  }
+
+  void arrive_and_drop() {
+    const std::lock_guard lock(mutex_);
+    --threads_;
+    arrive();
+  }
+
+ private:
+  void arrive() {
+    if (--missing_ > 0) return;
+    missing_ = threads_;
+    ++phase_;
+    complete_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable complete_;
+  unsigned threads_, missing_, phase_ = 0;
+};
+#else
+using Barrier = std::barrier<>;
+#endif
+
 struct Warp {
   explicit Warp(unsigned lanes) : barrier(lanes) {}
-  std::barrier<> barrier;
+  Barrier barrier;
   uint64_t slots[2][kWarpSize] = {};
 };
 
@@ -44,7 +82,7 @@ struct Block {
     for (unsigned first = 0; first < threads; first += kWarpSize)
       warps.emplace_back(std::min(threads - first, kWarpSize));
   }
-  std::barrier<> barrier;
+  Barrier barrier;
   std::deque<Warp> warps;
 };
 

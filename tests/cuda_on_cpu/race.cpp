@@ -1,15 +1,16 @@
-// Threads that read what others of their block write, with a barrier in between or, where there is an argument, without.
-#include <cstdlib>
+// Each thread reads what a thread of the other warp writes, with a barrier of the block in between or, where there is
+// an argument, with barriers of warps alone.
 
-__global__ void rotate(const int* source, int* target, bool barrier) {
+__global__ void exchange(const int* source, int* target, bool barrier) {
   __shared__ int shared[64];
   shared[threadIdx.x] = source[threadIdx.x];
+  __syncwarp();
   if (barrier) __syncthreads();
-  target[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+  target[threadIdx.x] = shared[(threadIdx.x + 32) % 64];
 }
 
 int main(int count, char**) {
-  std::vector<int> source(64, 1), target(64, 0);
-  cuda_on_cpu::launch(1, 64, [&] { rotate(source.data(), target.data(), count == 1); });
-  return 0;
+  const std::vector<int> source(64, 1);
+  std::vector<int> target(64, 0);
+  cuda_on_cpu::launch(1, 64, [&] { exchange(source.data(), target.data(), count == 1); });
 }

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, backends
 from ..reference.advantages.segments import group_labels
+
+
+def unchecked(operator: str, *tensors: Tensor | None) -> bool:
+    """Whether values are to be checked here: where reading them is free, and no kernel does it, as on the CPU."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    device = given[0].device.type
+    checked = device == "cpu" and backends.choose(operator, device) == "native"
+    return not checked and _checks.values_are_free(*given)
 
 
 def real(name: str, tensor: Tensor) -> None:
@@ -79,7 +87,7 @@ def group_sizes(
     if group_size is not None and mask is None:
         if group_size < at_least:
             raise ValueError(f"{rule}, but group_size is {group_size}")
-    elif _checks.values_are_free(*(t for t in (rewards, group_ids, mask) if t is not None)):
+    elif unchecked("group_advantages", rewards, group_ids, mask):
         ids = group_labels(rewards, group_size, group_ids)
         labels, sizes = (ids if mask is None else ids[mask != 0]).unique(return_counts=True)
         small = (sizes < at_least).nonzero()
@@ -108,7 +116,7 @@ def lengths(tensor: Tensor, rewards: Tensor, mask: Tensor | None) -> None:
     real("lengths", tensor)
     _checks.shape("lengths", tensor, tuple(rewards.shape), "one per sample")
     _checks.same_device("lengths", tensor, "rewards", rewards)
-    if _checks.values_are_free(*(t for t in (tensor, mask) if t is not None)):
+    if unchecked("group_advantages", tensor, mask):
         kept = tensor if mask is None else tensor[mask != 0]
         if not bool((kept >= 0).all()):
             raise ValueError(f"lengths must be >= 0, got {kept.min()}")

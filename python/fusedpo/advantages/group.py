@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _checks, backends
-from ..reference import advantages as reference
+from .. import _checks
+from ..ops_advantages import implementation
 from . import arguments
 from .registry import register
 
@@ -29,8 +29,9 @@ def grpo(
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.positive("eps", eps)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.grpo(rewards, group_size=group_size, group_ids=group_ids, std=std, eps=eps, mask=mask)
+    return implementation("group_advantages", rewards).grpo(
+        rewards, group_size=group_size, group_ids=group_ids, std=std, eps=eps, mask=mask
+    )
 
 
 @register("dr_grpo")
@@ -39,8 +40,9 @@ def dr_grpo(
 ) -> Tensor:
     """Dr. GRPO (2503.20783): ``r - mean`` of the group, ``[G]`` to ``[G]``; equal rewards give exactly 0."""
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.dr_grpo(rewards, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).dr_grpo(
+        rewards, group_size=group_size, group_ids=group_ids, mask=mask
+    )
 
 
 @register("rloo")
@@ -52,8 +54,9 @@ def rloo(
     Equal rewards give exactly 0; so does a group of one, which has no others.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.rloo(rewards, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).rloo(
+        rewards, group_size=group_size, group_ids=group_ids, mask=mask
+    )
 
 
 @register("opo")
@@ -81,8 +84,9 @@ def opo(
         if group_size is not None or group_ids is not None:
             raise ValueError("scope='batch' has one baseline for all samples: group_size and group_ids must be None")
     arguments.lengths(lengths, rewards, mask)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.opo(rewards, lengths=lengths, group_size=group_size, group_ids=group_ids, scope=scope, mask=mask)
+    return implementation("group_advantages", rewards).opo(
+        rewards, lengths=lengths, group_size=group_size, group_ids=group_ids, scope=scope, mask=mask
+    )
 
 
 @register("reinforce_plus_plus_baseline")
@@ -106,8 +110,7 @@ def reinforce_plus_plus_baseline(
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.lengths(lengths, rewards, mask)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.reinforce_plus_plus_baseline(
+    return implementation("group_advantages", rewards).reinforce_plus_plus_baseline(
         rewards, lengths=lengths, group_size=group_size, group_ids=group_ids, mask=mask
     )
 
@@ -129,8 +132,9 @@ def gpg(
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.positive("f_norm", f_norm)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.gpg(rewards, f_norm=f_norm, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).gpg(
+        rewards, f_norm=f_norm, group_size=group_size, group_ids=group_ids, mask=mask
+    )
 
 
 @register("reinforce_rej")
@@ -142,8 +146,9 @@ def reinforce_rej(
     A group of one keeps its reward, as in the authors' code. There is no baseline.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.reinforce_rej(rewards, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).reinforce_rej(
+        rewards, group_size=group_size, group_ids=group_ids, mask=mask
+    )
 
 
 @register("raft")
@@ -153,8 +158,7 @@ def raft(rewards: Tensor, *, mask: Tensor | None = None) -> Tensor:
     There are neither groups nor a baseline.
     """
     arguments.rewards(rewards, mask)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.raft(rewards, mask=mask)
+    return implementation("group_advantages", rewards).raft(rewards, mask=mask)
 
 
 @register("remax")
@@ -184,10 +188,11 @@ def remax(
             raise ValueError(f"baselines must have shape [P], one per prompt, got {list(baselines.shape)}")
         if group_size is not None:
             _checks.shape("baselines", baselines, (rewards.numel() // group_size,), "one per group of group_size")
-        elif group_ids is not None and _checks.values_are_free(*(t for t in (group_ids, mask) if t is not None)):
+        elif group_ids is not None and arguments.unchecked("group_advantages", group_ids, mask):
             ids = group_ids if mask is None else group_ids[mask != 0]
             wrong = ids[(ids < 0) | (ids >= baselines.numel())]
             if wrong.numel():
                 raise ValueError(f"group_ids must be 0 to {baselines.numel() - 1}, as baselines, got {int(wrong[0])}")
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.remax(rewards, baselines=baselines, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).remax(
+        rewards, baselines=baselines, group_size=group_size, group_ids=group_ids, mask=mask
+    )

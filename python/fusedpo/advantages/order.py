@@ -11,8 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _checks, backends
-from ..reference import advantages as reference
+from ..ops_advantages import implementation
 from . import arguments
 from .registry import register
 
@@ -44,8 +43,9 @@ def maxpo(
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.choice("scale", scale, ("mean", "unbiased"))
     arguments.subset_size(k, rewards, group_size, group_ids, mask, spare=1)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.maxpo(rewards, k=k, scale=scale, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).maxpo(
+        rewards, k=k, scale=scale, group_size=group_size, group_ids=group_ids, mask=mask
+    )
 
 
 @register("order_statistic")
@@ -84,8 +84,7 @@ def order_statistic(
         arguments.number("weights", weight)
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights must be finite, got {list(weights)}")
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.order_statistic(
+    return implementation("group_advantages", rewards).order_statistic(
         rewards, k=k, weights=weights, scale=scale, group_size=group_size, group_ids=group_ids, mask=mask
     )
 
@@ -147,8 +146,9 @@ def pkpo(
     arguments.choice("variant", variant, ("s", "sloo", "sloo-1"))
     at_least, spare = {"s": (1, 0), "sloo": (1, 1), "sloo-1": (2, 0)}[variant]
     arguments.subset_size(k, rewards, group_size, group_ids, mask, at_least=at_least, spare=spare)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.pkpo(rewards, k=k, variant=variant, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).pkpo(
+        rewards, k=k, variant=variant, group_size=group_size, group_ids=group_ids, mask=mask
+    )
 
 
 @register("passk")
@@ -169,13 +169,14 @@ def passk(
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.subset_size(k, rewards, group_size, group_ids, mask)
-    if _checks.values_are_free(*(t for t in (rewards, mask) if t is not None)):
+    if arguments.unchecked("group_advantages", rewards, mask):
         kept = rewards if mask is None else rewards[mask != 0]
         other = kept[(kept != 0) & (kept != 1)]
         if other.numel():
             raise ValueError(f"rewards must be 0 or 1 for passk, got {other[0].item()}")
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.passk(rewards, k=k, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).passk(
+        rewards, k=k, group_size=group_size, group_ids=group_ids, mask=mask
+    )
 
 
 @register("grpo_passk")
@@ -199,8 +200,9 @@ def grpo_passk(
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.positive("eps", eps)
     arguments.group_sizes(2, "every group must have at least 2 samples", rewards, group_size, group_ids, mask)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.grpo_passk(rewards, std=std, eps=eps, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).grpo_passk(
+        rewards, std=std, eps=eps, group_size=group_size, group_ids=group_ids, mask=mask
+    )
 
 
 def max_at_k(
@@ -218,5 +220,6 @@ def max_at_k(
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.subset_size(k, rewards, group_size, group_ids, mask)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.max_at_k(rewards, k=k, group_size=group_size, group_ids=group_ids, mask=mask)
+    return implementation("group_advantages", rewards).max_at_k(
+        rewards, k=k, group_size=group_size, group_ids=group_ids, mask=mask
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, distributed
 
 from .. import _checks, backends
+from ..ops_advantages import implementation
 from ..reference import advantages as reference
 from ..reference.advantages import GAE as GAE
 from ..reference.advantages import VTrace as VTrace
@@ -31,8 +32,9 @@ def reward_to_go(
     arguments.unit_interval("gamma", gamma)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.reward_to_go(rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, bootstrap=bootstrap)
+    return implementation("token_advantages", rewards).reward_to_go(
+        rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, bootstrap=bootstrap
+    )
 
 
 @register("gae")
@@ -60,8 +62,9 @@ def gae(
     arguments.unit_interval("lam", lam)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.gae(rewards, values, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    return implementation("token_advantages", rewards).gae(
+        rewards, values, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap
+    )
 
 
 @register("vtrace")
@@ -104,8 +107,7 @@ def vtrace(
     arguments.positive("c_bar", c_bar)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.vtrace(
+    return implementation("token_advantages", rewards).vtrace(
         rewards,
         values,
         logprobs=logprobs,
@@ -131,8 +133,9 @@ def reinforce_plus_plus(
     """
     arguments.tokens("rewards", rewards, mask, cu_seqlens)
     arguments.unit_interval("gamma", gamma)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
-    return reference.reinforce_plus_plus(rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma)
+    return implementation("token_advantages", rewards).reinforce_plus_plus(
+        rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma
+    )
 
 
 @register("optimal_token_baseline")
@@ -164,7 +167,7 @@ def optimal_token_baseline(
     arguments.per_token("sum_pi_squared", sum_pi_squared, "rewards", rewards)
     if is_weights is not None:
         arguments.per_token("is_weights", is_weights, "rewards", rewards)
-    backends.choose("advantages", rewards.device.type, rewards.dtype)
+    backends.choose("optimal_token_baseline", rewards.device.type)
     return reference.optimal_token_baseline(
         rewards,
         old_logprobs=old_logprobs,
@@ -200,10 +203,11 @@ def vineppo(values: Tensor, *, step_rewards: Tensor, step_ids: Tensor, whiten: b
     if step_ids.dim() != 2 or step_ids.shape[0] != batch:
         raise ValueError(f"step_ids must have shape [{batch}, T] (as many rows as values), got {list(step_ids.shape)}")
     _checks.same_device("step_ids", step_ids, "values", values)
-    if _checks.values_are_free(step_ids) and bool((step_ids >= steps).any()):
+    if arguments.unchecked("step_advantages", step_ids) and bool((step_ids >= steps).any()):
         raise ValueError(f"step_ids must be less than the number of steps {steps}, got {int(step_ids.max())}")
-    backends.choose("advantages", values.device.type, values.dtype)
-    return reference.vineppo(values, step_rewards=step_rewards, step_ids=step_ids, whiten=whiten)
+    return implementation("step_advantages", values).vineppo(
+        values, step_rewards=step_rewards, step_ids=step_ids, whiten=whiten
+    )
 
 
 def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed.ProcessGroup | None = None) -> Tensor:
@@ -217,8 +221,10 @@ def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed
     _checks.mask(mask, tuple(advantages.shape), "that of advantages", "advantages", advantages)
     if group is not None and not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    backends.choose("advantages", advantages.device.type, advantages.dtype)
-    return reference.whiten(advantages, mask=mask, group=group)
+    if group is not None:
+        backends.choose("whiten (process group)", advantages.device.type)
+        return reference.whiten(advantages, mask=mask, group=group)
+    return implementation("whiten", advantages).whiten(advantages, mask=mask)
 
 
 def to_tokens(advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -230,5 +236,4 @@ def to_tokens(advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = N
     _checks.is_tensor("mask", mask)
     arguments.tokens("mask", mask, None, cu_seqlens)
     arguments.per_sequence("advantages", advantages, "mask", mask, cu_seqlens)
-    backends.choose("advantages", advantages.device.type, advantages.dtype)
-    return reference.to_tokens(advantages, mask, cu_seqlens=cu_seqlens)
+    return implementation("token_advantages", advantages).to_tokens(advantages, mask, cu_seqlens=cu_seqlens)
