@@ -44,4 +44,5 @@ $(VENV)/.tools: $(VENV)/.torch .ci/constraints.txt
 
 $(READY): $(VENV)/.tools $(NATIVE)
 	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[triton,test,bench,examples,peers,dev]"
+	$(INSTALL) -c .ci/constraints.txt --no-deps verl
 	touch $@

@@ -131,6 +131,15 @@ def test_kernels_under_sanitizers(tmp_path, sanitizer):
     all_kernels(64, small=True).check(program)
 
 
+def test_equal_rewards_get_bit_identical_advantages(program):
+    rewards = random(0, 100)[torch.arange(300) % 100]
+    batch = Batch()
+    batch.groups("maxpo", rewards, None, None, 300, None, None, 3, 96)
+    (result,) = cuda_on_cpu.run(program, batch.calls, [(rewards.shape, rewards.dtype)])
+    for value in rewards.unique():
+        assert result[rewards == value].unique().numel() == 1
+
+
 def test_where_the_cpu_raises_the_result_is_nan(program):
     """Data that is not read: too few samples for k, a label without baseline, a step that is not there."""
     k4 = (ESTIMATORS.index("maxpo"), 4, False, 0.0, False)

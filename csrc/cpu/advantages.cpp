@@ -40,6 +40,12 @@ void check_values(const GroupArguments& a) {
       fail("group_ids must be 0 to ", samples.num_other - 1, ", as baselines, got ", a.ids[i]);
 }
 
+void check_offsets(const Integers& cu_seqlens, int64_t num_sequences, int64_t num_tokens) {
+  bool good = num_sequences >= 0 && cu_seqlens[0] == 0 && cu_seqlens[num_sequences] == num_tokens;
+  for (int64_t s = 0; good && s < num_sequences; ++s) good = cu_seqlens[s] <= cu_seqlens[s + 1];
+  if (!good) fail("cu_seqlens must start with 0, never decrease and end with the number of tokens ", num_tokens);
+}
+
 [[noreturn]] void fail_for_size(const GroupParams& params, int64_t label, int64_t size) {
   if (!compares_ranks(params.estimator))
     fail("every group must have at least 2 samples, but group ", label, " has size ", size);
@@ -107,6 +113,7 @@ std::tuple<Tensor, Tensor> token_advantages(Tensor rewards, std::optional<Tensor
                                             double lam, double rho_bar, double c_bar, bool wide) {
   const TokenArguments a(rewards, values, logprobs, old_logprobs, mask, cu_seqlens, per_sequence, estimator, gamma, lam,
                          rho_bar, c_bar, wide);
+  if (a.tokens.cu_seqlens) check_offsets(a.tokens.cu_seqlens, a.num_sequences, a.advantages.numel());
   const int64_t average = a.advantages.numel() / std::max<int64_t>(1, a.num_sequences);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, average));
   parallel_for(0, a.num_sequences, grain, [&](int64_t sequence, int64_t end) {

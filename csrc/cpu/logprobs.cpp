@@ -42,6 +42,19 @@ FUSEDPO_INLINE void for_each_chunk(const T* row, int64_t size, Visit visit) {
   }
 }
 
+// Calls step(chunk, result) for every chunk of from[0, size), to write the result into to[0, size), which may be
+// `from`.
+template <class T, class Step>
+FUSEDPO_INLINE void map_chunks(const T* from, T* to, int64_t size, Step step) {
+  int64_t i = 0;
+  for (; i + kChunk <= size; i += kChunk) step(from + i, to + i);
+  if (i < size) {
+    Tail<T> tail(from + i, size - i);
+    step(tail.element, tail.element);
+    std::memcpy(to + i, tail.element, (size - i) * sizeof(T));
+  }
+}
+
 template <class T>
 float maximum(const T* row, int64_t size) {
   Vec top = splat(-kInfinity);
@@ -155,7 +168,7 @@ void gradient_row(const T* row, T* grad, int64_t size, const RowStats& stats, co
   const Vec constant = splat(normaliser * (float)(-total - up.grad_entropy * (entropy - log_sum)));
   const Vec slope = splat(normaliser * -up.grad_entropy * kLn2);
   const Vec offset = splat(stats.reference), factor = splat(scale), lowest = splat(kLowest);
-  const auto step = [&](const T* from, T* to) {
+  map_chunks(row, grad, size, [&](const T* from, T* to) {
     Vec a, b;
     load2(from, a, b);
     a = max(lowest, (a - offset) * factor);
@@ -163,14 +176,7 @@ void gradient_row(const T* row, T* grad, int64_t size, const RowStats& stats, co
     const Vec weight_a = kEntropy ? fma(slope, a, constant) : constant;
     const Vec weight_b = kEntropy ? fma(slope, b, constant) : constant;
     store2(to, exp2(a) * weight_a, exp2(b) * weight_b);
-  };
-  int64_t i = 0;
-  for (; i + kChunk <= size; i += kChunk) step(row + i, grad + i);
-  if (i < size) {
-    Tail<T> tail(row + i, size - i);
-    step(tail.element, tail.element);
-    std::memcpy(grad + i, tail.element, (size - i) * sizeof(T));
-  }
+  });
   for (int64_t k = 0; k < up.num_ids; ++k) grad[up.token_ids[k]] = from_float<T>(up.scratch[k]);
 }
 
@@ -190,8 +196,18 @@ float value(const void* logits, int64_t index) {
 }
 
 template <class T>
+void scale(void* elements, int64_t size, float factor) {
+  T* row = static_cast<T*>(elements);
+  map_chunks(row, row, size, [&](const T* from, T* to) {
+    Vec a, b;
+    load2(from, a, b);
+    store2(to, a * factor, b * factor);
+  });
+}
+
+template <class T>
 constexpr RowKernels kernels_for() {
-  return {reduce<T>, gradient<T>, value<T>};
+  return {reduce<T>, gradient<T>, value<T>, scale<T>};
 }
 
 }  // namespace

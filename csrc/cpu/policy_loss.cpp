@@ -1,26 +1,14 @@
 #include "policy_loss.h"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "core/aggregation.h"
 #include "core/window.h"
 #include "dispatch.h"
+#include "sequences.h"
 
 namespace fusedpo::cpu {
 namespace {
-
-// Where each sequence starts in the flat tokens, and their number.
-std::vector<int64_t> offsets_of(const Batch& batch) {
-  std::vector<int64_t> offsets;
-  for (int64_t s = 0; s <= batch.num_sequences; ++s)
-    offsets.push_back(batch.cu_seqlens ? batch.cu_seqlens[s] : s * batch.width);
-  if (offsets.front() != 0 || offsets.back() != batch.num_tokens || !std::is_sorted(offsets.begin(), offsets.end()))
-    throw std::invalid_argument("cu_seqlens must start with 0, never decrease and end with the number of tokens " +
-                                std::to_string(batch.num_tokens));
-  return offsets;
-}
 
 // The tokens of a batch in tiles. The first tile of a sequence starts with it, so that the sums over a sequence do not
 // depend on what stands before it; sums over tiles are taken in their order, whatever thread computed them.

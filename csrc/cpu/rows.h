@@ -34,6 +34,8 @@ struct RowKernels {
   // Reads `logits` once and writes `grad` once; the two may be the same memory.
   void (*gradient)(const void* logits, void* grad, int64_t size, const RowStats&, const RowGradient&);
   float (*value)(const void* logits, int64_t index);
+  // Multiplies a row.
+  void (*scale)(void* row, int64_t size, float factor);
 };
 
 struct RowKernelTable {

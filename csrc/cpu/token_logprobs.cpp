@@ -1,69 +1,17 @@
 #include "token_logprobs.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "dispatch.h"
+#include "logits.h"
 
 namespace fusedpo::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-const RowKernels& kernels_for(ScalarType dtype) {
-  const RowKernelTable& table = row_kernels();
-  if (dtype == ScalarType::Float) return table.float32;
-  if (dtype == ScalarType::BFloat16) return table.bfloat16;
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "logits must be float16, bfloat16 or float32");
-  return table.float16;
-}
-
-// Where the rows of a tensor [..., V] start: leading dimensions of any strides, unit stride along V.
-class Rows {
- public:
-  explicit Rows(const Tensor& tensor) : base_(static_cast<char*>(tensor.data_ptr())), bytes_(tensor.element_size()) {
-    const int64_t dims = tensor.dim() - 1;
-    size = tensor.size(dims);
-    STD_TORCH_CHECK(size <= 1 || tensor.stride(dims) == 1 || tensor.numel() == 0,
-                    "logits must have stride 1 along the vocabulary");
-    for (int64_t d = 0; d < dims; ++d) {
-      sizes_.push_back(tensor.size(d));
-      strides_.push_back(tensor.stride(d));
-      count *= tensor.size(d);
-    }
-  }
-
-  char* operator[](int64_t row) const {
-    int64_t offset = 0;
-    for (int64_t d = (int64_t)sizes_.size() - 1; d >= 0; --d) {
-      offset += row % sizes_[d] * strides_[d];
-      row /= sizes_[d];
-    }
-    return base_ + offset * bytes_;
-  }
-
-  size_t bytes_per_row() const { return size * bytes_; }
-
-  int64_t size = 0;
-  int64_t count = 1;
-
- private:
-  char* base_;
-  int64_t bytes_;
-  std::vector<int64_t> sizes_, strides_;
-};
 
 template <class T>
 const T* data(const Tensor& tensor) {
@@ -84,44 +32,6 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
-// A fresh buffer of hundreds of megabytes costs more in page faults than in arithmetic, with pages of 4 KiB.
-void ask_for_huge_pages(const Tensor& tensor) {
-#if defined(__linux__)
-  const uintptr_t page = 2 << 20, begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + tensor.numel() * tensor.element_size()) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// The rows for which a predicate holds, in order: threads share these evenly, however they cluster.
-template <class Predicate>
-std::vector<int64_t> rows_where(int64_t count, Predicate predicate) {
-  std::vector<int64_t> rows;
-  rows.reserve(count);
-  for (int64_t row = 0; row < count; ++row)
-    if (predicate(row)) rows.push_back(row);
-  return rows;
-}
-
-// Calls visit(row, scratch) for every row, on several threads; `scratch` holds `scratch_size` floats of the thread's
-// own.
-template <class Visit>
-void for_each_row(const std::vector<int64_t>& rows, int64_t row_size, int64_t scratch_size, Visit visit) {
-  // Below some 32k elements a thread is not worth waking.
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_size));
-  torch::stable::parallel_for(0, (int64_t)rows.size(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(scratch_size);
-    for (int64_t i = begin; i < end; ++i) visit(rows[i], scratch.data());
-  });
-}
-
-struct Temperatures {
-  const float* value;
-  bool per_row;
-  float operator[](int64_t row) const { return value[per_row ? row : 0]; }
-};
-
 void gradient(const std::optional<Tensor>& grad_logprobs_, const std::optional<Tensor>& grad_entropy_,
               const Tensor& logits, const Tensor& grad_logits, const Tensor& token_ids_, const Tensor& temperature_,
               const std::optional<Tensor>& mask_, const Tensor& stats_) {
@@ -130,7 +40,7 @@ void gradient(const std::optional<Tensor>& grad_logprobs_, const std::optional<T
   const Tensor token_ids = torch::stable::contiguous(token_ids_);
   const Tensor temperature_rows = torch::stable::contiguous(temperature_);
   const Rows from(logits), to(grad_logits);
-  const RowKernels& kernels = kernels_for(logits.scalar_type());
+  const RowKernels& kernels = row_kernels_for(logits.scalar_type());
   const int64_t num_ids = from.count == 0 ? 1 : token_ids.numel() / from.count;
   const int64_t* ids = data<int64_t>(token_ids);
   const float* grad_logprob = data<float>(grad_logprobs);
@@ -161,7 +71,7 @@ void gradient(const std::optional<Tensor>& grad_logprobs_, const std::optional<T
 std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_ids_, Tensor temperature_,
                                                   std::optional<Tensor> mask_, bool return_entropy) {
   const Rows rows(logits);
-  const RowKernels& kernels = kernels_for(logits.scalar_type());
+  const RowKernels& kernels = row_kernels_for(logits.scalar_type());
   const Tensor token_ids = torch::stable::contiguous(token_ids_);
   const Tensor temperature_rows = torch::stable::contiguous(temperature_);
   const auto mask = contiguous(mask_);

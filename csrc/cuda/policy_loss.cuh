@@ -195,9 +195,7 @@ __device__ int64_t look_at_sequence(Team& team, const PolicyLoss& p, int64_t seq
   if (needs_place(o)) {
     suffix_scan(
         team, length, (int64_t)0, (int64_t)0, [&](int64_t i) { return (int64_t)is_kept(batch, end - 1 - i); }, plus,
-        [&](int64_t i, int64_t mine, int64_t before) {
-          p.place[end - 1 - i] = (float)(mine + before > 1 ? mine + before : 1);
-        });
+        [&](int64_t i, int64_t mine, int64_t before) { p.place[end - 1 - i] = (float)(mine + before); });
     team.sync();
   }
   if (needs_mean(o)) {

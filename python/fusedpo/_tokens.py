@@ -1,27 +1,31 @@
 """Checks of arrays that hold a value per token or per sequence: padded ``[B, T]``, or packed ``[T]`` or ``[1, T]``.
 
-``source``, the argument ``name``, is what the shape, the device and the messages of the others refer to.
+``source``, the argument ``name``, is what the shape, the device and the messages of the others refer to; ``shape`` is
+that of its tokens where it holds more than a value for each (logits).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import _checks
 from .objectives import Aggregation
 
 
-def check_layout(name: str, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
+def check_layout(
+    name: str, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, shape: torch.Size | None = None
+) -> int:
     """The number of sequences."""
-    shape = source.shape
+    shape = source.shape if shape is None else shape
     if len(shape) not in (1, 2):
-        raise ValueError(f"{name} must hold tokens [B, T] or [T], got the shape {list(shape)}")
+        raise ValueError(f"{name} must hold tokens [B, T] or [T], got the shape {list(source.shape)}")
     if cu_seqlens is None:
         num_sequences = shape[0] if len(shape) == 2 else 1
     else:
         if len(shape) == 2 and shape[0] != 1:
             raise ValueError(
-                f"cu_seqlens needs {name} that hold packed tokens [T] or [1, T], got the shape {list(shape)}"
+                f"cu_seqlens needs {name} that hold packed tokens [T] or [1, T], got the shape {list(source.shape)}"
             )
         _checks.cu_seqlens(cu_seqlens, shape.numel(), name, source)
         num_sequences = cu_seqlens.numel() - 1
@@ -29,16 +33,18 @@ def check_layout(name: str, source: Tensor, mask: Tensor | None, cu_seqlens: Ten
     return num_sequences
 
 
-def check_per_token(argument: str, tensor: Tensor, name: str, source: Tensor) -> None:
+def check_per_token(argument: str, tensor: Tensor, name: str, source: Tensor, shape: torch.Size | None = None) -> None:
     _checks.floating(argument, tensor)
-    _checks.shape(argument, tensor, source.shape, f"one value per token of {name}")
+    _checks.shape(argument, tensor, source.shape if shape is None else shape, f"one value per token of {name}")
     _checks.same_device(argument, tensor, name, source)
 
 
-def check_weights(argument: str, tensor: Tensor, name: str, source: Tensor, num_sequences: int) -> None:
+def check_weights(
+    argument: str, tensor: Tensor, name: str, source: Tensor, num_sequences: int, shape: torch.Size | None = None
+) -> None:
     """One value per token, or one per sequence."""
     _checks.floating(argument, tensor)
-    shape = source.shape
+    shape = source.shape if shape is None else shape
     expected = [tuple(shape), (num_sequences,), (num_sequences, 1)]
     if len(shape) == 1 or shape[0] == 1:
         expected += [(shape[-1],), (1, shape[-1])]

@@ -20,6 +20,7 @@ BACKENDS = ("reference", "native", "triton")
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "linear_token_logprobs": {},
+    "one_pass": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "policy_loss": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
     "group_advantages": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
     "token_advantages": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
@@ -127,14 +128,19 @@ def why_not(name: str, operator: str, device: str, dtype: torch.dtype = torch.fl
     return None
 
 
+def kernel_for(operator: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The backend whose kernel runs ``operator`` for tensors of this device type and dtype; None: the reference does.
+
+    A kernel that spares work of others may be missing from the backend that was forced: then they do the work.
+    """
+    names = _ORDER.get(device, ("triton",)) if _forced is None else (_forced,)
+    return next((n for n in names if n != "reference" and why_not(n, operator, device, dtype) is None), None)
+
+
 def choose(operator: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that runs ``operator`` for tensors of this device type and dtype."""
-    if _forced is not None:
+    name = kernel_for(operator, device, dtype)
+    if name is None and _forced not in (None, "reference"):
         reason = why_not(_forced, operator, device, dtype)
-        if reason is not None:
-            raise BackendUnavailable(f"backend {_forced!r} was forced for {operator}, but {reason}")
-        return _forced
-    for name in _ORDER.get(device, ("triton",)):
-        if why_not(name, operator, device, dtype) is None:
-            return name
-    return "reference"
+        raise BackendUnavailable(f"backend {_forced!r} was forced for {operator}, but {reason}")
+    return name or "reference"

@@ -66,7 +66,7 @@ def token_logprobs(
         TypeError: dtypes. ValueError: shapes, devices, ids out of range and a temperature that is not positive (on the
             CPU; on other devices under ``FUSEDPO_DEBUG=1``).
     """
-    _check_token_logprobs(logits, token_ids, temperature, mask)
+    check_token_logprobs(logits, token_ids, temperature, mask)
     backend = backends.choose("token_logprobs", logits.device.type, logits.dtype)
     if backend == "reference":
         _check_values(token_ids, logits.shape[-1], temperature, mask)
@@ -171,7 +171,7 @@ def next_tokens(
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None) -> None:
+def check_token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None) -> None:
     _checks.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")

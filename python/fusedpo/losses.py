@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _checks, backends, ops, ops_policy_loss, reference
-from .logprobs import linear_token_logprobs, token_logprobs
+from . import _checks, _tokens, backends, ops, ops_one_pass, ops_policy_loss, reference
+from .logprobs import check_token_logprobs, linear_token_logprobs, token_logprobs
 from .objectives import Objective
 from .reference import PolicyLossOutput
 
@@ -81,7 +81,7 @@ def policy_loss(
     _checks.floating("logprobs", logprobs)
     _check("logprobs", logprobs, logprobs.shape, old_logprobs, advantages, **options)
     if entropy is not None:
-        _check_per_token("entropy", entropy, "logprobs", logprobs, logprobs.shape)
+        _tokens.check_per_token("entropy", entropy, "logprobs", logprobs)
     elif objective.entropy_coef != 0:
         raise ValueError(f"entropy is needed by objective.entropy_coef={objective.entropy_coef}, got None")
     if reduction not in ("mean", "none"):
@@ -137,6 +137,11 @@ def policy_loss_from_logits(
     _checks.floating("logits", logits)
     _check("logits", logits, logits.shape[:-1], old_logprobs, advantages, **options)
     _check_token_ids(token_ids, "logits", logits)
+    backend = _one_pass_backend(logits, objective, loss_scale)
+    if backend is not None:
+        return _by_one_pass(
+            backend, logits, token_ids, old_logprobs, advantages, temperature=temperature, inplace=inplace, **options
+        )
     logprobs, entropy = token_logprobs(
         logits, token_ids, temperature=temperature, mask=mask, return_entropy=True, inplace_backward=inplace
     )
@@ -223,44 +228,98 @@ def _by_kernel(
     advantages: Tensor,
     *,
     objective: Objective,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logprobs: Tensor | None,
     entropy: Tensor | None,
-    is_weights: Tensor | None,
-    denominator: float | Tensor | None,
-    loss_scale: float | Tensor,
     reduction: str,
+    **options: Any,
 ) -> PolicyLossOutput:
-    def per_token_or_sequence(x: Tensor) -> Tensor:
-        per_token = x.shape[-1:] == logprobs.shape[-1:] and x.numel() == logprobs.numel()
-        return x.float().reshape(logprobs.shape if per_token else (-1, 1))
-
-    def number(x: float | Tensor) -> Tensor:
-        return x.float() if isinstance(x, Tensor) else ops.scalar(x, logprobs.device)
-
+    arguments = _as_kernels_take_them(logprobs, old_logprobs, advantages, **options)
     used_entropy = entropy if entropy is None or objective.entropy_coef != 0 else entropy.detach()
     loss, metrics = ops_policy_loss.policy_loss(
         logprobs.float(),
-        None if old_logprobs is None else old_logprobs.float(),
-        per_token_or_sequence(advantages),
-        None if mask is None else mask != 0 if mask.dtype != torch.bool else mask,
-        None if cu_seqlens is None else cu_seqlens.to(torch.int64),
-        None if ref_logprobs is None else ref_logprobs.float(),
         None if used_entropy is None else used_entropy.float(),
-        None if is_weights is None else per_token_or_sequence(is_weights),
-        None if denominator is None else number(denominator),
-        number(loss_scale),
+        arguments,
         objective=objective,
         per_token=reduction == "none",
         backend=backend,
     )
-    return PolicyLossOutput(
-        loss,
-        dict(zip(reference.METRICS, metrics.unbind(), strict=True)),
-        logprobs.detach(),
-        None if entropy is None else entropy.detach(),
+    return _output(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
+
+
+def _one_pass_backend(logits: Tensor, objective: Objective, loss_scale: float | Tensor) -> str | None:
+    """Who computes the gradient together with the loss; None: forward alone, or two passes."""
+    if not logits.requires_grad or not torch.is_grad_enabled() or not ops_one_pass.is_possible(objective):
+        return None
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None  # they want operators without side effects
+    if logits.dtype == torch.float16 and not isinstance(loss_scale, Tensor) and loss_scale == 1:
+        return None  # a GradScaler's factor comes with the upstream gradient: before it, gradients may be too small
+    return backends.kernel_for("one_pass", logits.device.type, logits.dtype)
+
+
+def _by_one_pass(
+    backend: str,
+    logits: Tensor,
+    token_ids: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    objective: Objective,
+    temperature: float | Tensor,
+    inplace: bool,
+    **options: Any,
+) -> PolicyLossOutput:
+    check_token_logprobs(logits, token_ids, temperature, options["mask"])
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    if not isinstance(temperature, Tensor):
+        temperature = ops.scalar(temperature, logits.device)
+    loss, metrics, logprobs, entropy = ops_one_pass.policy_loss_from_logits(
+        logits,
+        token_ids.to(torch.int64),
+        temperature.to(torch.float32),
+        _as_kernels_take_them(token_ids, old_logprobs, advantages, **options),
+        objective=objective,
+        inplace=inplace,
+        backend=backend,
     )
+    return _output(loss, metrics, logprobs, entropy)
+
+
+def _as_kernels_take_them(
+    tokens: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    denominator: float | Tensor | None,
+    loss_scale: float | Tensor,
+) -> ops_policy_loss.TokenArguments:
+    """The arguments that all losses share, for ``tokens`` of any dtype."""
+
+    def per_token_or_sequence(x: Tensor) -> Tensor:
+        per_token = x.shape[-1:] == tokens.shape[-1:] and x.numel() == tokens.numel()
+        return x.float().reshape(tokens.shape if per_token else (-1, 1))
+
+    def number(x: float | Tensor) -> Tensor:
+        return x.float() if isinstance(x, Tensor) else ops.scalar(x, tokens.device)
+
+    return ops_policy_loss.TokenArguments(
+        old_logprobs=None if old_logprobs is None else old_logprobs.float(),
+        advantages=per_token_or_sequence(advantages),
+        mask=None if mask is None else mask != 0 if mask.dtype != torch.bool else mask,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(torch.int64),
+        ref_logprobs=None if ref_logprobs is None else ref_logprobs.float(),
+        is_weights=None if is_weights is None else per_token_or_sequence(is_weights),
+        denominator=None if denominator is None else number(denominator),
+        loss_scale=number(loss_scale),
+    )
+
+
+def _output(loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor | None) -> PolicyLossOutput:
+    return PolicyLossOutput(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)), logprobs, entropy)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -284,65 +343,17 @@ def _check(
     """Checks what all losses share. ``shape`` is that of the tokens of ``source``, the argument ``name``."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
-    if len(shape) not in (1, 2):
-        raise ValueError(f"{name} must hold tokens [B, T] or [T], got the shape {list(source.shape)}")
-    if cu_seqlens is None:
-        num_sequences = shape[0] if len(shape) == 2 else 1
-    else:
-        if len(shape) == 2 and shape[0] != 1:
-            raise ValueError(
-                f"cu_seqlens needs {name} that hold packed tokens [T] or [1, T], got the shape {list(source.shape)}"
-            )
-        _checks.cu_seqlens(cu_seqlens, shape.numel(), name, source)
-        num_sequences = cu_seqlens.numel() - 1
-    _checks.mask(mask, shape, f"one value per token of {name}", name, source)
+    num_sequences = _tokens.check_layout(name, source, mask, cu_seqlens, shape)
     for argument, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
         if tensor is not None:
-            _check_per_token(argument, tensor, name, source, shape)
+            _tokens.check_per_token(argument, tensor, name, source, shape)
     if objective.kl is not None and ref_logprobs is None:
         raise ValueError(f"ref_logprobs is needed by objective.kl={objective.kl}, got None")
-    _check_weights("advantages", advantages, name, source, shape, num_sequences)
+    _tokens.check_weights("advantages", advantages, name, source, num_sequences, shape)
     if is_weights is not None:
-        _check_weights("is_weights", is_weights, name, source, shape, num_sequences)
-    _check_number("loss_scale", loss_scale, name, source)
-    if denominator is not None:
-        if objective.aggregation == "token-sum":
-            raise ValueError("denominator must be None with aggregation='token-sum', which divides by nothing")
-        _check_number("denominator", denominator, name, source)
-        free = not isinstance(denominator, Tensor) or _checks.values_are_free(denominator)
-        if free and not denominator >= 0:
-            raise ValueError(f"denominator must be a count >= 0, got {float(denominator)}")
-
-
-def _check_per_token(argument: str, tensor: Tensor, name: str, source: Tensor, shape: torch.Size) -> None:
-    _checks.floating(argument, tensor)
-    _checks.shape(argument, tensor, shape, f"one value per token of {name}")
-    _checks.same_device(argument, tensor, name, source)
-
-
-def _check_weights(
-    argument: str, tensor: Tensor, name: str, source: Tensor, shape: torch.Size, num_sequences: int
-) -> None:
-    """One value per token, or one per sequence."""
-    _checks.floating(argument, tensor)
-    expected = [tuple(shape), (num_sequences,), (num_sequences, 1)]
-    if len(shape) == 1 or shape[0] == 1:
-        expected += [(shape[-1],), (1, shape[-1])]
-    if tuple(tensor.shape) not in expected:
-        shapes = [list(s) for s in dict.fromkeys(expected)]
-        raise ValueError(
-            f"{argument} must have one of the shapes {shapes} (a value per token or per sequence of {name}), "
-            f"got {list(tensor.shape)}"
-        )
-    _checks.same_device(argument, tensor, name, source)
-
-
-def _check_number(argument: str, value: float | Tensor, name: str, source: Tensor) -> None:
-    if isinstance(value, Tensor):
-        _checks.shape(argument, value, (), "a number or a 0-d tensor")
-        _checks.same_device(argument, value, name, source)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{argument} must be a number or a 0-d tensor, got {type(value).__name__}")
+        _tokens.check_weights("is_weights", is_weights, name, source, num_sequences, shape)
+    _tokens.check_number("loss_scale", loss_scale, name, source)
+    _tokens.check_denominator(denominator, objective.aggregation, name, source)
 
 
 def _check_token_ids(token_ids: Tensor, name: str, source: Tensor) -> None:

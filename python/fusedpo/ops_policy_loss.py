@@ -26,7 +26,7 @@ All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,6 +123,19 @@ def _fake(logprobs: Tensor, parts: list[int], values: list[float], per_token: bo
     )
 
 
+class TokenArguments(NamedTuple):
+    """What the loss of each token is computed from, as the schemas have it."""
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    ref_logprobs: Tensor | None
+    is_weights: Tensor | None
+    denominator: Tensor | None
+    loss_scale: Tensor
+
+
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -195,11 +208,13 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def policy_loss(
-    logprobs: Tensor, *tensors: Tensor | None, objective: Objective, per_token: bool, backend: str
+    logprobs: Tensor, entropy: Tensor | None, a: TokenArguments, *, objective: Objective, per_token: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Loss and metrics by the kernels of ``backend``; ``tensors`` are those of the schema, in its order."""
-    args = (logprobs, *tensors, *encode(objective), per_token)
-    entropy = tensors[5]
+    """Loss and metrics by the kernels of ``backend``; all tensors as the schema has them."""
+    args = (
+        *(logprobs, a.old_logprobs, a.advantages, a.mask, a.cu_seqlens, a.ref_logprobs, entropy, a.is_weights),
+        *(a.denominator, a.loss_scale, *encode(objective), per_token),
+    )
     if torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
         loss, metrics, *_ = apply(_PolicyLoss, *args, backend)
     else:

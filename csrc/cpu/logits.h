@@ -1,0 +1,87 @@
+// The rows of a tensor of logits, and work on many of them over threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace fusedpo::cpu {
+
+using torch::stable::Tensor;
+
+// The row kernels for this dtype, of the best instruction set.
+const RowKernels& row_kernels_for(torch::headeronly::ScalarType dtype);
+
+// A fresh buffer of hundreds of megabytes costs more in page faults than in arithmetic, with pages of 4 KiB.
+void ask_for_huge_pages(const Tensor& tensor);
+
+// Where the rows of a tensor [..., V] start: leading dimensions of any strides, unit stride along V.
+class Rows {
+ public:
+  explicit Rows(const Tensor& tensor) : base_(static_cast<char*>(tensor.data_ptr())), bytes_(tensor.element_size()) {
+    const int64_t dims = tensor.dim() - 1;
+    size = tensor.size(dims);
+    STD_TORCH_CHECK(size <= 1 || tensor.stride(dims) == 1 || tensor.numel() == 0,
+                    "logits must have stride 1 along the vocabulary");
+    for (int64_t d = 0; d < dims; ++d) {
+      sizes_.push_back(tensor.size(d));
+      strides_.push_back(tensor.stride(d));
+      count *= tensor.size(d);
+    }
+  }
+
+  char* operator[](int64_t row) const {
+    int64_t offset = 0;
+    for (int64_t d = (int64_t)sizes_.size() - 1; d >= 0; --d) {
+      offset += row % sizes_[d] * strides_[d];
+      row /= sizes_[d];
+    }
+    return base_ + offset * bytes_;
+  }
+
+  size_t bytes_per_row() const { return size * bytes_; }
+
+  int64_t size = 0;
+  int64_t count = 1;
+
+ private:
+  char* base_;
+  int64_t bytes_;
+  std::vector<int64_t> sizes_, strides_;
+};
+
+struct Temperatures {
+  const float* value;
+  bool per_row;
+  float operator[](int64_t row) const { return value[per_row ? row : 0]; }
+};
+
+// The rows for which a predicate holds, in order: threads share these evenly, however they cluster.
+template <class Predicate>
+std::vector<int64_t> rows_where(int64_t count, Predicate predicate) {
+  std::vector<int64_t> rows;
+  rows.reserve(count);
+  for (int64_t row = 0; row < count; ++row)
+    if (predicate(row)) rows.push_back(row);
+  return rows;
+}
+
+// How many rows make waking a thread worth it.
+inline int64_t grain_of(int64_t row_size) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_size)); }
+
+// Calls visit(row, scratch) for every row, on several threads; `scratch` holds `scratch_size` floats of the thread's
+// own.
+template <class Visit>
+void for_each_row(const std::vector<int64_t>& rows, int64_t row_size, int64_t scratch_size, Visit visit) {
+  torch::stable::parallel_for(0, (int64_t)rows.size(), grain_of(row_size), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(scratch_size);
+    for (int64_t i = begin; i < end; ++i) visit(rows[i], scratch.data());
+  });
+}
+
+}  // namespace fusedpo::cpu

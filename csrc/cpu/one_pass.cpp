@@ -1,0 +1,214 @@
+// Bytes: every evaluated row is read once and its gradient written once; between the two it stays in the core's L2.
+//
+// Every sequence is walked from its end, so that the log-ratios behind a token, which its trace needs, are known when
+// its row is there. The evaluated rows are cut into segments of equal numbers, one per thread. Where the windows of a
+// segment reach beyond its end, the rows there are reduced before any thread starts to walk: in place, they are about
+// to be overwritten. What a row gives depends on the segments in no way.
+
+#include "one_pass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#include "logits.h"
+#include "sequences.h"
+
+namespace fusedpo::cpu {
+namespace {
+
+struct Walk : BatchArguments {
+  Walk(const Tensor& logits, const Tensor& grad_logits, const Tensor& logprobs_, const Tensor& entropy_,
+       const OptionalTensor& rows_, const Tensor& token_ids_, const Tensor& temperature_,
+       const OptionalTensor& old_logprobs, const Tensor& advantages, const OptionalTensor& mask,
+       const OptionalTensor& cu_seqlens, const OptionalTensor& ref_logprobs, const OptionalTensor& is_weights,
+       const Tensor& scale_, const std::vector<int64_t>& parts, const std::vector<double>& values)
+      : BatchArguments(logprobs_, old_logprobs, mask, cu_seqlens),
+        objective(decode(parts.data(), values.data(), (int64_t)values.size())),
+        tokens(batch.tokens),
+        from(logits),
+        to(grad_logits),
+        kernels(row_kernels_for(logits.scalar_type())),
+        offsets(offsets_of(batch)),
+        token_ids(data<int64_t>(token_ids_)),
+        temperatures{data<float>(temperature_), temperature_.numel() > 1},
+        scale(data<float>(scale_)),
+        logprobs(static_cast<float*>(logprobs_.data_ptr())),
+        entropy(static_cast<float*>(entropy_.data_ptr())),
+        stats(from.count),
+        grad_logprobs(batch.num_tokens),
+        grad_entropy(batch.num_tokens) {
+    STD_TORCH_CHECK(logprobs_.is_contiguous() && entropy_.is_contiguous(), "logprobs and entropy must be contiguous");
+    tokens.advantages = per_token_or_sequence(advantages);
+    tokens.ref_logprobs = per_token(ref_logprobs);
+    tokens.is_weights = per_token_or_sequence(is_weights);
+    find_rows(data<int64_t>(rows_));
+    if (objective.ratio == kTrace && objective.ahead > kMaxReach) remember_log_ratios();
+  }
+
+  void run() {
+    const auto segments = cut();
+    std::vector<int64_t> behind;
+    for (const Segment& segment : segments) add_rows_behind(segment, behind);
+    std::vector<char> known(from.count, 0);
+    for_each_row(behind, from.size, 0, [&](int64_t row, float*) {
+      reduce(row);
+      known[row] = 1;
+    });
+    torch::stable::parallel_for(0, (int64_t)segments.size(), 1, [&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) {
+        for (int64_t i = segments[s].end - 1; i >= segments[s].begin; --i) {
+          if (!known[live[i]]) reduce(live[i]);
+          write_gradient(live[i]);
+        }
+      }
+    });
+    const auto dead = rows_where(token_of.empty() ? from.count : 0, [&](int64_t row) { return !is_kept(row); });
+    for_each_row(dead, from.size, 0, [&](int64_t row, float*) { std::memset(to[row], 0, to.bytes_per_row()); });
+  }
+
+ private:
+  // live[begin, end).
+  struct Segment {
+    int64_t begin, end;
+  };
+
+  int64_t token(int64_t row) const { return token_of.empty() ? row : token_of[row]; }
+  bool is_kept(int64_t token) const { return tokens.mask == nullptr || tokens.mask[token]; }
+
+  int64_t sequence_of(int64_t token) const {
+    return std::upper_bound(offsets.begin(), offsets.end(), token) - offsets.begin() - 1;
+  }
+
+  void find_rows(const int64_t* rows) {
+    if (rows != nullptr) {
+      token_of.assign(rows, rows + from.count);
+      for (int64_t row = 0; row < from.count; ++row) {
+        const int64_t t = rows[row], before = row == 0 ? -1 : rows[row - 1];
+        if (t <= before || t >= batch.num_tokens || !is_kept(t))
+          throw std::invalid_argument("rows must be ascending positions of kept tokens, got " + std::to_string(t));
+      }
+      live = rows_where(from.count, [](int64_t) { return true; });
+    } else {
+      live = rows_where(from.count, [&](int64_t row) { return is_kept(row); });
+    }
+    for (const int64_t row : live) {
+      const int64_t t = token(row);
+      if (token_ids[t] < 0 || token_ids[t] >= from.size)
+        throw std::invalid_argument("token_ids must be in [0, " + std::to_string(from.size) + ") at kept rows, got " +
+                                    std::to_string(token_ids[t]) + " at flat position " + std::to_string(t));
+      if (!(temperatures[t] > 0))
+        throw std::invalid_argument("temperature must be positive, got " + std::to_string(temperatures[t]) +
+                                    " at row " + std::to_string(t));
+    }
+  }
+
+  std::vector<Segment> cut() const {
+    const int64_t count = live.size(), grain = grain_of(from.size);
+    const int64_t wanted = std::min<int64_t>(torch::stable::get_num_threads(), (count + grain - 1) / grain);
+    std::vector<Segment> segments;
+    for (int64_t s = 0; s < wanted; ++s) segments.push_back({count * s / wanted, count * (s + 1) / wanted});
+    return segments;
+  }
+
+  // The evaluated rows that windows of the segment reach beyond its end, if they are not among `rows` yet.
+  void add_rows_behind(const Segment& segment, std::vector<int64_t>& rows) const {
+    const int64_t last = token(live[segment.end - 1]), end = offsets[sequence_of(last) + 1];
+    for (size_t i = segment.end; i < live.size(); ++i) {
+      const int64_t t = token(live[i]);
+      if (t >= end || t > last + objective.ahead) break;
+      if (rows.empty() || rows.back() < live[i]) rows.push_back(live[i]);
+    }
+  }
+
+  void reduce(int64_t row) {
+    const int64_t t = token(row);
+    const char* x = from[row];
+    const RowStats s = stats[row] = kernels.reduce(x, from.size, temperatures[t], true);
+    const double log_sum = std::log1p((double)s.rest);
+    logprobs[t] = (float)(((double)kernels.value(x, token_ids[t]) - s.reference) / temperatures[t] - log_sum);
+    entropy[t] = (float)(log_sum - s.weighted / (1.0 + s.rest));
+    if (!log_ratios.empty()) log_ratios[t] = log_ratio_at(t);
+  }
+
+  void write_gradient(int64_t row) {
+    const int64_t t = token(row), sequence = sequence_of(t), end = offsets[sequence + 1];
+    if (!log_ratios.empty()) {
+      double sum = 0;
+      for (int64_t i = t + 1; i < end && i <= t + objective.ahead; ++i) sum += log_ratios[i];
+      log_traces[t] = (float)sum;
+    }
+    const TokenOutputs out{nullptr, grad_logprobs.data(), objective.entropy_coef != 0 ? grad_entropy.data() : nullptr,
+                           nullptr};
+    token_kernels().evaluate(objective, tokens, {t, t + 1, sequence, offsets[sequence], end}, scale[t], out);
+    float scratch;
+    if (grad_logprobs[t] == 0 && grad_entropy[t] == 0)
+      std::memset(to[row], 0, to.bytes_per_row());
+    else
+      kernels.gradient(from[row], to[row], from.size, stats[row],
+                       {token_ids + t, &grad_logprobs[t], &scratch, 1, grad_entropy[t], temperatures[t]});
+  }
+
+  // A window too long for the token kernels is summed here, from log-ratios that are kept.
+  void remember_log_ratios() {
+    log_ratios.resize(batch.num_tokens);
+    log_traces.resize(batch.num_tokens);
+    tokens.log_trace = {log_traces.data(), true};
+    if (token_of.empty()) return;
+    for (int64_t t = token_of.back() + 1; t < batch.num_tokens; ++t) log_ratios[t] = is_kept(t) ? log_ratio_at(t) : 0;
+  }
+
+  float log_ratio_at(int64_t t) const { return log_ratio(tokens.logprobs.data[t], tokens.old_logprobs.data[t]); }
+
+  const Objective objective;
+  Tokens tokens;
+  const Rows from, to;
+  const RowKernels& kernels;
+  const std::vector<int64_t> offsets;
+  const int64_t* token_ids;
+  const Temperatures temperatures;
+  const float* scale;
+  float *logprobs, *entropy;
+  std::vector<RowStats> stats;                     // per row
+  std::vector<float> grad_logprobs, grad_entropy;  // per token
+  std::vector<float> log_ratios, log_traces;       // per token; empty unless the window is a long one
+  std::vector<int64_t> token_of;                   // of each row; empty: row r is token r
+  std::vector<int64_t> live;                       // the rows that are evaluated
+};
+
+}  // namespace
+
+Tensor one_pass(Tensor logits, Tensor logprobs, Tensor entropy, OptionalTensor rows, Tensor token_ids,
+                Tensor temperature, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask,
+                OptionalTensor cu_seqlens, OptionalTensor ref_logprobs, OptionalTensor is_weights, Tensor scale,
+                std::vector<int64_t> parts, std::vector<double> values) {
+  const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
+  ask_for_huge_pages(grad_logits);
+  Walk(logits, grad_logits, logprobs, entropy, rows, token_ids, temperature, old_logprobs, advantages, mask, cu_seqlens,
+       ref_logprobs, is_weights, scale, parts, values)
+      .run();
+  return grad_logits;
+}
+
+void one_pass_(Tensor logits, Tensor logprobs, Tensor entropy, OptionalTensor rows, Tensor token_ids,
+               Tensor temperature, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask,
+               OptionalTensor cu_seqlens, OptionalTensor ref_logprobs, OptionalTensor is_weights, Tensor scale,
+               std::vector<int64_t> parts, std::vector<double> values) {
+  Walk(logits, logits, logprobs, entropy, rows, token_ids, temperature, old_logprobs, advantages, mask, cu_seqlens,
+       ref_logprobs, is_weights, scale, parts, values)
+      .run();
+}
+
+void scale_(Tensor gradient, Tensor factor_) {
+  const float factor = *static_cast<const float*>(factor_.data_ptr());
+  if (factor == 1) return;
+  const Rows rows(gradient);
+  const RowKernels& kernels = row_kernels_for(gradient.scalar_type());
+  for_each_row(rows_where(rows.count, [](int64_t) { return true; }), rows.size, 0,
+               [&](int64_t row, float*) { kernels.scale(rows[row], rows.size, factor); });
+}
+
+}  // namespace fusedpo::cpu

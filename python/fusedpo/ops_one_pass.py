@@ -1,0 +1,144 @@
+"""The operator ``torch.ops.fusedpo.one_pass``: from logits to the gradient of the loss, each row read and written once.
+
+::
+
+    one_pass(logits, logprobs, entropy, rows?, token_ids, temperature, old_logprobs?, advantages, mask?, cu_seqlens?,
+             ref_logprobs?, is_weights?, scale, parts, values) -> grad_logits
+
+* ``logits`` ``[*tokens, V]``, float16, bfloat16 or float32, unit stride along V; ``tokens`` is ``[B, T]`` or ``[T]``:
+  padded sequences, or one; with ``cu_seqlens`` ``[S + 1]`` (int64) packed ``[T]`` or ``[1, T]``.
+* ``logprobs`` and ``entropy``, float32 ``[*tokens]``, are written at every row that is evaluated.
+* ``rows`` None: every token that ``mask`` (bool) keeps is evaluated, and the gradient of the others is zero. Otherwise
+  ``logits`` is ``[R, V]`` and its row r belongs to the kept token ``rows[r]`` (int64, ascending positions among the
+  flattened tokens); tokens behind the last of them that a window reaches have their log-probs in ``logprobs`` already.
+* ``token_ids`` int64; ``temperature`` ``[]`` or ``[*tokens]``; ``advantages`` and ``is_weights`` ``[*tokens]`` or
+  ``[num_sequences, 1]``; ``old_logprobs`` (None: the log-probs themselves) and ``ref_logprobs`` ``[*tokens]``; float32.
+* ``scale`` ``[*tokens]`` float32: what the loss of each token is multiplied by.
+* ``parts`` and ``values``: the objective (:func:`fusedpo.ops_policy_loss.encode`), of which :func:`is_possible` holds.
+
+``one_pass_`` writes the gradient over the logits. ``scale_`` multiplies a stored gradient by a 0-d factor, which it
+reads on the device: a factor of 1 costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import objectives, ops_policy_loss
+from .objectives import Objective
+from .ops import apply, define, once_differentiable
+from .ops_policy_loss import TokenArguments
+
+_ARGUMENTS = (
+    "Tensor(b!) logprobs, Tensor(c!) entropy, Tensor? rows, Tensor token_ids, Tensor temperature, "
+    "Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logprobs, "
+    "Tensor? is_weights, Tensor scale, int[] parts, float[] values)"
+)
+define("one_pass", f"(Tensor logits, {_ARGUMENTS} -> Tensor", lambda logits, *_: logits.new_empty(logits.shape))
+define("one_pass_", f"(Tensor(a!) logits, {_ARGUMENTS} -> ()", lambda *_: None)
+define("scale_", "(Tensor(a!) gradient, Tensor factor) -> ()", lambda *_: None)
+
+# A longer window is cheaper in two passes: the rows that a worker reads beyond its own would outweigh what it saves.
+MAX_AHEAD = 256
+
+
+def is_possible(objective: Objective) -> bool:
+    """Whether the coefficient of a token depends on nothing but the log-probs of itself and of tokens behind it.
+
+    What looks at the tokens before it, or at all tokens of the sequence, takes two passes.
+    """
+    ratio = objective.ratio
+    if isinstance(objective.trust_region, objectives.LogClip | objectives.CPPO | objectives.GMPO):
+        return False
+    if isinstance(ratio, objectives.TokenRatio | objectives.OnPolicy):
+        return True
+    return (
+        isinstance(ratio, objectives.Trace | objectives.ForwardTrace)
+        and getattr(ratio, "back", 0) == 0
+        and ratio.ahead != "all"
+        and int(ratio.ahead) <= MAX_AHEAD
+        and not ratio.differentiate
+    )
+
+
+def token_scale(a: TokenArguments, like: Tensor, objective: Objective, backend: str) -> Tensor:
+    """What the loss of each token is multiplied by: the gradient of the aggregation, by the kernel that has it."""
+    plain = Objective(
+        ratio=objectives.OnPolicy(),
+        trust_region=objectives.NoTrustRegion(),
+        aggregation=objective.aggregation,
+        length_norm=objective.length_norm,
+    )
+    tokens = (torch.zeros_like(like), None, like.new_full(like.shape, -1.0), a.mask, a.cu_seqlens)
+    operator = getattr(torch.ops.fusedpo.policy_loss, backend)
+    _, _, scale, *_ = operator(
+        *tokens, None, None, None, a.denominator, a.loss_scale, *ops_policy_loss.encode(plain), False
+    )
+    return scale
+
+
+class _OnePass(torch.autograd.Function):
+    """Old-style: what goes through functorch takes two passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        temperature: Tensor,
+        a: TokenArguments,
+        objective: Objective,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        logprobs, entropy = logits.new_zeros((2, *token_ids.shape), dtype=torch.float32).unbind()
+        scale = token_scale(a, logprobs, objective, backend)
+        tokens = (a.old_logprobs, a.advantages, a.mask, a.cu_seqlens, a.ref_logprobs, a.is_weights, scale)
+        args = (logits, logprobs, entropy, None, token_ids, temperature, *tokens, *ops_policy_loss.encode(objective))
+        if inplace:
+            getattr(torch.ops.fusedpo.one_pass_, backend)(*args)
+            torch.autograd.graph.increment_version(logits)
+            gradient = logits
+        else:
+            gradient = getattr(torch.ops.fusedpo.one_pass, backend)(*args)
+        loss, metrics = ops_policy_loss.policy_loss(
+            logprobs, entropy, a, objective=objective, per_token=False, backend=backend
+        )
+        ctx.backend, ctx.taken = backend, False
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(metrics, logprobs, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, metrics, logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
+        none = (None,) * 6
+        if grad_loss is None:
+            return None, *none
+        if ctx.taken:
+            raise RuntimeError(
+                "policy_loss_from_logits: the gradient was computed with the loss and the first backward has taken it; "
+                "a second one needs a second call"
+            )
+        ctx.taken = True
+        gradient = ctx.saved_tensors[0].detach()
+        getattr(torch.ops.fusedpo.scale_, ctx.backend)(gradient, grad_loss)
+        return once_differentiable("policy_loss_from_logits", gradient, grad_loss), *none
+
+
+def policy_loss_from_logits(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    a: TokenArguments,
+    *,
+    objective: Objective,
+    inplace: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics, log-probs and entropy by the kernels of ``backend``; the gradient is computed on the way."""
+    shares_rows = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+    return apply(_OnePass, logits, token_ids, temperature, a, objective, inplace and not shares_rows, backend)
