@@ -1,0 +1,95 @@
+"""Batches with logits for the tests of ``policy_loss_from_logits`` and of the one-pass kernels, and their reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedpo
+from fusedpo import objectives as O
+
+# Every ratio, trust region, KL and aggregation that one pass can serve is in one of them.
+OBJECTIVES = {
+    "ppo": O.ppo(),
+    "grpo": O.grpo(kl=O.KL("k3", 0.1)),
+    "dr_grpo": O.dr_grpo(),
+    "dapo": O.dapo(),
+    "dual": O.Objective(trust_region=O.PPOClip(0.1, 0.2, dual=1.3)),
+    "cispo": O.cispo(),
+    "sapo": O.sapo(),
+    "dppo_tv": O.dppo_tv(),
+    "dppo_kl": O.dppo_kl(),
+    "dro": O.dro(0.1),
+    "reinforce": O.reinforce(entropy_coef=0.1),
+    "opo": O.opo(),
+    "reinforce, KL": O.reinforce(kl=O.KL("k2", 0.2)),
+    "nfpo": O.nfpo(4),
+    "nfpo, entropy, KL": O.nfpo(3, entropy_coef=0.05, kl=O.KL("k1", 0.1), aggregation="seq-mean-token-mean"),
+    "nfpo, product": O.nfpo(2, trust_region=O.PPOClip(0.1, 0.2, cap=1.5, on="product"), aggregation="token-sum"),
+    "nfpo beyond the sequence": O.nfpo(50),
+    "no clip": O.Objective(O.Trace(0, 5), O.NoTrustRegion(), aggregation="seq-mean-token-sum"),
+}
+
+
+def batch(
+    shape: tuple[int, ...],
+    vocabulary: int,
+    dtype: torch.dtype = torch.float32,
+    lengths: list[int] | None = None,
+    kept: float = 0.7,
+    seed: int = 0,
+    spread: float = 0.3,
+) -> dict[str, Any]:
+    """Keyword arguments of ``policy_loss_from_logits``, all in float32 but the logits; ``lengths`` make it packed."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g)
+
+    logits = (2 * randn(*shape, vocabulary)).to(dtype)
+    token_ids = torch.randint(vocabulary, shape, generator=g)
+    temperature = 0.5 + torch.rand(shape, generator=g)
+    scaled = (logits.float() / temperature[..., None]).log_softmax(-1)
+    logprobs = scaled.gather(-1, token_ids[..., None])[..., 0]
+    result = {
+        "logits": logits,
+        "token_ids": token_ids,
+        "old_logprobs": (logprobs + spread * randn(*shape)).clamp(max=-1e-3),
+        "ref_logprobs": (logprobs + spread * randn(*shape)).clamp(max=-1e-3),
+        "advantages": randn(*shape),
+        "is_weights": randn(*shape).exp(),
+        "mask": torch.rand(shape, generator=g) < kept,
+        "temperature": temperature,
+    }
+    if lengths is not None:
+        result["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return result
+
+
+def by_reference(batch: dict[str, Any], objective: O.Objective, **options: Any) -> tuple[Any, Tensor]:
+    """The output in float64, and the gradient of the logits."""
+    double = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() and name != "mask" else x
+        for name, x in batch.items()
+    }
+    leaf = double.pop("logits").requires_grad_()
+    with fusedpo.backend("reference"):
+        out = fusedpo.policy_loss_from_logits(leaf, **double, objective=objective, **options)
+    (gradient,) = torch.autograd.grad(out.loss, leaf)
+    return out, gradient
+
+
+def check_gradient(result: Tensor, expected: Tensor) -> None:
+    """Float32 arithmetic, rounded once to the dtype of the logits: some ten roundoffs, and half a unit of that dtype.
+
+    What is small beside the largest values is a difference of numbers of that size, in a row or in the coefficient of
+    a token (policy term and KL). Below the smallest normal number the rounding is absolute.
+    """
+    info = torch.finfo(result.dtype)
+    largest = expected[expected.isfinite()].abs().amax() if expected.isfinite().any() else 0
+    bound = (0.5 * info.eps + 5e-6) * expected.abs() + 1e-6 * largest + info.smallest_normal * info.eps
+    error = (result.double() - expected).abs()
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert bool((error <= bound)[~expected.isnan()].all()), float((error - bound).nan_to_num(0).max())
