@@ -80,8 +80,8 @@ def operator_arguments(batch: dict, options: dict) -> tuple[Tensor | None, ...]:
     """The tensors that the operator gets."""
     captured = []
 
-    def capture(*tensors: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
-        captured.append(tensors)
+    def capture(logprobs: Tensor, entropy: Tensor | None, rest: tuple, **_: Any) -> tuple[Tensor, Tensor]:
+        captured.append((logprobs, *rest[:5], entropy, *rest[5:]))
         return torch.zeros(()), torch.zeros(16)
 
     with pytest.MonkeyPatch.context() as patch, fusedpo.backend("native"):
@@ -232,6 +232,19 @@ def test_extreme_log_ratios(program, kept):
             # what reaches a token through traces of 1e8 cancels
             largest = size.where(finite, 0).amax(-1, keepdim=True) if value.dim() == 2 else 0
             assert ((result - value).abs() <= 2e-5 * size + 1e-6 * (1 + largest))[finite].all(), name
+
+
+@on_the_cpu
+def test_probabilities_of_zero_and_one(program):
+    """Before and now, where the divergence has infinities and 0 times them."""
+    logprobs = torch.tensor([0.0, 1e-30, 0.04, 0.06, 0.5, 0.999, 1.0], dtype=torch.float64).log()
+    now, old, advantages = torch.cartesian_prod(logprobs, logprobs, torch.tensor([1.0, -1.0, 0.0]).double()).T
+    batch = {"logprobs": now, "old_logprobs": old, "advantages": advantages, "mask": torch.ones_like(now) > 0}
+    regions = (O.BinaryTV(), O.BinaryKL(), O.CPPO())
+    calls = [call(batch, O.Objective(O.TokenRatio(), region), True) for region in regions]
+    for results, (_, _, expected) in zip(run(program, calls), calls, strict=True):
+        for i in (0, 2):  # loss and gradient
+            torch.testing.assert_close(results[i].double(), expected[i], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @on_the_cpu

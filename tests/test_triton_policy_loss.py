@@ -181,6 +181,20 @@ def test_extreme_log_ratios(objective):
         torch.testing.assert_close(x[finite].double(), value[finite], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of the sum of inf and -inf
+@pytest.mark.parametrize("region", [O.BinaryTV(), O.BinaryKL(), O.CPPO()], ids=str)
+def test_probabilities_of_zero_and_one(region):
+    """Before and now, where the divergence has infinities and 0 times them."""
+    logprobs = torch.tensor([0.0, 1e-30, 0.04, 0.06, 0.5, 0.999, 1.0], dtype=torch.float64, device="cpu").log()
+    signs = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64, device="cpu")
+    now, old, advantages = torch.cartesian_prod(logprobs, logprobs, signs).T
+    batch = {"logprobs": now, "old_logprobs": old, "advantages": advantages}
+    ones = torch.ones(now.shape, device="cpu")
+    results, expected = (run(batch, O.Objective(O.TokenRatio(), region), ones, x) for x in (torch.float32, now.dtype))
+    for x, value in zip(results[:2], expected[:2], strict=True):
+        torch.testing.assert_close(x.double(), value, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 KINDS = [
     O.ppo(),
     O.nfpo(3, kl=O.KL("k3", 0.1), entropy_coef=0.1),

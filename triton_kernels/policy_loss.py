@@ -8,9 +8,9 @@ and each finds its sequence in ``cu_seqlens`` by itself. Some tiles are empty.
 1. ``_tokens_kernel``, a program per tile: reads every array once for the tile, and of its sequence whatever the
    objective needs beyond that (the window of a trace; the mask, to count; all log-ratios, for a mean). Writes loss and
    gradient of each token, still without the scale that the whole batch decides, and ``NUM_ROWS`` statistics.
-2. ``_finish_kernel``, a program per metric, one for the loss, and one per tile. All read the counts of the tiles; the
-   former add up a row of statistics and write a number, the latter scale the results of a tile in place, and add what
-   reaches its log-probs through the traces of other tokens.
+2. ``_finish_kernel``, a program per two rows of statistics, and one per tile. All read the counts of the tiles; the
+   former add up their rows and write metrics and the loss, the latter scale the results of a tile in place, and add
+   what reaches its log-probs through the traces of other tokens.
 
 Nothing is atomic and nothing depends on which program comes first. The order of every sum depends on positions within
 sequences and on their number in the batch, so padded and packed batches agree bit for bit.
@@ -55,7 +55,7 @@ TOKENS, CLIPPED, CLIPPED_LOW, CLIPPED_HIGH = map(tl.constexpr, range(4))
 RATIO, MINUS_RATIO_MAX, RATIO_MAX, TRACES, MINUS_TRACE_MAX, TRACE_MAX = map(tl.constexpr, range(4, 10))
 MINUS_LOG_RATIO, APPROX_K3, KL, ENTROPY, WEIGHT, CLAMPED = map(tl.constexpr, range(10, 16))
 LOSS, SQUARED_WEIGHT, SEQUENCES, NUM_ROWS = map(tl.constexpr, range(16, 20))
-NUM_REDUCERS = tl.constexpr(LOSS.value // 4 + 1)  # of 4 rows each
+NUM_REDUCERS = tl.constexpr(LOSS.value // 2 + 1)  # of 2 rows each
 assert len(METRICS) == LOSS.value
 
 
@@ -510,7 +510,7 @@ def _finish_kernel(
         scale /= norm
 
     if index < NUM_REDUCERS:
-        row = index * 4 + tl.arange(0, 4)
+        row = index * 2 + tl.arange(0, 2)
         total, top, squares = _add_up(statistics, row, cu_seqlens, num_sequences, width, num_tiles, TILE)
         top = tl.where(total == total, top, total)
         mean = total / tl.maximum(tokens, 1.0)
@@ -564,18 +564,18 @@ def _backward_kernel(
 ):
     """The gradient of losses per token, one of which a log-prob may be in by itself and by the traces of others."""
     tile = _find_tile(tl.program_id(0), cu_seqlens, num_sequences, width, TILE, CHUNK)
+    traced = Traced(Tokens(logprobs, old_logprobs, mask), grad_log_trace, grad_loss)
+    gradient = _through_traces(traced, tile, back, ahead, TILE, CHUNK)
     i = tl.arange(0, TILE)
     kept = _kept(mask, tile, i, i < tile.left)
-    gradient = _load(grad_logprobs, tile, i, kept) * _load(grad_loss, tile, i, kept)
-    traced = Traced(Tokens(logprobs, old_logprobs, mask), grad_log_trace, grad_loss)
-    gradient += _through_traces(traced, tile, back, ahead, TILE, CHUNK)
+    gradient += _load(grad_logprobs, tile, i, kept) * _load(grad_loss, tile, i, kept)
     tl.store(result + tile.first + i, gradient, mask=i < tile.left)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 _TILE = 512
-_CONSTANTS = {"CHUNK": 512, "num_warps": 4}
+_CONSTANTS = {"CHUNK": 256, "num_warps": 4}
 
 
 class _Layout(NamedTuple):
