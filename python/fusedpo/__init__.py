@@ -7,7 +7,7 @@ forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantag
 
 from importlib.metadata import version
 
-from . import advantages, corrections, covariance, objectives, reference
+from . import advantages, corrections, covariance, nn, objectives, reference
 from .aggregation import aggregate, global_denominator
 from .backends import BackendUnavailable, backend
 from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
@@ -30,6 +30,7 @@ __all__ = [
     "global_denominator",
     "linear_token_logprobs",
     "next_tokens",
+    "nn",
     "objectives",
     "policy_loss",
     "policy_loss_from_hidden",

@@ -1,0 +1,1 @@
+"""Adapters for trainers: one thin module each, imported by whoever uses that trainer."""

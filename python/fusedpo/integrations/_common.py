@@ -1,0 +1,211 @@
+"""What the adapters share: objectives and advantages by name, patches of a package, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import advantages, objectives
+from ..logprobs import token_logprobs
+from ..objectives import KL, Aggregation, Objective, PPOClip
+
+PRESETS: dict[str, Callable[..., Objective]] = {
+    name: getattr(objectives, name) for name in objectives.__all__ if name.islower()
+}
+
+# The options of a preset that a trainer's own thresholds set. Options that are not here (CTPO's bounds of a log-ratio,
+# VESPO's exponents) mean something that no trainer has a setting for: they keep their defaults unless given.
+THRESHOLDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("ppo", "dapo"), ("clip_low", "clip_high", "dual")),
+    **dict.fromkeys(("grpo", "dr_grpo", "two_sided_grpo", "gspo", "luspo", "nfpo"), ("clip_low", "clip_high")),
+    **dict.fromkeys(("cispo", "gmpo"), ("low", "high")),
+    **dict.fromkeys(("dppo_tv", "dppo_kl"), ("low", "high", "cap")),
+    "sapo": ("tau_pos", "tau_neg"),
+    "dro": ("beta",),
+}
+
+# Estimators of one reward per response, and of one per token. The others need values, steps or statistics that a
+# trainer hands to its own estimators only.
+OUTCOME_ESTIMATORS = (
+    *("grpo", "dr_grpo", "rloo", "opo", "gpg", "raft", "reinforce_rej", "reinforce_plus_plus_baseline"),
+    *("maxpo", "pkpo", "passk", "grpo_passk", "order_statistic"),
+)
+TOKEN_ESTIMATORS = ("reward_to_go", "reinforce_plus_plus")
+
+
+# ----------------------------------------------------------------------------------------------------------- objectives
+
+
+def objective(
+    preset: str | Objective,
+    options: Mapping[str, Any] | None = None,
+    *,
+    thresholds: Mapping[str, Any] | None = None,
+    aggregation: Aggregation | None = None,
+    length_norm: float | None = None,
+) -> Objective:
+    """The objective of a preset's name.
+
+    ``options`` are the preset's arguments, or ``kl_coef`` with ``kl_kind`` (k3) for ``KL(kl_kind, kl_coef)``;
+    ``thresholds``, by the names in :data:`THRESHOLDS`, are what the trainer's own settings say where no option does;
+    ``aggregation``, where given, replaces that of the preset. Raises ``ValueError`` for names that do not exist.
+    """
+    options = dict(options or {})
+    kl_coef, kl_kind = options.pop("kl_coef", 0.0), options.pop("kl_kind", "k3")
+    if isinstance(preset, Objective):
+        if options:
+            raise ValueError(f"options {sorted(options)} are those of a preset, but objective is an Objective")
+        built = preset
+    else:
+        if preset not in PRESETS:
+            raise ValueError(f"objective must be an Objective or one of {sorted(PRESETS)}, got {preset!r}")
+        check_options(preset, options, PRESETS[preset])
+        own = {name: value for name, value in (thresholds or {}).items() if name in THRESHOLDS.get(preset, ())}
+        built = PRESETS[preset](**{**own, **options})
+    if kl_coef:
+        built = dataclasses.replace(built, kl=KL(kl_kind, kl_coef))
+    if aggregation is not None:
+        built = dataclasses.replace(built, aggregation=aggregation, length_norm=length_norm)
+    return built
+
+
+def with_dual_clip(trainer: str, built: Objective, **dual: float | None) -> Objective:
+    """``built`` with the trainer's dual clip, ``dual_clip=3.0`` by its name there; refused where nothing is clipped."""
+    ((name, value),) = dual.items()
+    if value is None:
+        return built
+    if not isinstance(built.trust_region, PPOClip):
+        raise NotImplementedError(
+            f"fusedpo.integrations.{trainer} does not support {name}={value!r} with {type(built.trust_region).__name__}"
+        )
+    return dataclasses.replace(built, trust_region=dataclasses.replace(built.trust_region, dual=value))
+
+
+def check_options(name: str, options: Iterable[str], *functions: Callable[..., Any], extra: Iterable[str] = ()) -> None:
+    """Every option is a parameter of one of ``functions``, which go by ``name``, or among ``extra``."""
+    known = {parameter for function in functions for parameter in inspect.signature(function).parameters} | set(extra)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}; it has {sorted(known)}")
+
+
+def for_function(options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Those of ``options`` that ``function`` has: a loss and an estimator may share a name, such as grpo."""
+    parameters = inspect.signature(function).parameters
+    return {option: value for option, value in options.items() if option in parameters}
+
+
+# ----------------------------------------------------------------------------------------------------------- advantages
+
+
+def estimate(
+    name: str,
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    options: Mapping[str, Any],
+    *,
+    std: bool = True,
+    gamma: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns ``[B, T]`` by the name of an estimator, in the layout of verl and SkyRL.
+
+    ``token_level_rewards``, ``response_mask``: ``[B, T]``. ``index`` ``[B]``: which responses answer the same prompt,
+    any labels. ``std`` and ``gamma`` are the trainer's settings, for the estimators that have such an option. Returns
+    are the advantages of an outcome estimator, as in those trainers, and discounted sums of rewards otherwise.
+    """
+    function = getattr(advantages, name)
+    parameters = inspect.signature(function).parameters
+    check_options(name, options, function)
+    own: dict[str, Any] = {"std": std, "gamma": gamma}
+    if name in TOKEN_ESTIMATORS:
+        given = {**for_function(own, function), **options}
+        result = function(token_level_rewards, mask=response_mask, **given)
+        return result, advantages.reward_to_go(token_level_rewards, mask=response_mask, gamma=given["gamma"])
+    if "group_ids" in parameters and options.get("scope") != "batch":
+        own["group_ids"] = group_ids(index, token_level_rewards.device)
+    own["lengths"] = (response_mask != 0).sum(1)
+    given = {**for_function(own, function), **options}
+    missing = [
+        p.name for p in parameters.values() if p.default is p.empty and p.name not in given and p.name != "rewards"
+    ]
+    if missing:
+        raise ValueError(f"{name} needs the option {missing[0]!r}")
+    result = advantages.to_tokens(function(token_level_rewards.sum(1), **given), response_mask)
+    return result, result
+
+
+def group_ids(index: Any, device: torch.device) -> Tensor:
+    """int64 ``[B]`` from labels of any kind: an array or a list of strings or numbers, or a tensor."""
+    import numpy as np  # every trainer has it
+
+    if index is None:
+        raise ValueError("index (the prompt of each response) is needed by an estimator that compares within groups")
+    labels = index.cpu() if isinstance(index, Tensor) else index
+    return torch.from_numpy(np.unique(np.asarray(labels), return_inverse=True)[1]).to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------ log-probs
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy ``[...]`` in nats of ``softmax(logits)``, ``[..., V]``, where no token was chosen."""
+    any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_logprobs(logits, any_token, return_entropy=True)[1]
+
+
+def kl_per_token(
+    kind: str, logprobs: Tensor, ref_logprobs: Tensor, *, input_clamp: float | None = 20.0, clamp: float | None = None
+) -> Tensor:
+    """``KL(kind, 1)`` of each token, for trainers whose KL term no objective can express.
+
+    ``input_clamp`` bounds the log-ratio, ``clamp`` the value; there is no gradient beyond them.
+    """
+    if kind not in ("k1", "k2", "k3"):
+        raise ValueError(f"the kind of KL must be 'k1', 'k2' or 'k3', got {kind!r}")
+    d = logprobs.float() - ref_logprobs.float()
+    if input_clamp is not None:
+        d = d.clamp(-input_clamp, input_clamp)
+    value = {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[kind]()
+    return value if clamp is None else value.clamp(-clamp, clamp)
+
+
+# -------------------------------------------------------------------------------------------------------------- patches
+
+
+def swap(package: str, replacements: Mapping[Any, Any]) -> None:
+    """Replaces objects wherever a loaded module of ``package`` holds them: ``from x import f`` copies the name."""
+    by_id = {id(old): new for old, new in replacements.items()}
+    for name, module in list(sys.modules.items()):
+        if module is None or not (name == package or name.startswith(package + ".")):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if id(value) in by_id:
+                setattr(module, attribute, by_id[id(value)])
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def refuse(trainer: str, **options: Any) -> None:
+    """Raises ``NotImplementedError`` that names the first option that is set: neither None, False, 0 nor empty."""
+    for name, value in options.items():
+        if value is not None and value is not False and value != 0 and value != ():
+            raise NotImplementedError(f"fusedpo.integrations.{trainer} does not support {name}={value!r}")
+
+
+def refuse_group(trainer: str, **groups: Any) -> None:
+    """Raises ``NotImplementedError`` that names the first process group with more than one rank."""
+    for name, group in groups.items():
+        size = 1 if group is None else group if isinstance(group, int) else group.size()
+        if size > 1:
+            raise NotImplementedError(
+                f"fusedpo.integrations.{trainer} does not support {name} of {size} ranks: "
+                "it needs the whole vocabulary and whole sequences on one rank"
+            )

@@ -1,0 +1,173 @@
+"""NeMo-RL: a ``LossFunction`` in the place of ``ClippedPGLossFn``, for any objective.
+
+There is no registry: replace the name where the algorithm looks it up::
+
+    import functools
+
+    import nemo_rl.algorithms.grpo as grpo
+    from fusedpo.integrations.nemo_rl import ClippedPGLossFn
+
+    grpo.ClippedPGLossFn = functools.partial(ClippedPGLossFn, objective="nfpo", n=4)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..aggregation import aggregate
+from ..corrections import importance_weights
+from ..losses import policy_loss
+from ..objectives import Objective
+from . import _common
+
+__all__ = ["ClippedPGLossFn"]
+
+
+class ClippedPGLossFn:
+    """``nemo_rl.algorithms.loss.ClippedPGLossFn``; ``objective`` replaces what the flags of ``cfg`` say.
+
+    Args:
+        cfg: NeMo-RL's configuration, an object or a dict. Its bounds ``ratio_clip_min``, ``ratio_clip_max`` and
+            ``ratio_clip_c``, its aggregation (``token_level_loss``), its KL term, and its importance weights per token
+            (none, ``tis`` or ``icepop``) hold for any objective.
+        objective: an ``Objective`` or a preset's name, with the preset's arguments in ``options``. None: PPO, CISPO
+            (``use_cispo``), GSPO (``sequence_level_importance_ratios``) or REINFORCE (``disable_ppo_ratio``).
+
+    Raises ``NotImplementedError`` for ``seq-mask-tis``, importance weights per sequence,
+    ``use_on_policy_kl_approximation`` and ``positive_example_nll_weight``.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        use_fused_linear_logprobs: bool = False,
+        *,
+        objective: str | Objective | None = None,
+        **options: Any,
+    ) -> None:
+        def get(name: str, default: Any) -> Any:
+            return cfg.get(name, default) if isinstance(cfg, dict) else getattr(cfg, name, default)
+
+        interfaces = importlib.import_module("nemo_rl.algorithms.loss.interfaces")
+        token_level = get("token_level_loss", True)
+        self.use_fused_linear_logprobs = use_fused_linear_logprobs
+        self.input_type = interfaces.LossInputType.LOGPROB
+        self.loss_type = interfaces.LossType.TOKEN_LEVEL if token_level else interfaces.LossType.SEQUENCE_LEVEL
+        per_sequence = get("sequence_level_importance_ratios", False)
+        self.correct = get("use_importance_sampling_correction", False)
+        self.truncation = get("truncated_importance_sampling_type", None)
+        _common.refuse(
+            "nemo_rl",
+            use_on_policy_kl_approximation=get("use_on_policy_kl_approximation", False),
+            positive_example_nll_weight=get("positive_example_nll_weight", 0.0),
+            truncated_importance_sampling_type=self.truncation if self.truncation == "seq-mask-tis" else None,
+            sequence_level_importance_ratios=per_sequence and self.correct,
+        )
+        self.bounds = {
+            "low": get("truncated_importance_sampling_ratio_min", None) or None,
+            "high": get("truncated_importance_sampling_ratio", None),
+        }
+        self.force_on_policy_ratio = get("force_on_policy_ratio", False)
+        self.kl_coef = 0.0 if get("use_kl_in_reward", False) else get("reference_policy_kl_penalty", 0.01)
+        self.kl_kind = get("reference_policy_kl_type", "k3")
+        self.kl_clamps = {
+            "input_clamp": get("kl_input_clamp_value", 20.0),
+            "clamp": get("kl_output_clamp_value", 10.0),
+        }
+        by_flags = (
+            ("cispo", get("use_cispo", False)),
+            ("gspo", per_sequence),
+            ("reinforce", get("disable_ppo_ratio", False)),
+        )
+        low, high = get("ratio_clip_min", 0.2), get("ratio_clip_max", 0.2)
+        built = _common.objective(
+            objective or next((name for name, flag in by_flags if flag), "ppo"),
+            options,
+            thresholds={"clip_low": low, "clip_high": high, "low": low, "high": high},
+            aggregation="token-mean" if token_level else "seq-mean-token-mean",
+        )
+        self.objective = _common.with_dual_clip("nemo_rl", built, ratio_clip_c=get("ratio_clip_c", None))
+
+    def __call__(
+        self, next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a micro-batch, divided by the global count, and the metrics that NeMo-RL adds up.
+
+        ``next_token_logprobs`` is ``[B, S - 1]``; ``data`` holds ``[B, S]`` each (position 0 is dropped)
+        ``advantages``, ``prev_logprobs``, ``generation_logprobs``, ``reference_policy_logprobs``, ``token_mask``, and
+        ``sample_mask`` ``[B]``.
+        """
+        if data.get("curr_logprobs_keep_mask") is not None:
+            raise NotImplementedError("fusedpo.integrations.nemo_rl does not support curr_logprobs_keep_mask")
+        lp = next_token_logprobs
+        mask = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
+        generation = data["generation_logprobs"][:, 1:]
+        old = lp.detach() if self.force_on_policy_ratio else data["prev_logprobs"][:, 1:]
+        token_level = self.objective.aggregation == "token-mean"
+        count = global_valid_toks if token_level else global_valid_seqs
+        out = policy_loss(
+            lp,
+            old,
+            data["advantages"][:, 1:].contiguous(),
+            objective=self.objective,
+            mask=mask,
+            is_weights=self._weights(old, generation, mask),
+            denominator=count,
+        )
+        loss, kl = out.loss, lp.new_zeros(())
+        if self.kl_coef != 0:
+            # The weight has value 1: it adds the gradient through the probability of having sampled the token.
+            weight = torch.exp(lp - lp.detach())
+            ref = data["reference_policy_logprobs"][:, 1:]
+            tokens = weight * _common.kl_per_token(self.kl_kind, lp, ref, **self.kl_clamps)
+            kl = aggregate(tokens, self.objective.aggregation, mask=mask, denominator=count)
+            loss = loss + self.kl_coef * kl
+        return loss, self._metrics(loss, kl, out.metrics, lp, old, generation, mask, data, global_valid_toks)
+
+    def _weights(self, old: Tensor, generation: Tensor, mask: Tensor) -> Tensor | None:
+        if not self.correct:
+            return None
+        if self.truncation is None:
+            return importance_weights(old, generation, mask=mask, high=None)[0]
+        mode = "truncate" if self.truncation == "tis" else "mask"
+        return importance_weights(old, generation, mask=mask, mode=mode, **self.bounds)[0]  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _metrics(
+        self,
+        loss: Tensor,
+        kl: Tensor,
+        ours: dict[str, Tensor],
+        lp: Tensor,
+        old: Tensor,
+        generation: Tensor,
+        mask: Tensor,
+        data: Any,
+        global_valid_toks: Tensor,
+    ) -> dict[str, float]:
+        """By NeMo-RL's names; means are sums over this micro-batch divided by the global count. One wait for them."""
+
+        def mean(x: Tensor) -> Tensor:
+            return aggregate(x, mask=mask, denominator=global_valid_toks)
+
+        shift = old - generation
+        share = ours["tokens"] / global_valid_toks
+        metrics = {
+            "loss": loss,
+            "probs_ratio": ours["ratio_mean"] * share,
+            "probs_ratio_min": ours["ratio_min"],
+            "probs_ratio_max": ours["ratio_max"],
+            "clip_frac": ours["clip_frac"] * share,
+            "kl_penalty": kl,
+            "token_mult_prob_error": mean(shift.abs().clamp(max=20.0).exp()),
+            "gen_kl_error": mean(_common.kl_per_token("k3", generation, old)),
+            "policy_kl_error": mean(_common.kl_per_token("k3", old, generation)),
+            "sampling_importance_ratio": mean(shift.clamp(-20.0, 20.0).exp()),
+            "approx_entropy": mean(-(lp - generation).clamp(-20.0, 20.0).exp() * lp),
+            "num_valid_samples": data["sample_mask"].sum(),
+        }
+        return dict(zip(metrics, torch.stack([v.float() for v in metrics.values()]).tolist(), strict=True))

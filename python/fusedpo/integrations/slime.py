@@ -1,0 +1,236 @@
+"""slime: the functions that its ``--custom-*-path`` options name.
+
+::
+
+    --loss-type custom_loss
+    --custom-loss-function-path fusedpo.integrations.slime.policy_loss
+    --custom-reward-post-process-path fusedpo.integrations.slime.post_process_rewards
+    --custom-tis-function-path fusedpo.integrations.slime.tis
+    --custom-config-path fusedpo.yaml
+
+with the options in the file of ``--custom-config-path``, which slime puts into ``args``::
+
+    fusedpo_objective: nfpo             # else: by --advantage-estimator, ppo, gspo or cispo
+    fusedpo_options: {n: 4}
+    fusedpo_advantage: maxpo
+    fusedpo_advantage_options: {k: 4}
+
+Tensor and context parallel groups of more than one rank are refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import advantages as estimators
+from .. import losses
+from ..corrections import importance_weights
+from ..logprobs import token_logprobs
+from ..objectives import Objective
+from . import _common
+
+__all__ = [
+    "advantages",
+    "calculate_log_probs_and_entropy",
+    "compute_policy_loss",
+    "policy_loss",
+    "post_process_rewards",
+    "tis",
+]
+
+SumOfSampleMean = Callable[[Tensor], Tensor]
+
+
+def policy_loss(
+    args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: SumOfSampleMean
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A custom loss: slime's ``policy_loss_function`` for any objective.
+
+    Args:
+        args: slime's: ``eps_clip``, ``eps_clip_high``, ``eps_clip_c``, ``entropy_coef``, ``use_kl_loss``,
+            ``kl_loss_coef``, ``kl_loss_type``, ``rollout_temperature``, and the options above.
+        batch: lists with one tensor ``[R_i]`` per sample: ``advantages``, ``log_probs`` (the old ones),
+            ``ref_log_probs``, ``rollout_log_probs``, ``loss_masks``; ``unconcat_tokens`` of prompt and response; lists
+            of ints ``total_lengths`` and ``response_lengths``.
+        logits: ``[1, T, V]``, the samples one after another, padding last. Not sliced: the gradient is one tensor.
+        sum_of_sample_mean: slime's reduction of ``[sum_i R_i]``.
+    """
+    _refuse_parallel()
+    refused = ("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering", "use_unbiased_kl")
+    _common.refuse("slime", **{name: getattr(args, name, None) for name in refused})
+    _common.refuse("slime", rollout_top_p=None if getattr(args, "rollout_top_p", 1.0) == 1.0 else args.rollout_top_p)
+
+    lengths = batch["response_lengths"]
+    rows, token_ids, mask = _response_rows(batch, logits)
+    lp, entropies = token_logprobs(
+        logits[0], token_ids, temperature=getattr(args, "rollout_temperature", 1.0), mask=mask, return_entropy=True
+    )
+    lp, entropies = lp[rows], entropies[rows]
+    key = "rollout_log_probs" if getattr(args, "use_rollout_logprobs", False) else "log_probs"
+    old = torch.cat(batch[key]) if batch.get(key) else None
+    ends = torch.tensor([0, *lengths], device=logits.device).cumsum(0)
+    objective = _common.with_dual_clip("slime", _objective(args), eps_clip_c=getattr(args, "eps_clip_c", None))
+    out = losses.policy_loss(
+        lp,
+        old,
+        torch.cat(batch["advantages"]),
+        objective=objective,
+        mask=torch.cat(batch["loss_masks"]),
+        cu_seqlens=ends,
+        reduction="none",
+    )
+    pg_loss, entropy_loss = sum_of_sample_mean(out.loss), sum_of_sample_mean(entropies)
+    loss = pg_loss - args.entropy_coef * entropy_loss
+    log = {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
+    log["ppo_kl"] = sum_of_sample_mean(lp.detach() * 0 if old is None else old - lp.detach())
+    log["pg_clipfrac"] = out.metrics["clip_frac"] * sum_of_sample_mean(torch.ones_like(lp))
+    if args.use_kl_loss:
+        log["kl_loss"] = sum_of_sample_mean(_kl(args.kl_loss_type, lp, torch.cat(batch["ref_log_probs"])))
+        loss = loss + args.kl_loss_coef * log["kl_loss"]
+    return loss, {"loss": loss.detach().clone(), **{name: value.detach().clone() for name, value in log.items()}}
+
+
+def post_process_rewards(args: Any, samples: list[Any]) -> tuple[list[float], list[float]]:
+    """Raw rewards, and the advantages of an estimator that compares responses to the same prompt.
+
+    slime calls it with all samples of a rollout, before they are split over ranks, and with
+    ``--advantage-estimator grpo`` gives each token the reward of its sample. Samples: ``group_index``,
+    ``response_length`` and ``get_reward_value(args)``.
+    """
+    rewards = torch.tensor([float(sample.get_reward_value(args)) for sample in samples])
+    groups = _common.group_ids([sample.group_index for sample in samples], rewards.device)
+    lengths = torch.tensor([sample.response_length for sample in samples])
+    return rewards.tolist(), _estimate(args, rewards, groups, lengths).tolist()
+
+
+def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
+    """A custom advantage: sets ``advantages`` and ``returns``, lists of ``[R_i]``, from one reward per sample.
+
+    Groups are ``args.n_samples_per_prompt`` samples in a row, so that all samples must be on one rank: with data
+    parallelism use :func:`post_process_rewards`.
+    """
+    _refuse_parallel(data=True)
+    _common.refuse("slime", kl_coef=getattr(args, "kl_coef", 0.0))
+    masks = rollout_data["loss_masks"]
+    rewards = torch.tensor(rollout_data["rewards"], dtype=torch.float32, device=masks[0].device)
+    groups = torch.arange(len(rewards), device=rewards.device) // args.n_samples_per_prompt
+    lengths = torch.stack([mask.sum() for mask in masks])
+    values = _estimate(args, rewards, groups, lengths)
+    rollout_data["returns"] = [value.expand(mask.shape).clone() for value, mask in zip(values, masks, strict=True)]
+    rollout_data["advantages"] = list(rollout_data["returns"])
+
+
+def tis(
+    args: Any,
+    *,
+    pg_loss: Tensor,
+    train_log_probs: list[Tensor],
+    rollout_log_probs: list[Tensor],
+    loss_masks: list[Tensor],
+    **unused: Any,
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    """A custom TIS, for slime's own losses: ``pg_loss`` times the ratio clipped to ``[tis_clip_low, tis_clip]``."""
+    old, rollout = torch.cat(train_log_probs), torch.cat(rollout_log_probs)
+    low = getattr(args, "tis_clip_low", 0) or None
+    weights, _ = importance_weights(old, rollout, low=low, high=args.tis_clip)
+    ratio, _ = importance_weights(old, rollout, high=None)
+    metrics = {"tis": ratio, "tis_clipfrac": (weights != ratio).float(), "tis_abs": (ratio - 1).abs()}
+    return pg_loss * weights, loss_masks, metrics
+
+
+def compute_policy_loss(
+    ppo_kl: Tensor, advantages: Tensor, eps_clip: float, eps_clip_high: float, eps_clip_c: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """``slime.utils.ppo_utils.compute_policy_loss``: loss and clip indicator of each token, ``[N]``.
+
+    ``ppo_kl`` is old minus new log-prob.
+    """
+    objective = _common.objective("ppo", {"clip_low": eps_clip, "clip_high": eps_clip_high, "dual": eps_clip_c})
+    out = losses.policy_loss(-ppo_kl, torch.zeros_like(ppo_kl), advantages, objective=objective, reduction="none")
+    ratio = (-ppo_kl.detach()).clamp(max=20.0).exp()
+    clipped = (advantages < 0) & (ratio < 1 - eps_clip) | (advantages > 0) & (ratio > 1 + eps_clip_high)
+    return out.loss, clipped.float()
+
+
+def calculate_log_probs_and_entropy(
+    logits: Tensor,
+    tokens: Tensor,
+    tp_group: Any,
+    with_entropy: bool = False,
+    chunk_size: int = -1,
+    log_prob_keep_mask: Tensor | None = None,
+    with_entropy_grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """``slime.utils.ppo_utils.calculate_log_probs_and_entropy``: ``[R, 1]``, and ``[R]`` or None, from ``[R, V]``.
+
+    ``chunk_size`` is not needed.
+    """
+    _common.refuse_group("slime", tp_group=tp_group)
+    if log_prob_keep_mask is not None:
+        raise NotImplementedError("fusedpo.integrations.slime does not support log_prob_keep_mask")
+    if not with_entropy:
+        return token_logprobs(logits, tokens).unsqueeze(-1), None
+    logprobs, entropy = token_logprobs(logits, tokens, return_entropy=True)
+    return logprobs.unsqueeze(-1), entropy if with_entropy_grad else entropy.detach()
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _refuse_parallel(*, data: bool = False) -> None:
+    mpu = importlib.import_module("megatron.core.mpu")
+    groups = {
+        "tensor_model_parallel_size": mpu.get_tensor_model_parallel_world_size(),
+        "context_parallel_size": mpu.get_context_parallel_world_size(),
+    }
+    if data:
+        groups["data_parallel_size"] = mpu.get_data_parallel_world_size()
+    _common.refuse_group("slime", **groups)
+
+
+def _response_rows(batch: dict[str, Any], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows of the logits predict response tokens, and for all rows the token and whether it is kept."""
+    token_ids = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
+    mask = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    rows, end = [], 0
+    samples = zip(batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True)
+    for (tokens, total, response), loss_mask in zip(samples, batch["loss_masks"], strict=True):
+        end += total
+        own = torch.arange(end - response - 1, end - 1, device=logits.device)
+        token_ids[own] = tokens[total - response : total]
+        mask[own] = loss_mask != 0
+        rows.append(own)
+    return torch.cat(rows), token_ids, mask
+
+
+def _objective(args: Any) -> Objective:
+    """The aggregation is slime's ``sum_of_sample_mean``: that of the preset has no effect."""
+    by_estimator = {"gspo": "gspo", "cispo": "cispo"}.get(args.advantage_estimator, "ppo")
+    low, high = args.eps_clip, args.eps_clip_high
+    return _common.objective(
+        getattr(args, "fusedpo_objective", None) or by_estimator,
+        getattr(args, "fusedpo_options", None),
+        thresholds={"clip_low": low, "clip_high": high, "low": low, "high": high},
+    )
+
+
+def _estimate(args: Any, rewards: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+    name = getattr(args, "fusedpo_advantage", None) or "grpo"
+    if name not in _common.OUTCOME_ESTIMATORS:
+        raise ValueError(f"fusedpo_advantage must be one of {_common.OUTCOME_ESTIMATORS}, got {name!r}")
+    function, options = getattr(estimators, name), getattr(args, "fusedpo_advantage_options", None) or {}
+    _common.check_options(name, options, function)
+    own = _common.for_function({"group_ids": groups, "lengths": lengths}, function)
+    return function(rewards, **{**own, **options})
+
+
+def _kl(kind: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """slime's ``low_var_kl`` is k3 within +-10."""
+    if kind == "low_var_kl":
+        return _common.kl_per_token("k3", logprobs, ref_logprobs, clamp=10.0)
+    return _common.kl_per_token(kind, logprobs, ref_logprobs)
