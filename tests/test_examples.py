@@ -142,3 +142,12 @@ def test_comparison_of_losses(tmp_path: Path) -> None:
             assert eager_memory > 2
             assert fused_memory < 1.2  # the gradient
             assert inplace_memory < 0.2
+
+
+@pytest.mark.slow
+def test_comparison_with_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    result = run("train_with_trl.py", tmp_path, "--quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert read(tmp_path, "trl")
+    assert (tmp_path / "trl.png").stat().st_size > 0

@@ -1,0 +1,83 @@
+"""TRL's log-prob and entropy functions replaced in place, wherever ``trl`` modules hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from trl.trainer import utils
+
+from ... import token_logprobs
+from .._common import entropy, swap
+from .._versions import check_version
+from .objective import TESTED
+
+__all__ = ["patch_trl", "unpatch_trl"]
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """Log-probs ``[...]`` or ``[..., K]`` of ``index`` under ``softmax(logits / temperature)``, as TRL's; float32."""
+    if row_mask is None or row_mask.shape == logits.shape[:-1]:
+        return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
+    return token_logprobs(logits, index, temperature=temperature).masked_fill(row_mask == 0, 0)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """Entropy ``[...]`` in nats of ``softmax(logits)``, as TRL's; float32. Nothing is chunked."""
+    return entropy(logits)
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both in one pass over ``logits``, as TRL's; float32."""
+    logprobs, entropies = token_logprobs(logits, index, temperature=temperature, mask=row_mask, return_entropy=True)
+    return logprobs, entropies if entropy_requires_grad else entropies.detach()
+
+
+_REPLACEMENTS = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
+_originals: dict[Callable[..., Any], Callable[..., Any]] = {}  # by what replaces them, while patched
+
+
+class patch_trl:
+    """Replaces TRL's log-prob and entropy functions by :func:`fusedpo.token_logprobs`, at once.
+
+    ``selective_log_softmax``, ``entropy_from_logits`` and, where TRL has it, ``selective_log_softmax_and_entropy`` are
+    replaced in every imported ``trl`` module that holds them, under whatever name; a module that is imported later
+    imports the replacements. The results are float32 where TRL computes in the dtype of the logits.
+
+    :func:`unpatch_trl` undoes it. So does the end of a ``with patch_trl():`` block, unless TRL was patched before it.
+    A second call changes nothing.
+    """
+
+    def __init__(self) -> None:
+        check_version("trl", *TESTED)
+        self._undo = not _originals
+        if not _originals:
+            _originals.update(
+                {new: getattr(utils, new.__name__) for new in _REPLACEMENTS if hasattr(utils, new.__name__)}
+            )
+        swap("trl", {original: new for new, original in _originals.items()})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._undo:
+            unpatch_trl()
+
+
+def unpatch_trl() -> None:
+    """Gives every ``trl`` module TRL's own functions back, those too that were imported since; undoes nothing twice."""
+    swap("trl", _originals)
+    _originals.clear()
