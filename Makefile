@@ -11,14 +11,22 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench docs lint clean
 
 demo: $(READY)
 	$(PY) examples/train_arithmetic.py --out out
 	$(PY) examples/compare_losses.py --out out
+	$(PY) examples/train_with_trl.py --out out
 
 test: $(READY)
 	$(PY) -m pytest
+
+bench: $(READY)
+	$(PY) -m fusedpo bench --out out/bench
+
+docs: $(READY)
+	$(PY) docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -f docs/mkdocs/mkdocs.yml
 
 lint: $(READY)
 	$(PY) -m ruff check
@@ -43,6 +51,6 @@ $(VENV)/.tools: $(VENV)/.torch .ci/constraints.txt
 	touch $@
 
 $(READY): $(VENV)/.tools $(NATIVE)
-	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[triton,test,bench,examples,peers,dev]"
+	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[triton,test,bench,examples,peers,docs,dev]"
 	$(INSTALL) -c .ci/constraints.txt --no-deps verl
 	touch $@

@@ -139,9 +139,9 @@ if NATIVE_MISSING and os.environ.get("FUSEDPO_NATIVE") == "1":
     sys.exit(f"FUSEDPO_NATIVE=1, but there would be no native part: {NATIVE_MISSING}")
 
 setup(
-    packages=[*find_packages("python"), "fusedpo.triton_kernels"],
+    packages=[*find_packages("python"), "fusedpo.bench", "fusedpo.triton_kernels"],
     # A top-level triton_kernels would collide with the package of that name that inference engines use.
-    package_dir={"": "python", "fusedpo.triton_kernels": "triton_kernels"},
+    package_dir={"": "python", "fusedpo.bench": "bench", "fusedpo.triton_kernels": "triton_kernels"},
     ext_modules=[] if NATIVE_MISSING else [Extension("fusedpo._C", sources=[])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "sdist": SourceDistribution},
 )

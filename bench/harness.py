@@ -1,53 +1,35 @@
-"""What every benchmark shares: timing that compares providers fairly, ceilings, memory, errors, and result files.
+"""What every benchmark shares: timing that compares providers fairly, ceilings, memory, launches and errors.
 
 Providers of one case take turns, so that whatever else the machine does falls on all of them; a ratio within one run
-means something, an absolute time on another machine does not. A row whose output is wrong has no time.
+means something, an absolute time on another machine does not. The ceiling of a case, such as one copy of its logits, is
+one of those who take turns. A row whose output is wrong has no time.
 """
 
 from __future__ import annotations
 
-import datetime
 import gc
-import importlib.metadata
-import json
-import platform
+import importlib.util
+import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 Run = Callable[[], Any]
 
-
-@dataclass
-class Row:
-    """One provider in one case. Times in milliseconds; ``note`` says why there is none."""
-
-    case: str
-    provider: str
-    median: float | None = None
-    p20: float | None = None
-    p80: float | None = None
-    gigabytes_per_second: float | None = None
-    of_ceiling: float | None = None  # the ceiling's time over this time
-    peak_extra_megabytes: float | None = None
-    error: float | None = None  # largest difference from float64, over the largest value there
-    compile_seconds: float | None = None
-    note: str = ""
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler writes two lines per use otherwise
 
 
 @dataclass
 class Provider:
-    """``prepare()`` gives the call that is timed; ``check(result)`` gives its error, and ``allowed`` bounds that."""
+    """``prepare()`` gives the call that is timed; ``check(result)`` gives its error, and ``allowed`` bounds that.
+
+    ``reset()`` runs before each call, untimed: it restores what the call overwrites. ``missing``: why it cannot run.
+    """
 
     name: str
     prepare: Callable[[], Run]
@@ -55,52 +37,179 @@ class Provider:
     allowed: float = float("inf")
     compiles: bool = False
     missing: str = ""
+    reset: Callable[[], object] | None = None
 
 
-def measure(
-    case: str, providers: Iterable[Provider], *, bytes_moved: float, ceiling: str, repeats: int = 9
-) -> list[Row]:
-    """One row per provider; ``ceiling`` names the provider whose time is the floor."""
-    rows: dict[str, Row] = {}
-    runs: dict[str, Run] = {}
-    for provider in providers:
-        row = rows[provider.name] = Row(case, provider.name, note=provider.missing)
+@dataclass
+class Case:
+    """Providers that compute the same. The cases of one ``group`` differ in ``sizes`` only."""
+
+    group: str
+    sizes: dict[str, int]
+    providers: Sequence[Provider]
+    ceiling: str  # the provider whose time is the floor
+    bytes_moved: float  # the fewest that the result needs: each input read once, each output written once
+    flops: float = 0.0
+    count_launches: bool = False
+
+    @property
+    def name(self) -> str:
+        return ", ".join([self.group, *(f"{name} = {size:,}" for name, size in self.sizes.items())])
+
+
+@dataclass
+class Row:
+    """One provider in one case. Times in milliseconds; ``note`` says why there is none."""
+
+    case: str
+    group: str
+    sizes: dict[str, int]
+    provider: str
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    samples: int = 0
+    gigabytes_per_second: float | None = None
+    teraflops: float | None = None
+    of_ceiling: float | None = None  # the ceiling's time over this time
+    peak_extra_megabytes: float | None = None
+    launches: int | None = None
+    error: float | None = None  # largest difference from float64, over the largest value there
+    compile_seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Each provider is measured ``repeats`` times, or at least three times until ``seconds`` are used up."""
+
+    repeats: int
+    seconds: float
+
+
+EFFORT = {
+    ("cpu", False): Effort(9, 6.0),
+    ("cpu", True): Effort(5, 0.5),
+    ("cuda", False): Effort(50, 2.0),
+    ("cuda", True): Effort(20, 0.5),
+}
+
+
+@dataclass
+class _Call:
+    """What is timed: ``repeats`` calls at a time, for what the harness does between two samples leaves caches cold."""
+
+    run: Run
+    reset: Callable[[], object] | None
+    repeats: int = 1
+    times: list[float] = field(default_factory=list)
+
+
+def measure(case: Case, device: str, effort: Effort) -> list[Row]:
+    """One row per provider, in their order."""
+    gc.collect()
+    gc.freeze()  # what is there already need not be searched before each call
+    rows = {p.name: Row(case.name, case.group, case.sizes, p.name, note=p.missing) for p in case.providers}
+    calls: dict[str, _Call] = {}
+    for provider in case.providers:
         if provider.missing:
             continue
-        started = time.perf_counter()
-        run = provider.prepare()
-        result = run()
-        if provider.compiles:
-            row.compile_seconds = time.perf_counter() - started
-        if provider.check is not None:
-            row.error = provider.check(result)
-            if not row.error <= provider.allowed:
-                row.note = f"wrong: error {row.error:.1e}, allowed {provider.allowed:.1e}"
+        try:
+            call = _first_call(provider, rows[provider.name], device)
+            if call is not None and case.count_launches:
+                rows[provider.name].launches = launches(call.run, device) or None
+        except Exception as error:  # somebody else's code: their failure is a result, not the end of the run
+            reason = (str(error).strip() or "no message").splitlines()[0][:120]
+            rows[provider.name].note = f"failed: {type(error).__name__}: {reason}"
+        else:
+            if call is not None:
+                calls[provider.name] = call
+
+    clock = _cuda_milliseconds if device == "cuda" else _cpu_milliseconds
+    for turn in range(effort.repeats):
+        for call in calls.values():
+            if turn >= 3 and sum(call.times) * call.repeats > effort.seconds * 1e3:
                 continue
-        del result
-        row.peak_extra_megabytes = peak_extra_bytes(run) / 1e6
-        runs[provider.name] = run
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
+            if call.reset is not None:
+                call.reset()
             gc.collect()
-            started = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - started) * 1e3)
-    for name, samples in times.items():
+            call.times.append(clock(call.run, call.repeats))
+    gc.unfreeze()
+
+    for name, call in calls.items():
         row = rows[name]
-        row.p20, *_, row.p80 = statistics.quantiles(samples, n=5, method="inclusive")
-        row.median = statistics.median(samples)
-        row.gigabytes_per_second = bytes_moved / row.median / 1e6
-    floor = rows[ceiling].median
-    for row in rows.values():
-        if floor is not None and row.median is not None:
-            row.of_ceiling = floor / row.median
+        row.p20, *_, row.p80 = statistics.quantiles(call.times, n=5, method="inclusive")
+        row.median, row.samples = statistics.median(call.times), len(call.times)
+        row.gigabytes_per_second = case.bytes_moved / row.median / 1e6
+        row.teraflops = case.flops / row.median / 1e9 or None
+        row.of_ceiling = rows[case.ceiling].median and rows[case.ceiling].median / row.median
     return list(rows.values())
 
 
-def peak_extra_bytes(run: Run) -> int:
+def _first_call(provider: Provider, row: Row, device: str) -> _Call | None:
+    """Compiles, checks, and measures memory; None if the result is wrong."""
+    started = time.perf_counter()
+    run = provider.prepare()
+    if provider.reset is not None:
+        provider.reset()
+    result = run()
+    _synchronize(device)
+    if provider.compiles or device == "cuda":  # Triton compiles then, too
+        row.compile_seconds = time.perf_counter() - started
+    if provider.check is not None:
+        row.error = provider.check(result)
+        if not row.error <= provider.allowed:
+            row.note = f"wrong: error {row.error:.1e}, allowed {provider.allowed:.1e}"
+            return None
+    del result
+    row.peak_extra_megabytes = peak_extra_bytes(run, device) / 1e6
+    if provider.reset is not None:
+        return _Call(run, provider.reset)
+    started = time.perf_counter()
+    run()
+    _synchronize(device)
+    return _Call(run, None, min(10, int(1 + 0.01 / (time.perf_counter() - started))))
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _cpu_milliseconds(run: Run, repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - started) / repeats * 1e3
+
+
+def _cuda_milliseconds(run: Run, repeats: int) -> float:
+    """As ``triton.testing.do_bench``, which has no place for a reset: a cold cache, and events around a call."""
+    cache = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    total = 0.0
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        cache.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        total += start.elapsed_time(end)
+    return total / repeats
+
+
+# --------------------------------------------------------------------------------------- memory, launches, small calls
+
+
+def peak_extra_bytes(run: Run, device: str) -> int:
     """The largest sum of what the allocator gave out and did not get back while ``run`` ran."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     now = peak = 0
@@ -111,14 +220,43 @@ def peak_extra_bytes(run: Run) -> int:
     return peak
 
 
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    """The largest difference from ``truth`` over its largest value; NaN never passes."""
-    difference = (result.detach().double() - truth).abs().max() / truth.abs().max()
-    return float(difference) if difference.isfinite() else float("inf")
+_VIEWS_AND_MEMORY = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "as_strided",
+    "detach",
+    "view",
+    "reshape",
+    "expand",
+    "unbind",
+}
+
+
+def launches(run: Run, device: str) -> int:
+    """Kernels, copies and fills on a GPU. On the CPU operators: what they call in turn, views and allocations apart."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        run()
+        _synchronize(device)
+    if device == "cuda":
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+    def called(events: Iterable[Any]) -> int:
+        return sum(
+            called(event.cpu_children)
+            if not event.name.startswith(("aten::", "fusedpo::"))
+            else event.name.partition("::")[2] not in _VIEWS_AND_MEMORY
+            for event in events
+        )
+
+    return called(event for event in profile.events() if event.cpu_parent is None)
 
 
 def microseconds(run: Run, calls: int = 2000) -> float:
-    """Processor time of a small call, the best of five rounds: what else runs does not count."""
+    """Processor time of a small call on one thread, the best of five rounds: what else runs does not count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(calls // 5):
         run()
     best = float("inf")
@@ -127,63 +265,39 @@ def microseconds(run: Run, calls: int = 2000) -> float:
         for _ in range(calls // 5):
             run()
         best = min(best, (time.process_time() - started) / (calls // 5) * 1e6)
+    torch.set_num_threads(threads)
     return best
 
 
-def environment() -> dict[str, Any]:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-        **{name: version(name) for name in ("fusedpo", "torch", "triton", "trl", "liger_kernel")},
-    }
+# ------------------------------------------------------------------------------------------------- errors and ceilings
 
 
-COLUMNS: Sequence[tuple[str, str, str]] = (
-    ("case", "case", "{}"),
-    ("provider", "provider", "{}"),
-    ("median", "ms", "{:.2f}"),
-    ("p20", "p20", "{:.2f}"),
-    ("p80", "p80", "{:.2f}"),
-    ("gigabytes_per_second", "GB/s", "{:.1f}"),
-    ("of_ceiling", "of ceiling", "{:.2f}"),
-    ("peak_extra_megabytes", "peak MB", "{:.1f}"),
-    ("error", "error", "{:.1e}"),
-    ("compile_seconds", "compile s", "{:.1f}"),
-    ("note", "note", "{}"),
-)
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """The largest difference from ``truth`` over its largest value; NaN never passes."""
+    difference = (result.detach().double() - truth).abs().max() / truth.abs().max()
+    return float(difference) if difference.isfinite() else float("inf")
 
 
-def report(name: str, rows: list[Row], out: Path, **extra: Any) -> None:
-    """Prints the table; writes ``name.json`` and ``name.md``."""
-    out.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment(), "rows": [asdict(row) for row in rows], **extra}
-    (out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-    lines = [
-        [pattern.format(v) if (v := getattr(row, key)) is not None else "" for key, _, pattern in COLUMNS]
-        for row in rows
-    ]
-    header = [title for _, title, _ in COLUMNS]
-    table = Table(*header, title=name)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=160).print(table)
-    markdown = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)]
-    (out / f"{name}.md").write_text("\n".join([f"# {name}", "", *markdown, ""]))
+def one_read(x: Tensor) -> Provider:
+    """The largest of its 32-bit words: nothing reads memory faster."""
+    words = x.view(torch.int32)
+    return Provider("one read", lambda: lambda: words.max())
 
 
-def progress(cases: Sequence[Any], title: str) -> Iterable[Any]:
-    return track(cases, description=title)
+def one_copy(x: Tensor) -> Provider:
+    target = torch.empty_like(x)
+    return Provider("one copy", lambda: lambda: target.copy_(x))
+
+
+# ------------------------------------------------------------------------------------------------------ other providers
+
+
+def not_installed(package: str) -> str:
+    """Why a provider is missing; empty if it is there."""
+    return "" if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """By torch.compile from scratch, for these shapes alone."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, **options)

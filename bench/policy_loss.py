@@ -1,55 +1,49 @@
-"""Layer 2 on this machine: NFPO's loss and gradient from log-probs, against the reference and against plain PyTorch.
-
-python bench/policy_loss.py [--quick] [--threads 2] [--out out/bench]
-"""
+"""Layer 2: NFPO's loss and gradient from log-probs."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
-from harness import Provider, Row, measure, microseconds, progress, relative_error, report
 from torch import Tensor
 
 import fusedpo
 from fusedpo import objectives
 
-VIEWS_AND_MEMORY = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "as_strided",
-    "detach",
-    "view",
-    "reshape",
-    "expand",
-    "unbind",
-}
+from .advantages import VERL, VERL_MISSING, Config
+from .harness import Case, Provider, compiled, microseconds, not_installed, one_copy, relative_error
+
 Loss = Callable[[Tensor], Tensor]
 
 
-def operators(run: Callable[[], object]) -> int:
-    """How many operators of PyTorch ran: what they call in turn, views and allocations not counted."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-
-    def called(events: list) -> int:
-        return sum(
-            called(event.cpu_children)
-            if not event.name.startswith(("aten::", "fusedpo::"))
-            else event.name.partition("::")[2] not in VIEWS_AND_MEMORY
-            for event in events
-        )
-
-    return called([event for event in profile.events() if event.cpu_parent is None])
+def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    """In float32, whatever ``dtypes``."""
+    if quick:
+        yield _case(8, 512, 4, device)
+        return
+    for n in (1, 2, 4, 8, 64):
+        for rows, width in ((64, 4096), (8, 32_768)):
+            yield _case(rows, width, n, device)
 
 
-def case(rows: int, width: int, n: int, repeats: int) -> tuple[list[Row], dict[str, int]]:
-    logprobs = -torch.rand(rows, width)
-    old = logprobs + 0.1 * torch.randn(rows, width)
-    advantages, mask = torch.randn(rows), torch.rand(rows, width) < 0.9
+def overhead() -> dict[str, float]:
+    """Processor time of one small call in microseconds, on one thread of the CPU."""
+    leaf, old, advantages = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), torch.randn(4)
+    objective = objectives.nfpo(4)
+    return {
+        "policy_loss": microseconds(lambda: fusedpo.policy_loss(leaf, old, advantages, objective=objective)),
+        "policy_loss and backward": microseconds(
+            lambda: fusedpo.policy_loss(leaf, old, advantages, objective=objective).loss.backward()
+        ),
+    }
+
+
+def _case(rows: int, width: int, n: int, device: str) -> Case:
+    logprobs = -torch.rand(rows, width, device=device)
+    old = logprobs + 0.1 * torch.randn_like(logprobs)
+    advantages, mask = torch.randn(rows, device=device), torch.rand_like(logprobs) < 0.9
     objective = objectives.nfpo(n)
 
     def loss(lp: Tensor) -> Tensor:
@@ -63,7 +57,7 @@ def case(rows: int, width: int, n: int, repeats: int) -> tuple[list[Row], dict[s
         """Padded rows only, no metrics."""
         x = torch.where(mask, (lp - old).clamp(-20, 20), 0)
         ahead = torch.nn.functional.pad(x.detach(), (0, n))
-        log_trace = sum((ahead[:, k : k + width] for k in range(1, n)), torch.zeros(()))
+        log_trace = sum((ahead[:, k : k + width] for k in range(1, n)), x.new_zeros(()))
         ratio, a = x.exp(), advantages[:, None]
         surrogate = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)) * log_trace.clamp(-20, 20).exp()
         return torch.where(mask, surrogate, 0).sum() / mask.sum().clamp(min=1)
@@ -73,10 +67,9 @@ def case(rows: int, width: int, n: int, repeats: int) -> tuple[list[Row], dict[s
         options = {"objective": objective, "mask": mask}
         fusedpo.policy_loss(exact, old.double(), advantages.double(), **options).loss.backward()
 
-    def both(function: Loss, compiled: bool) -> Callable[[], Callable[[], Tensor]]:
+    def both(function: Loss, compile: bool) -> Callable[[], Callable[[], Tensor]]:
         def prepare() -> Callable[[], Tensor]:
-            torch._dynamo.reset()
-            call = torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
+            call = compiled(function, fullgraph=True) if compile else function
 
             def run() -> Tensor:
                 x = logprobs.detach().requires_grad_()
@@ -87,58 +80,71 @@ def case(rows: int, width: int, n: int, repeats: int) -> tuple[list[Row], dict[s
 
         return prepare
 
-    providers = {
-        "fusedpo": (loss, False),
-        "eager, reference": (reference, False),
-        "torch.compile, reference": (reference, True),
-        "eager, plain": (plain, False),
-        "torch.compile, plain": (plain, True),
-    }
-    measured = measure(
-        f"NFPO N={n}, {rows} x {width}, forward+backward",
-        [
-            Provider(name, both(*how), lambda gradient: relative_error(gradient, exact.grad), 1e-5, how[1])
-            for name, how in providers.items()
+    def provider(name: str, function: Loss, *, compile: bool = False, missing: str = "") -> Provider:
+        prepare = both(function, compile)
+        return Provider(name, prepare, lambda x: relative_error(x, exact.grad), 1e-5, compile, missing)
+
+    no_trace = "has no forward trace" if n > 1 else ""
+    return Case(
+        group=f"NFPO N={n}, forward and backward",
+        sizes={"sequences": rows, "T": width},
+        providers=[
+            one_copy(logprobs),
+            provider("fusedpo", loss),
+            provider("eager, reference", reference),
+            provider("torch.compile, reference", reference, compile=True),
+            provider("eager, plain", plain),
+            provider("torch.compile, plain", plain, compile=True),
+            provider("trl", _trl(old, advantages, mask), missing=no_trace or not_installed("trl")),
+            provider("verl", _verl(old, advantages, mask), missing=no_trace or VERL_MISSING),
         ],
+        ceiling="one copy",
         bytes_moved=13 * logprobs.numel(),  # two log-probs and a mask in, a gradient out
-        ceiling="fusedpo",
-        repeats=repeats,
+        count_launches=True,
     )
-    return measured, {name: operators(both(*how)()) for name, how in providers.items() if not how[1]}
 
 
-def overhead() -> dict[str, float]:
-    """Processor time of one small call in microseconds, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    leaf, old, advantages = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), torch.randn(4)
-    objective = objectives.nfpo(4)
-    result = {
-        "policy_loss": microseconds(lambda: fusedpo.policy_loss(leaf, old, advantages, objective=objective)),
-        "policy_loss and backward": microseconds(
-            lambda: fusedpo.policy_loss(leaf, old, advantages, objective=objective).loss.backward()
-        ),
+def _trl(old: Tensor, advantages: Tensor, mask: Tensor) -> Loss:
+    """The loss and metrics of its trainer, for a stand-in that has log-probs already; ``bnpo`` is the token mean."""
+    accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
+    entropy, ids = torch.zeros_like(old), torch.zeros_like(old, dtype=torch.int64)
+    inputs = {
+        "prompt_ids": ids[:, :0],
+        "prompt_mask": ids[:, :0],
+        "completion_ids": ids,
+        "completion_mask": mask.long(),
     }
-    torch.set_num_threads(threads)
-    return result
+    inputs |= {"advantages": advantages, "old_per_token_logps": old}
+    trainer = SimpleNamespace(
+        loss_type="bnpo",
+        importance_sampling_level="token",
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        beta=0.0,
+        args=SimpleNamespace(delta=None),
+        model=torch.nn.Identity(),
+        accelerator=accelerator,
+        current_gradient_accumulation_steps=1,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+    )
+
+    def loss(lp: Tensor) -> Tensor:
+        from trl.trainer.grpo_trainer import GRPOTrainer
+
+        trainer._metrics = {"train": defaultdict(list)}
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (lp, entropy, None)
+        return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+    return loss
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small case, three repeats")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    cases = [(rows, width, n) for rows, width in ((64, 4096), (8, 32_768)) for n in (1, 2, 4, 8, 64)]
-    results: list[Row] = []
-    counts = {}
-    for rows, width, n in progress([(8, 512, 4)] if arguments.quick else cases, "policy_loss"):
-        block, counted = case(rows, width, n, 3 if arguments.quick else 9)
-        results += block
-        counts[block[0].case] = counted
-    report("policy_loss", results, arguments.out, operators=counts, overhead_microseconds=overhead())
-
-
-if __name__ == "__main__":
-    main()
+def _verl(old: Tensor, advantages: Tensor, mask: Tensor) -> Loss:
+    """With its metrics, and a dual clip that does nothing."""
+    bounds = dict.fromkeys(("clip_ratio", "clip_ratio_low", "clip_ratio_high"), 0.2)
+    config = Config(bounds, clip_ratio_c=1e9, global_batch_info={})
+    per_token = advantages[:, None].expand_as(old).contiguous()
+    return lambda lp: VERL.compute_policy_loss_vanilla(old, lp, per_token, mask.to(lp.dtype), config=config)[0]

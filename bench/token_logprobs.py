@@ -1,22 +1,46 @@
-"""Layer 1 on this machine: token log-probs and entropy, forward and backward, against what trainers use today.
-
-python bench/token_logprobs.py [--rows 512] [--vocab 151936] [--repeats 9] [--quick] [--out out/bench]
-"""
+"""Layer 1: token log-probs and entropy, forward and backward."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from harness import Provider, Row, measure, microseconds, progress, relative_error, report
 from torch import Tensor
 
 import fusedpo
 
+from .batch import some_rows
+from .harness import Case, Provider, Run, compiled, microseconds, not_installed, one_copy, one_read, relative_error
+
+SIZES = {
+    ("cpu", False): [(512, 151_936), (128, 151_936), (512, 32_000), (512, 262_144)],
+    ("cpu", True): [(64, 151_936)],
+    ("cuda", False): [(8192, 151_936), (1024, 151_936), (8192, 32_000), (8192, 262_144)],
+    ("cuda", True): [(8192, 151_936)],
+}
+
 Function = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+OVERWRITE_LOGITS = ("fusedpo, in place", "liger, no entropy")
+
+
+def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    for dtype in dtypes:
+        for tokens, vocab in SIZES[device, quick]:
+            yield from _cases(tokens, vocab, dtype, device)
+    if not quick:
+        yield from _slice_against_next_tokens(*SIZES[device, quick][0], device)
+
+
+def overhead() -> dict[str, float]:
+    """Processor time of one small call in microseconds, on one thread of the CPU."""
+    x, ids = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
+    leaf = torch.randn(4, 8, requires_grad=True)
+    return {
+        "token_logprobs, no gradient": microseconds(lambda: fusedpo.token_logprobs(x, ids)),
+        "token_logprobs, with gradient": microseconds(lambda: fusedpo.token_logprobs(leaf, ids)),
+        "log_softmax and gather": microseconds(lambda: eager_without_entropy(leaf, ids)),
+    }
 
 
 def fused(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
@@ -47,7 +71,13 @@ def trl(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     return selective_log_softmax(logits, ids), entropy_from_logits(logits)
 
 
-def functions() -> Iterator[tuple[str, Function, str]]:
+def liger(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return (-liger_cross_entropy(logits, ids, reduction="none"),)
+
+
+def _functions(device: str) -> Iterator[tuple[str, Function, str]]:
     """Name, function, and why it is missing."""
     yield "fusedpo", fused, ""
     yield "fusedpo, no entropy", fused_without_entropy, ""
@@ -55,171 +85,89 @@ def functions() -> Iterator[tuple[str, Function, str]]:
     yield "eager", eager, ""
     yield "eager, no entropy", eager_without_entropy, ""
     yield "torch.compile", eager, ""
-    yield "trl", trl, "" if importlib.util.find_spec("trl") else "not installed"
-    yield "liger", eager, "its Triton kernels need a GPU" if not torch.cuda.is_available() else "not wrapped"
+    yield "trl", trl, not_installed("trl")
+    no_gpu = "" if device == "cuda" else "its Triton kernels need a GPU"
+    yield "liger, no entropy", liger, not_installed("liger_kernel") or no_gpu
 
 
-def cases(rows: int, vocab: int, dtype: torch.dtype, repeats: int) -> Iterator[list[Row]]:
-    logits = torch.randn(rows, vocab).mul_(3).to(dtype)
-    ids = torch.randint(0, vocab, (rows,))
-    upstream = torch.randn(rows), torch.randn(rows)
+def _cases(tokens: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    logits = torch.randn(tokens, vocab, device=device).mul_(3).to(dtype)
+    overwritten = logits.clone()
+    ids = torch.randint(vocab, (tokens,), device=device)
+    upstream = torch.randn(2, tokens, device=device)
     size = logits.numel() * logits.element_size()
-    label = f"{str(dtype).removeprefix('torch.')} {rows} x {vocab}"
+    label = str(dtype).removeprefix("torch.")
+    rows = some_rows(tokens).to(device)  # they are compared with float64
 
-    few = slice(0, 8)  # rows that are compared with float64
-    x64 = logits[few].double().requires_grad_()
-    truth = eager_float64(x64, ids[few])
-    torch.autograd.backward(truth, [u[few].double() for u in upstream])
-    entropy_error_is_seen_by = {"fusedpo", "fusedpo, in place", "eager", "torch.compile", "trl"}
+    def truth(count: int) -> tuple[list[Tensor], Tensor]:
+        """The first ``count`` results, and the gradient from these."""
+        x = logits[rows].double().requires_grad_()
+        logp = torch.log_softmax(x, -1)
+        results = [logp.gather(-1, ids[rows].unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)][:count]
+        torch.autograd.backward(results, list(upstream[:count, rows].double()))
+        return [r.detach() for r in results], x.grad
 
-    def value_error(result: tuple[Tensor, ...]) -> float:
-        return max(relative_error(r[few], t.detach()) for r, t in zip(result, truth, strict=False))
+    def provider(name: str, function: Function, missing: str, *, backward: bool) -> Provider:
+        is_compiled, in_place = name == "torch.compile", name in OVERWRITE_LOGITS
+        source = overwritten if in_place else logits
+        results, exact_gradient = truth(1 if name.endswith("no entropy") else 2)
 
-    def gradient_error(gradient: Tensor) -> float:
-        return relative_error(gradient[few], x64.grad)
+        def prepare() -> Run:
+            call = compiled(function) if is_compiled else function
 
-    def forward(name: str, function: Function) -> Callable[[], Callable[[], object]]:
-        def prepare() -> Callable[[], object]:
-            call = torch.compile(function, dynamic=False) if name == "torch.compile" else function
-
-            def run() -> object:
+            def forward() -> tuple[Tensor, ...]:
                 with torch.no_grad():
                     return call(logits, ids)
 
-            return run
-
-        return prepare
-
-    def both(name: str, function: Function) -> Callable[[], Callable[[], object]]:
-        """Forward and backward, from fresh logits where the last call overwrote them (the copy is not part of it)."""
-
-        def prepare() -> Callable[[], object]:
-            call = torch.compile(function, dynamic=False) if name == "torch.compile" else function
-            leaf = logits.clone() if name == "fusedpo, in place" else logits
-
-            def run() -> Tensor:
-                x = leaf.detach().requires_grad_()
+            def both() -> Tensor:
+                x = source.detach().requires_grad_()
                 outputs = call(x, ids)
                 torch.autograd.backward(outputs, list(upstream[: len(outputs)]))
                 return x.grad
 
-            return run
+            return both if backward else forward
 
-        return prepare
+        def value_error(outputs: tuple[Tensor, ...]) -> float:
+            return max(relative_error(o[rows], r) for o, r in zip(outputs, results, strict=True))
 
-    def read() -> Callable[[], object]:
-        words = logits.view(torch.int32)
-        return lambda: words.max()
+        def gradient_error(gradient: Tensor) -> float:
+            return relative_error(gradient[rows], exact_gradient)
 
-    def copy() -> Callable[[], object]:
-        target = torch.empty_like(logits)
-        return lambda: target.copy_(logits)
+        check = gradient_error if backward else value_error
+        allowed = max(1e-4, 4 * torch.finfo(dtype).eps)  # some compute in the dtype of the logits
+        reset = (lambda: overwritten.copy_(logits)) if in_place and backward else None
+        return Provider(name, prepare, check, allowed, is_compiled, missing, reset)
 
-    exact = torch.finfo(torch.float32).eps * 100
-    rounded = 2 * torch.finfo(dtype).eps + exact
-    yield measure(
-        f"forward {label}",
-        [
-            Provider("one read", read),
-            *(Provider(n, forward(n, f), value_error, 1e-2, n == "torch.compile", m) for n, f, m in functions()),
-        ],
-        bytes_moved=size,
-        ceiling="one read",
-        repeats=repeats,
-    )
-    yield measure(
-        f"forward+backward {label}",
-        [
-            Provider("one copy", copy),
-            *(
-                Provider(
-                    n,
-                    both(n, f),
-                    gradient_error if n in entropy_error_is_seen_by else None,
-                    max(rounded, 1e-2),
-                    n == "torch.compile",
-                    m,
-                )
-                for n, f, m in functions()
-            ),
-        ],
-        bytes_moved=3 * size,
-        ceiling="one copy",
-        repeats=repeats,
-    )
+    sizes = {"T": tokens, "V": vocab}
+    forward = [provider(*f, backward=False) for f in _functions(device) if f[0] != "fusedpo, in place"]
+    yield Case(f"forward, {label}", sizes, [one_read(logits), *forward], "one read", size)
+    both = [provider(*f, backward=True) for f in _functions(device)]
+    yield Case(f"forward and backward, {label}", sizes, [one_copy(logits), *both], "one copy", 3 * size)
 
 
-def eager_float64(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    logp = torch.log_softmax(logits, -1)
-    return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
-
-
-def slice_against_next_tokens(rows: int, vocab: int, repeats: int) -> list[Row]:
+def _slice_against_next_tokens(tokens: int, vocab: int, device: str) -> Iterator[Case]:
     """Dropping the last position by a slice of the logits, and by rolling the ids instead."""
-    logits = torch.randn(4, rows // 4, vocab)
-    ids = torch.randint(0, vocab, logits.shape[:-1])
+    logits = torch.randn(4, tokens // 4, vocab, device=device)
+    ids = torch.randint(vocab, logits.shape[:-1], device=device)
     target, mask = fusedpo.next_tokens(ids)
 
-    def sliced() -> Tensor:
-        x = logits.detach().requires_grad_()
-        fusedpo.token_logprobs(x[:, :-1], ids[:, 1:]).sum().backward()
-        return x.grad
+    def sliced(x: Tensor) -> Tensor:
+        return fusedpo.token_logprobs(x[:, :-1], ids[:, 1:])
 
-    def rolled() -> Tensor:
-        x = logits.detach().requires_grad_()
-        fusedpo.token_logprobs(x, target, mask=mask).sum().backward()
-        return x.grad
+    def rolled(x: Tensor) -> Tensor:
+        return fusedpo.token_logprobs(x, target, mask=mask)
 
-    def sliced_forward() -> Tensor:
-        return fusedpo.token_logprobs(logits[:, :-1], ids[:, 1:])
+    def both(function: Callable[[Tensor], Tensor]) -> Run:
+        def run() -> Tensor:
+            x = logits.detach().requires_grad_()
+            function(x).sum().backward()
+            return x.grad
 
-    def rolled_forward() -> Tensor:
-        return fusedpo.token_logprobs(logits, target, mask=mask)
+        return run
 
-    rows_ = []
-    for case, one, other in (
-        ("slice or roll, forward", sliced_forward, rolled_forward),
-        ("slice or roll, forward+backward", sliced, rolled),
-    ):
-        providers = [Provider("logits[:, :-1]", lambda f=one: f), Provider("next_tokens", lambda f=other: f)]
-        size = logits.numel() * logits.element_size()
-        rows_ += measure(case, providers, bytes_moved=size, ceiling="next_tokens", repeats=repeats)
-    return rows_
-
-
-def overhead() -> dict[str, float]:
-    """Processor time of one small call in microseconds, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    x, ids = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
-    one, leaf = torch.ones(()), torch.randn(4, 8, requires_grad=True)
-    operator = torch.ops.fusedpo.token_logprobs.native
-    result = {
-        "operator alone": microseconds(lambda: operator(x, ids, one, None, False)),
-        "token_logprobs, no gradient": microseconds(lambda: fusedpo.token_logprobs(x, ids)),
-        "token_logprobs, with gradient": microseconds(lambda: fusedpo.token_logprobs(leaf, ids)),
-        "log_softmax and gather": microseconds(lambda: eager_without_entropy(leaf, ids)),
-    }
-    torch.set_num_threads(threads)
-    return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="64 rows, three repeats")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    arguments = parser.parse_args()
-    rows, repeats = (64, 3) if arguments.quick else (arguments.rows, arguments.repeats)
-    results: list[Row] = []
-    for dtype in progress([torch.float32, torch.bfloat16], "token_logprobs"):
-        for block in cases(rows, arguments.vocab, dtype, repeats):
-            results += block
-    results += slice_against_next_tokens(rows, arguments.vocab, repeats)
-    report("token_logprobs", results, arguments.out, overhead_microseconds=overhead())
-
-
-if __name__ == "__main__":
-    main()
+    functions = {"logits[:, :-1]": sliced, "next_tokens": rolled}
+    sizes, size = {"T": tokens, "V": vocab}, logits.numel() * logits.element_size()
+    forward = [Provider(name, lambda f=f: lambda: f(logits)) for name, f in functions.items()]
+    yield Case("slice or roll, forward", sizes, forward, "next_tokens", size)
+    backward = [Provider(name, lambda f=f: both(f)) for name, f in functions.items()]
+    yield Case("slice or roll, forward and backward", sizes, backward, "next_tokens", 3 * size)

@@ -77,7 +77,7 @@ def native(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_source_distribution_is_complete(source: Path) -> None:
     generated = re.compile(r"__pycache__/|_cache/|\.egg-info/|\.so$|/_build\.py$")
-    for directory in ("csrc", "python", "tests", "triton_kernels"):
+    for directory in ("bench", "csrc", "docs", "python", "tests", "triton_kernels"):
         expected = {file for file in files(ROOT / directory) if not generated.search(file)}
         assert {file for file in files(source / directory) if ".egg-info/" not in file} == expected
     for file in ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"):
@@ -138,7 +138,9 @@ def test_wheel_without_native_part(source: Path, tmp_path: Path) -> None:
     site = unpack(tmp_path)
     packaged = {f"fusedpo/{file}" for file in files(source / "python/fusedpo")}
     packaged |= {f"fusedpo/triton_kernels/{file}" for file in files(source / "triton_kernels")}
+    packaged |= {f"fusedpo/bench/{path.name}" for path in (source / "bench").glob("*.py")}
     assert {file for file in files(site) if ".dist-info/" not in file} == packaged | {"fusedpo/_build.py"}
+    assert "--providers" in use(site, "-m", "fusedpo", "bench", "--help").stdout
     # With nothing but torch around it.
     blocked = "import sys; sys.modules.update(dict.fromkeys(['numpy', 'triton', 'rich', 'matplotlib']))"
     script = "import fusedpo, torch; print(fusedpo.token_logprobs(torch.zeros(1, 8), torch.tensor([1])).exp().item())"

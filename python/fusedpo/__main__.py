@@ -1,16 +1,19 @@
-"""``python -m fusedpo env``: what is installed here, and which implementation of each operator would run and why."""
+"""``python -m fusedpo env | verify | bench``: what is here and why, whether it is right, and how fast it is."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
-from . import backends
+from . import backends, verify
 
 
 def _version(package: str) -> str:
@@ -71,13 +74,38 @@ def env() -> None:
     print(_table(("operator", "device", "runs", "why not another"), _choices()))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def bench(arguments: Sequence[str]) -> int:
+    try:
+        cli = importlib.import_module("fusedpo.bench.cli")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("matplotlib", "rich"):
+            raise
+        print(f"the benchmarks need {package}: pip install rich matplotlib", file=sys.stderr)
+        return 2
+    return int(cli.main(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedpo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="versions, capabilities, and the implementation of each operator")
-    parser.parse_args(arguments)
+    verification = commands.add_parser(
+        "verify", help="checks the kernels that run here against the reference in float64"
+    )
+    verification.add_argument("--device", nargs="+", choices=_devices(), default=_devices())
+    verification.add_argument("--out", type=Path, help="a JSON file for the results")
+    commands.add_parser("bench", add_help=False, help="benchmarks: python -m fusedpo bench --help")
+    known, rest = parser.parse_known_args(arguments)
+    if known.command == "bench":
+        return bench(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if known.command == "verify":
+        return verify.main(known.device, known.out)
     env()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The fusion from the last hidden state: loss, and gradients of it and of the head's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import fusedpo
+
+from .batch import OBJECTIVES, SEQUENCES, exact_coefficients, make_batch, plain_loss, some_rows
+from .harness import Case, Provider, Run, compiled, not_installed, relative_error
+
+SIZES = {
+    ("cpu", False): [(256, 896, 151_936), (256, 896, 32_000)],
+    ("cpu", True): [(64, 256, 32_000)],
+    ("cuda", False): [(8192, 4096, 151_936), (2048, 4096, 151_936), (8192, 4096, 32_000)],
+    ("cuda", True): [(8192, 4096, 151_936)],
+}
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    for dtype in dtypes:
+        for tokens, width, vocab in SIZES[device, quick]:
+            yield _case(dtype, tokens, width, vocab, device)
+
+
+def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str) -> Case:
+    objective, n = OBJECTIVES["PPO"]
+    hidden = torch.randn(SEQUENCES, tokens // SEQUENCES, width, device=device).to(dtype)
+    weight = (torch.randn(vocab, width, device=device) * 3 * width**-0.5).to(dtype)
+    ids = torch.randint(vocab, hidden.shape[:-1], device=device)
+    exact = _Exact(hidden, weight, ids)
+    batch = make_batch(exact.logprobs.float(), ids)
+    truth = exact.gradients(exact_coefficients(exact.logprobs, batch, objective))
+
+    def error(gradients: tuple[Tensor, Tensor]) -> float:
+        of_hidden, of_weight = gradients
+        some = of_hidden.view(-1, width)[exact.rows], of_weight[exact.columns]
+        return max(relative_error(result, t) for result, t in zip(some, truth, strict=True))
+
+    def gradients(loss: Loss) -> Run:
+        def run() -> tuple[Tensor, Tensor]:
+            h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+            loss(h, w).backward()
+            return h.grad, w.grad
+
+        return run
+
+    def provider(name: str, loss: Loss, *, compiles: bool = False, missing: str = "") -> Provider:
+        """``compiles``: it calls torch.compile itself."""
+        return Provider(name, lambda: gradients(loss), error, ALLOWED[dtype], compiles, missing)
+
+    def fused(h: Tensor, w: Tensor) -> Tensor:
+        options = {"objective": objective, "mask": batch.mask}
+        return fusedpo.policy_loss_from_hidden(h, w, *batch[:3], **options).loss
+
+    def eager(h: Tensor, w: Tensor) -> Tensor:
+        logprobs = torch.log_softmax((h @ w.T).float(), -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        return plain_loss(logprobs, batch, n)
+
+    def cut_cross_entropy(h: Tensor, w: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        impl = "cce" if device == "cuda" else "torch_compile"
+        return plain_loss(-linear_cross_entropy(h, w, ids, reduction="none", impl=impl).float(), batch, n)
+
+    def liger(h: Tensor, w: Tensor) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
+        return loss(h, w, ids, batch.mask.int(), batch.advantages, old_per_token_logps=batch.old_logprobs)[0]
+
+    return Case(
+        group=f"PPO, loss and gradients, {str(dtype).removeprefix('torch.')}",
+        sizes={"T": tokens, "H": width, "V": vocab},
+        providers=[
+            _three_products(hidden, weight, batch.mask),
+            provider("fusedpo", fused),
+            provider("eager", eager),
+            Provider("torch.compile", lambda: gradients(compiled(eager)), error, ALLOWED[dtype], compiles=True),
+            provider("liger", liger, compiles=True, missing=not_installed("liger_kernel")),
+            provider("cut-cross-entropy", cut_cross_entropy, compiles=True, missing=not_installed("cut_cross_entropy")),
+        ],
+        ceiling="three matrix products",
+        bytes_moved=2 * (hidden.numel() + weight.numel()) * hidden.element_size(),
+        flops=6 * int(batch.mask.sum()) * width * vocab,
+    )
+
+
+def _three_products(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
+    """The logits of the kept tokens, and the two gradients from a gradient of theirs: 6 H V flops per token."""
+
+    def prepare() -> Run:
+        rows = hidden[mask]
+        logits = rows @ weight.T
+
+        def run() -> None:
+            torch.mm(rows, weight.T, out=logits)
+            _ = logits @ weight
+            _ = logits.T @ rows
+
+        return run
+
+    return Provider("three matrix products", prepare)
+
+
+class _Exact:
+    """Log-probs, and the gradients of some rows of the hidden states and of the weight, in float64."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, ids: Tensor) -> None:
+        self.hidden, self.weight, self.ids = hidden.flatten(0, 1).double(), weight.double(), ids.flatten()
+        self.rows = some_rows(len(self.ids)).to(hidden.device)
+        self.columns = torch.cat([self.ids[self.rows], some_rows(len(weight)).to(hidden.device)])
+        logprobs, columns = [], []
+        for h, i in zip(self.hidden.split(256), self.ids.split(256), strict=True):
+            logp = torch.log_softmax(h @ self.weight.T, -1)
+            logprobs.append(logp.gather(-1, i.unsqueeze(-1)).squeeze(-1))
+            columns.append(logp[:, self.columns].exp())
+        self.logprobs, self.probabilities = torch.cat(logprobs).view(ids.shape), torch.cat(columns)
+
+    def gradients(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        c = coefficients.flatten()[:, None]
+        p = torch.softmax(self.hidden[self.rows] @ self.weight.T, -1)
+        of_hidden = c[self.rows] * (self.weight[self.ids[self.rows]] - p @ self.weight)
+        of_logits = c * ((self.ids[:, None] == self.columns).double() - self.probabilities)
+        return of_hidden, of_logits.T @ self.hidden

@@ -1,0 +1,132 @@
+"""The fusion: loss and gradient of the logits, each row of which need be read and written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import fusedpo
+from fusedpo import Objective
+
+from .batch import OBJECTIVES, SEQUENCES, Batch, exact_coefficients, make_batch, plain_loss, some_rows
+from .harness import Case, Provider, Run, compiled, not_installed, one_copy, relative_error
+
+SIZES = {
+    ("cpu", False): [(512, 151_936), (128, 151_936), (512, 32_000), (512, 262_144)],
+    ("cpu", True): [(64, 151_936)],
+    ("cuda", False): [(8192, 151_936), (1024, 151_936), (8192, 32_000), (8192, 262_144)],
+    ("cuda", True): [(8192, 151_936)],
+}
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # bfloat16: trainers that round the log-probs are not wrong
+
+Loss = Callable[[Tensor], Tensor]
+
+
+def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    names = ["NFPO N=4"] if quick else list(OBJECTIVES)
+    for name in names:
+        for dtype in dtypes:
+            for tokens, vocab in SIZES[device, quick]:
+                yield _case(name, dtype, tokens, vocab, device)
+
+
+def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str) -> Case:
+    objective, n = OBJECTIVES[name]
+    logits = torch.randn(SEQUENCES, tokens // SEQUENCES, vocab, device=device).mul_(3).to(dtype)
+    ids = torch.randint(vocab, logits.shape[:-1], device=device)
+    exact = _exact_logprobs(logits, ids)
+    batch = make_batch(exact.float(), ids)
+    rows, truth = _exact_gradient(logits, exact, batch, objective)
+    overwritten = logits.clone()
+
+    def error(gradient: Tensor) -> float:
+        return relative_error(gradient.view(-1, vocab)[rows], truth)
+
+    def gradient(loss: Loss, source: Tensor = logits) -> Run:
+        def run() -> Tensor:
+            x = source.detach().requires_grad_()
+            loss(x).backward()
+            return x.grad
+
+        return run
+
+    def provider(name: str, loss: Loss, *, compile: bool = False, missing: str = "") -> Provider:
+        prepare = (lambda: gradient(compiled(loss))) if compile else lambda: gradient(loss)
+        return Provider(name, prepare, error, ALLOWED[dtype], compile, missing)
+
+    def fused(x: Tensor, inplace: bool = False) -> Tensor:
+        options = {"objective": objective, "mask": batch.mask, "inplace": inplace}
+        return fusedpo.policy_loss_from_logits(x, *batch[:3], **options).loss
+
+    def two_passes(x: Tensor) -> Tensor:
+        logprobs, entropy = fusedpo.token_logprobs(x, ids, mask=batch.mask, return_entropy=True)
+        options = {"objective": objective, "mask": batch.mask, "entropy": entropy.detach()}
+        return fusedpo.policy_loss(logprobs, batch.old_logprobs, batch.advantages, **options).loss
+
+    def eager(x: Tensor) -> Tensor:
+        logprobs = torch.log_softmax(x.float(), -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        return plain_loss(logprobs, batch, n)
+
+    def trl(x: Tensor) -> Tensor:
+        from trl.trainer.utils import selective_log_softmax
+
+        return plain_loss(selective_log_softmax(x, ids).float(), batch, n)
+
+    in_place = Provider(
+        "fusedpo, in place",
+        lambda: gradient(lambda x: fused(x, inplace=True), overwritten),
+        error,
+        ALLOWED[dtype],
+        reset=lambda: overwritten.copy_(logits),
+    )
+    return Case(
+        group=f"{name}, loss and gradient, {str(dtype).removeprefix('torch.')}",
+        sizes={"T": tokens, "V": vocab},
+        providers=[
+            one_copy(logits),
+            provider("fusedpo", fused),
+            in_place,
+            provider("fusedpo, two passes", two_passes),
+            provider("fusedpo, torch.compile", fused, compile=True),
+            provider("eager", eager),
+            provider("torch.compile", eager, compile=True),
+            provider("trl", trl, missing=not_installed("trl")),
+            provider("liger", lambda x: _liger(x, batch), missing=_why_no_liger(n, device)),
+            Provider("cut-cross-entropy", lambda: lambda: None, missing="starts from hidden states: see hidden"),
+        ],
+        ceiling="one copy",
+        bytes_moved=2 * logits.numel() * logits.element_size(),
+    )
+
+
+def _liger(logits: Tensor, batch: Batch) -> Tensor:
+    """With the token mean. Its logits have a last position, which predicts nothing."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))
+    ids, old, advantages, mask = batch
+    options = {"temperature": 1.0, "beta": 0.0, "eps_low": 0.2, "eps_high": 0.2, "inplace": False, "reduce": True}
+    return triton_grpo_loss(padded, old, None, ids, advantages, mask.int(), loss_type="bnpo", **options)[0]
+
+
+def _why_no_liger(n: int, device: str) -> str:
+    if n > 1:
+        return "has no forward trace"
+    return not_installed("liger_kernel") or ("" if device == "cuda" else "its Triton kernel needs a GPU")
+
+
+def _exact_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    pairs = zip(logits.flatten(0, -2).split(64), ids.flatten().split(64), strict=True)
+    chunks = [torch.log_softmax(x.double(), -1).gather(-1, i.unsqueeze(-1)).squeeze(-1) for x, i in pairs]
+    return torch.cat(chunks).view(ids.shape)
+
+
+def _exact_gradient(logits: Tensor, logprobs: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Some rows of the gradient: each is the token's coefficient times ``onehot - softmax``."""
+    coefficients = exact_coefficients(logprobs, batch, objective).flatten()
+    rows = some_rows(len(coefficients)).to(logits.device)
+    gradient = -torch.softmax(logits.flatten(0, -2)[rows].double(), -1)
+    gradient[torch.arange(len(rows)), batch.token_ids.flatten()[rows]] += 1
+    return rows, gradient * coefficients[rows, None]

@@ -1,0 +1,139 @@
+"""The table on the terminal, and the result files: JSON with an environment header, and Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .harness import Row
+
+COLUMNS: Sequence[tuple[str, str, str]] = (
+    ("provider", "provider", "{}"),
+    ("median", "ms", "{:.3g}"),
+    ("p20", "p20", "{:.3g}"),
+    ("p80", "p80", "{:.3g}"),
+    ("gigabytes_per_second", "GB/s", "{:.3g}"),
+    ("teraflops", "TFLOP/s", "{:.3g}"),
+    ("of_ceiling", "of ceiling", "{:.0%}"),
+    ("peak_extra_megabytes", "peak MB", "{:.3g}"),
+    ("launches", "launches", "{}"),
+    ("error", "error", "{:.1e}"),
+    ("compile_seconds", "compile s", "{:.1f}"),
+    ("note", "note", "{}"),
+)
+
+PEERS = ("torch", "triton", "trl", "verl", "liger_kernel", "cut-cross-entropy")
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _commit() -> str | None:
+    """Of the source tree that this file is in; an installed package has none."""
+    root = Path(__file__).resolve().parents[1]
+    return _output("git", "-C", str(root), "describe", "--always", "--dirty") if (root / ".git").exists() else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def environment(device: str) -> dict[str, Any]:
+    on_gpu = device == "cuda"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability())
+        if on_gpu
+        else torch.backends.cpu.get_cpu_capability(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "cuda": torch.version.cuda,
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "fusedpo": version("fusedpo"),
+        "commit": _commit(),
+        **{name: version(name) for name in PEERS},
+    }
+
+
+def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Titles and lines of the table, without the columns that are empty."""
+    columns = [c for c in COLUMNS if any(getattr(row, c[0]) not in (None, "") for row in rows)]
+    lines = [
+        [pattern.format(v) if (v := getattr(row, key)) is not None else "" for key, _, pattern in columns]
+        for row in rows
+    ]
+    return [title for _, title, _ in columns], lines
+
+
+def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        blocks.setdefault(row.case, []).append(row)
+    return blocks
+
+
+def show(case: str, rows: list[Row], console: Console) -> None:
+    """The table of one case, and why the rows without a time have none."""
+    measured = [row for row in rows if row.median is not None]
+    titles, lines = _cells([replace(row, gigabytes_per_second=None, compile_seconds=None) for row in measured])
+    table = Table(title=case, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for heading in titles:
+        table.add_column(heading, justify="left" if heading == "provider" else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    for row in rows:
+        if row.median is None:
+            style = "red" if row.note.startswith(("wrong", "failed")) else "dim"
+            console.print(f"  {row.provider}: {row.note}", style=style, soft_wrap=True, highlight=False)
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)]
+
+
+def write(operator: str, rows: list[Row], header: dict[str, Any], out: Path, **extra: Any) -> None:
+    """``operator.json`` and ``operator.md``."""
+    out.mkdir(parents=True, exist_ok=True)
+    document = {"operator": operator, "environment": header, "rows": [asdict(row) for row in rows], **extra}
+    (out / f"{operator}.json").write_text(json.dumps(document, indent=1) + "\n")
+    machine = ", ".join(f"{name} {value}" for name, value in header.items() if value is not None)
+    lines = [f"# {operator}", "", machine]
+    for case, block in by_case(rows).items():
+        lines += ["", f"**{case}**", "", *markdown_table(*_cells(block))]
+    for title, values in extra.items():
+        lines += ["", *markdown_table([title.replace("_", " "), ""], ([k, f"{v:.4g}"] for k, v in values.items()))]
+    lines += ["", f"![{operator}]({operator}.png)", ""] if (out / f"{operator}.png").exists() else [""]
+    (out / f"{operator}.md").write_text("\n".join(lines))
