@@ -4,6 +4,9 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+# Read when OpenMP starts: threads that spin while they wait take the processor from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch

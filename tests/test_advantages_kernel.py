@@ -1,4 +1,4 @@
-"""The kernels of the advantages, native and Triton, against the reference in float64; and what operators promise."""
+"""The kernels of the advantages against the reference in float64; and what operators promise."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ pytestmark = [
     pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING)),
     pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning"),  # the interpreter's
 ]
-both = pytest.mark.parametrize(
-    "kernels", [NATIVE, pytest.param(TRITON, marks=pytest.mark.triton)], ids=["native", "triton"]
-)
+# Tensors are on the CPU, where Triton needs its interpreter, which is off if there is a GPU.
+interpreted = [pytest.mark.triton, pytest.mark.skipif(torch.cuda.is_available(), reason="not under the interpreter")]
+both = pytest.mark.parametrize("kernels", [NATIVE, pytest.param(TRITON, marks=interpreted)], ids=["native", "triton"])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -96,8 +96,6 @@ REWARDS = {
     "ties": random(24).mul(2).round(),
     "one best": (torch.arange(24) == 8).double(),
 }
-# The interpreter takes its time: both kinds in one, fewer layouts.
-MIXED = REWARDS["distinct"].where(torch.arange(24) % 3 == 0, REWARDS["ties"])
 
 
 def check(kernels: Kernels, name: str, rewards: Tensor, dtype: torch.dtype = torch.float64, **groups: Any) -> None:
@@ -116,13 +114,6 @@ def test_groups(name, layout):
     for rewards in REWARDS.values():
         for dtype in (torch.float64, torch.float32):
             check(NATIVE, name, rewards, dtype, **LAYOUTS[layout])
-
-
-@pytest.mark.triton
-@pytest.mark.parametrize("name", GROUPS)
-def test_groups_in_triton(name):
-    check(TRITON, name, MIXED, **LAYOUTS["equal, masked"])
-    check(TRITON, name, MIXED, torch.float32, **LAYOUTS["ragged"])
 
 
 @both
@@ -161,6 +152,22 @@ def test_every_k_of_a_large_group(n):
                 torch.testing.assert_close(result, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("k", [1, 2, 64, 2048, 4000])
+def test_groups_of_4096(k):
+    """c of the rewards are 1, w are 0: sums of 4,096 terms and products of as many, against integers."""
+    for c in (1, 40, 2000):
+        w = 4096 - c
+        rewards = (torch.arange(4096) * 1223 % 4096 < c).double()
+        best = math.comb(w, k) / math.comb(4095, k)
+        expected = torch.tensor([-c / w * best, best], dtype=torch.float64)[rewards.long()]
+        result = NATIVE.maxpo(rewards, k=k, group_size=4096)
+        torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-300)
+        torch.testing.assert_close(NATIVE.maxpo(rewards.float(), k=k, group_size=4096), result.float(), rtol=0, atol=0)
+    rewards = random(4096)
+    result, expected = (source.maxpo(rewards, k=k, group_size=4096) for source in (NATIVE, reference))
+    torch.testing.assert_close(result, expected, **CLOSE)
+
+
 @both
 def test_every_dtype(kernels):
     rewards = torch.tensor([0, 3, 1, 1, 2, 0, 0, 0, 5, 1, 1, 0])
@@ -176,24 +183,13 @@ def test_every_dtype(kernels):
         )
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("name", ["grpo", "maxpo", "pkpo, s"])
-def test_triton_without_float64(name, monkeypatch):
-    """As on an Intel GPU that has none: float32 sums of 24 terms, and products of as many."""
-    advantages = pytest.importorskip("fusedpo.triton_kernels.advantages")
-    monkeypatch.setattr(advantages, "_real", lambda device: advantages.tl.float32)
-    rewards = random(24).float()
-    result, expected = (estimate(source, name, rewards, group_ids=IDS) for source in (TRITON, reference))
-    torch.testing.assert_close(result, expected, rtol=2e-6, atol=2e-6)
-
-
 # ------------------------------------------------------------------------------------------------------- invariances
 
 
 @both
 @pytest.mark.parametrize("name", CENTRED)
 def test_equal_rewards_give_exactly_zero(kernels, name):
-    for value in (0.1, -1e30, 1e-40):
+    for value in (0.0, 0.1, -1e30, 1e-40):
         rewards = torch.full((21,), value, dtype=torch.float32)
         assert (estimate(kernels, name, rewards, group_size=7) == 0).all()
     if kernels is NATIVE:
@@ -264,6 +260,15 @@ def test_nan_and_inf_stay_in_their_group(kernels, name):
     assert result[10] == 0
 
 
+@both
+@pytest.mark.parametrize("name", [name for name in GROUPS if name != "passk"])
+def test_a_nan_among_equal_rewards_is_not_lost(kernels, name):
+    rewards = torch.tensor([1.0, NAN, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    result, expected = (estimate(source, name, rewards, group_size=4) for source in (kernels, reference))
+    assert result[1].isnan()
+    torch.testing.assert_close(result, expected, **CLOSE, equal_nan=True)
+
+
 # ------------------------------------------------------------------------------------------------------------ tokens
 
 
@@ -328,22 +333,12 @@ def test_tokens(name, dtype):
         check_tokens(NATIVE, name, unmasked, random(sequences(batch), seed=9), dtype)
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("name", TOKENS)
-def test_tokens_in_triton(name):
-    padded, packed, *_ = token_batches(21)
-    check_tokens(TRITON, name, padded, random(4, seed=9), torch.float64)
-    check_tokens(TRITON, name, packed, None, torch.float32)
-
-
-@pytest.mark.triton
-def test_sequences_longer_than_a_block():
+@both
+def test_sequences_longer_than_a_block(kernels):
     rewards, values = random(2, 2500), random(2, 2500, seed=1)
-    mask = random(2, 2500, seed=2) > 0
-    for kernels in (NATIVE, TRITON):
-        arguments = {"mask": mask, "gamma": 0.999, "lam": 0.99}
-        results, expected = (source.gae(rewards, values, **arguments) for source in (kernels, reference))
-        torch.testing.assert_close(results.advantages, expected.advantages, **CLOSE)
+    arguments = {"mask": random(2, 2500, seed=2) > 0, "gamma": 0.999, "lam": 0.99}
+    results, expected = (source.gae(rewards, values, **arguments) for source in (kernels, reference))
+    torch.testing.assert_close(results.advantages, expected.advantages, **CLOSE)
 
 
 @both
@@ -416,6 +411,11 @@ def test_nothing_to_do(kernels):
             lambda r: NATIVE.pkpo(r, k=4, group_size=4, mask=torch.arange(8) != 5),
             "of the group, got k=4, but group 1 has size 3",
         ),
+        (lambda r: NATIVE.pkpo(r, k=4, variant="sloo", group_size=4), "k must be at most .* - 1, got k=4"),
+        (
+            lambda r: NATIVE.order_statistic(r, k=4, weights=[1.0] * 4, group_size=4),
+            "k must be at most .* - 1, got k=4",
+        ),
         (lambda r: NATIVE.grpo_passk(r, group_size=1), "at least 2 samples, but group 0 has size 1"),
         (lambda r: NATIVE.passk(r, k=2, group_size=4), "rewards must be 0 or 1 for passk, got 2"),
         (lambda r: NATIVE.opo(r, lengths=r - 3, group_size=4), "lengths must be >= 0, got -3"),
@@ -434,74 +434,14 @@ def test_values_that_are_refused(call, match):
         call(torch.arange(8.0))
 
 
-@pytest.mark.triton
-def test_where_the_cpu_raises_triton_gives_nan():
-    ids = torch.tensor([7, 7, 7, 7, 9, 9, 9, 7])
-    result = TRITON.maxpo(torch.arange(8.0), k=3, group_ids=ids, mask=torch.arange(8) != 4)
-    assert result.isnan().tolist() == [False] * 5 + [True] * 2 + [False]
-    result = TRITON.remax(torch.arange(8.0), baselines=torch.zeros(2), group_ids=torch.arange(8) // 3)
-    assert result.isnan().tolist() == [False] * 6 + [True] * 2
-    steps = TRITON.vineppo(torch.ones(1, 3), step_rewards=torch.ones(1, 2), step_ids=torch.tensor([[0, 1, 2, -1]]))
-    assert steps.isnan().tolist() == [[False, False, True, False]]
-
-
-# ---------------------------------------------------------------------------------------- what Triton's compiler makes
-
-
-def compile_cases() -> list[dict[str, Any]]:
-    """In a process without the interpreter: each kernel for each target."""
-    import triton_aot
-    from fusedpo.triton_kernels import advantages
-
-    r, ids, mask = torch.zeros(64), torch.arange(64) // 8, torch.ones(64, dtype=torch.bool)
-    opo, order_statistic = (ESTIMATORS.index(name) for name in ("opo", "order_statistic"))
-    numbers = (0.9, 0.9, 1.0, 1.0, False)
-    cases = [
-        lambda: advantages.group_advantages(r, None, None, 4096, r, mask, opo, 0, False, 1.0, False),
-        lambda: advantages.group_advantages(r, ids, ids, 1, r, mask, opo, 0, False, 1.0, False),
-        lambda: advantages.group_advantages(r, None, None, 4096, r, mask, order_statistic, 2, False, 1.0, False),
-        lambda: advantages.group_advantages(r, ids, ids, 1, None, mask, order_statistic - 1, 2, False, 1.0, True),
-        lambda: advantages.token_advantages(r, r, r, r, mask, ids, r, 3, *numbers),
-        lambda: advantages.token_advantages(torch.zeros(1, 4096), torch.zeros(1, 4096), *[None] * 5, 2, *numbers),
-        lambda: advantages.step_advantages(r.view(8, 8), r.view(8, 8)[:, 1:], ids.view(8, 8), False),
-        lambda: advantages.whiten(r, r, mask, False),
-    ]
-    variants = [variant for launch in cases for variant in triton_aot.variants(launch)]
-    compiled = [triton_aot.compile_for(variant, target) for variant in variants for target in triton_aot.TARGETS]
-    return [{key: result[key] for key in ("kernel", "target", "registers", "stack")} for result in compiled]
-
-
-@pytest.mark.slow
-@pytest.mark.triton
-def test_triton_kernels_compile():
-    """On the stack at most two numbers that outlive the float64 divisions, which are calls."""
-    results = pytest.importorskip("triton_aot").call(__name__, "compile_cases")
-    assert len(results) == 9 * 5
-    assert [result for result in results if result["stack"] > 16] == []
-
-
-def count_variants() -> int:
-    """Sizes, numbers of groups, k, estimators and numbers, in a process without the interpreter."""
-    import triton_aot
-    from fusedpo.triton_kernels import advantages
-
-    def launch() -> None:
-        for i in range(12):
-            rewards = torch.zeros((17 + i) * (1 + i))
-            for estimator in (0, 4, 5, 10, 11, 14):
-                advantages.group_advantages(
-                    rewards, None, None, 17 + i, None, None, estimator, 1 + i, i > 5, 0.1 * i, False
-                )
-            tokens = torch.zeros(1 + i, 130 + 7 * i)
-            advantages.token_advantages(tokens, tokens, *[None] * 5, 2, 0.9 + 0.01 * i, 0.9, 1.0, 1.0, False)
-
-    return len(triton_aot.variants(launch))
-
-
-@pytest.mark.slow
-@pytest.mark.triton
-def test_triton_compiles_once():
-    assert pytest.importorskip("triton_aot").call(__name__, "count_variants") == 3
+@pytest.mark.parametrize("offsets", [[], [0], [1, 12], [0, 11], [0, 13], [-1, 12], [0, 7, 5, 12], [0, 1 << 30, 12]])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_operator_refuses_what_are_no_offsets(offsets, dtype):
+    cu_seqlens, rewards = torch.tensor(offsets, dtype=dtype), torch.ones(12)
+    with pytest.raises(ValueError, match="cu_seqlens must start with 0, never decrease and end with .* tokens 12"):
+        torch.ops.fusedpo.token_advantages.native(
+            rewards, None, None, None, None, cu_seqlens, None, 1, 0.9, 1.0, 1.0, 1.0, False
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- operators

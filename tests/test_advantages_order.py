@@ -108,7 +108,7 @@ def test_equal_rewards_get_bit_identical_advantages_and_all_sum_to_zero(data, re
     k = data.draw(st.integers(1, n - 1))
     weights = data.draw(st.lists(st.floats(-1, 1), min_size=k, max_size=k))
     result = advantages.order_statistic(double(rewards), k=k, weights=weights, group_size=n)
-    assert abs(result.sum()) <= 1e-15 * n * result.abs().sum()
+    assert abs(result.sum()) <= 1e-15 * n * result.abs().sum() + 1e-300  # subnormal numbers have few digits
     for level in set(rewards):
         assert result[torch.tensor(rewards) == level].unique().numel() == 1
 

@@ -1,7 +1,7 @@
 """verl's estimators as oracles, and the cases in which they differ from ours.
 
 Install verl without its dependencies (``pip install --no-deps verl``), then codetiming, omegaconf, orjson, ray and
-tensordict.
+tensordict. Of its registry, ``tir_optimal_token_baseline`` has no counterpart here.
 """
 
 import pytest
@@ -29,6 +29,28 @@ INSIDE[[0, 2, 6, 8], [2, 1, 4, 3]] = False  # observations of a tool, say
 
 ALONE = np.array(["only"], dtype=object)
 ONE = {"token_level_rewards": torch.tensor([[0.0, 0.8]]), "response_mask": torch.ones(1, 2), "index": ALONE}
+
+
+# What this file compares, by the names of verl's registry.
+COMPARED = {
+    *(
+        "gae",
+        "gdpo",
+        "gpg",
+        "grpo",
+        "grpo_passk",
+        "grpo_vectorized",
+        "opo",
+        "optimal_token_baseline",
+        "reinforce_plus_plus",
+    ),
+    *("reinforce_plus_plus_baseline", "remax", "rloo", "rloo_vectorized"),
+}
+
+
+def test_what_is_not_compared():
+    names = {getattr(name, "value", name) for name in verl.ADV_ESTIMATOR_REGISTRY}
+    assert names - COMPARED == {"tir_optimal_token_baseline"}
 
 
 class Config(dict):
@@ -101,23 +123,38 @@ def test_gdpo_is_grpo_of_each_reward_whitened():
 def test_a_group_of_one():
     """verl takes 0 for the mean of a group of one, in most estimators; ours takes its reward, so its advantage is 0."""
 
-    def last_token(function, **kwargs):
-        return function(**ONE, **kwargs)[0][0, -1].item()
+    def last_token(name, **kwargs):
+        return verl.get_adv_estimator_fn(name)(**ONE, **kwargs)[0][0, -1].item()
 
     alone = torch.tensor([0.8])
-    assert last_token(verl.compute_grpo_outcome_advantage) == pytest.approx(0.8 / (1 + 1e-6))
+    for name in ("grpo", "grpo_vectorized"):
+        assert last_token(name) == pytest.approx(0.8 / (1 + 1e-6))
     assert advantages.grpo(alone, group_size=1) == 0
-    assert last_token(verl.compute_rloo_outcome_advantage) == pytest.approx(0.8)
-    assert last_token(verl.compute_rloo_vectorized_outcome_advantage) == 0
+    assert last_token("rloo") == pytest.approx(0.8)
+    assert last_token("rloo_vectorized") == 0
     assert advantages.rloo(alone, group_size=1) == 0
-    assert last_token(verl.compute_opo_outcome_advantage) == pytest.approx(0.8)
+    assert last_token("opo") == pytest.approx(0.8)
     assert advantages.opo(alone, lengths=torch.tensor([2]), group_size=1) == 0
-    assert last_token(verl.compute_gpg_outcome_advantage) == pytest.approx(0.8)
+    assert last_token("gpg") == pytest.approx(0.8)
     assert advantages.gpg(alone, group_size=1) == 0
     with pytest.raises(ValueError, match="at least 2"):
-        last_token(verl.compute_grpo_passk_outcome_advantage, config=Config())
+        last_token("grpo_passk", config=Config())
     with pytest.raises(ValueError, match="at least 2"):
         advantages.grpo_passk(alone, group_size=1)
+
+
+def test_a_group_of_one_where_all_tokens_are_whitened():
+    """Baselines of two prompts: of the first, with one response, verl's is 0 and ours is its reward."""
+    rewards, ids, mask = torch.tensor([0.8, 1.0, 3.0]), torch.tensor([0, 1, 1]), torch.ones(3, 2, dtype=torch.bool)
+    batch = {"token_level_rewards": rewards[:, None] * torch.tensor([0, 1]), "response_mask": mask.float()}
+    expected = verl.compute_reinforce_plus_plus_baseline_outcome_advantage(**batch, index=ids.numpy())[0]
+    centred = advantages.to_tokens(torch.tensor([0.8, -1.0, 1.0]), mask)
+    torch.testing.assert_close(advantages.whiten(centred, mask=mask), expected, **SINGLE)
+    result = advantages.reinforce_plus_plus_baseline(rewards, lengths=mask.sum(1), group_ids=ids)
+    assert result[0] == 0
+    grpo = verl.compute_gdpo_outcome_advantage(**batch, index=ids.numpy())[0]
+    centred = advantages.to_tokens(torch.tensor([0.8, -(0.5**0.5), 0.5**0.5]), mask)
+    torch.testing.assert_close(advantages.whiten(centred, mask=mask), grpo, rtol=1e-5, atol=1e-5)  # verl's eps of 1e-6
 
 
 # ------------------------------------------------------------------------------------------------------------ tokens

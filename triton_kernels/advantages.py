@@ -117,7 +117,7 @@ def _find_group(ids, count, group_size, BLOCK: tl.constexpr):
         while first < end:
             i = first + tl.arange(0, BLOCK)
             differs = (i < count) & (tl.load(ids + i, mask=i < count, other=0).to(tl.int64) != label)
-            end = tl.minimum(end, tl.min(tl.where(differs, i, count), 0))
+            end = tl.min(tl.where(differs, i, count), 0)
             first += BLOCK
         size = end - start
     return Group(start, size, label)
@@ -452,11 +452,12 @@ def _tokens_kernel(
         begin = tl.load(cu_seqlens + sequence).to(tl.int64)
         end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     gamma, lam = _number(gamma_high, gamma_low, REAL), _number(lam_high, lam_low, REAL)
-    at_end = tl.full([], 0.0, REAL)
+    zero = tl.full([], 0.0, REAL)
+    at_end = zero
     if per_sequence is not None:
         at_end += tl.load(per_sequence + sequence).to(REAL)
     next_value = at_end
-    following_y = tl.where(estimator == REWARD_TO_GO, at_end, at_end * 0)
+    following_y = tl.where(estimator == REWARD_TO_GO, at_end, zero)
 
     tiles = tl.cdiv(end - begin, BLOCK)
     for tile in range(0, tiles):
@@ -550,7 +551,7 @@ def _moments_kernel(x, lengths, mask, partial, count, BLOCK: tl.constexpr, REAL:
     weight = tl.sum(w, 0)
     mean = tl.sum(w * value, 0) / tl.where(weight > 0, weight, 1.0)
     centred = tl.where(w > 0, value - mean, 0.0)
-    partial += tl.program_id(0) * 3
+    partial += tl.program_id(0).to(tl.int64) * 3
     tl.store(partial, weight)
     tl.store(partial + 1, mean)
     tl.store(partial + 2, tl.sum(w * centred * centred, 0))
@@ -601,11 +602,9 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _two_parts(number: float) -> tuple[float, float]:
-    """A number as the sum of two float32 numbers."""
-    if not math.isfinite(number):
-        return number, 0.0
+    """A number as the sum of two float32 numbers; one beyond their range is infinite."""
     high = torch.tensor(number, dtype=torch.float32).item()
-    return high, number - high
+    return high, number - high if math.isfinite(high) else 0.0
 
 
 def _block(elements: int, at_most: int, per_thread: int) -> dict[str, int]:

@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> token_advantages(Tensor rewards, std::optional<Tensor
                                             double lam, double rho_bar, double c_bar, bool wide) {
   const TokenArguments a(rewards, values, logprobs, old_logprobs, mask, cu_seqlens, per_sequence, estimator, gamma, lam,
                          rho_bar, c_bar, wide);
-  if (a.tokens.cu_seqlens) check_offsets(a.tokens.cu_seqlens, a.num_sequences, a.advantages.numel());
+  if (cu_seqlens) check_offsets(a.tokens.cu_seqlens, a.num_sequences, a.advantages.numel());
   const int64_t average = a.advantages.numel() / std::max<int64_t>(1, a.num_sequences);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, average));
   parallel_for(0, a.num_sequences, grain, [&](int64_t sequence, int64_t end) {

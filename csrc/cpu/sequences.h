@@ -17,7 +17,8 @@ inline std::vector<int64_t> offsets_of(const Batch& batch) {
   std::vector<int64_t> offsets;
   for (int64_t s = 0; s <= batch.num_sequences; ++s)
     offsets.push_back(batch.cu_seqlens ? batch.cu_seqlens[s] : s * batch.width);
-  if (offsets.front() != 0 || offsets.back() != batch.num_tokens || !std::is_sorted(offsets.begin(), offsets.end()))
+  if (offsets.empty() || offsets.front() != 0 || offsets.back() != batch.num_tokens ||
+      !std::is_sorted(offsets.begin(), offsets.end()))
     throw std::invalid_argument("cu_seqlens must start with 0, never decrease and end with the number of tokens " +
                                 std::to_string(batch.num_tokens));
   return offsets;

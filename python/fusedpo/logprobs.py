@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, backends, ops, reference
+from . import _checks, backends, ops, ops_hidden, reference
 
 __all__ = ["linear_token_logprobs", "next_tokens", "token_logprobs"]
 
@@ -102,38 +102,59 @@ def linear_token_logprobs(
     return_entropy: bool = True,
     chunk_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`token_logprobs` of the logits ``hidden @ weight.T``, never all in memory where ``chunk_tokens`` is given.
+    """:func:`token_logprobs` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.
+
+    The backward computes each chunk's logits again. Rows that ``mask`` leaves out cost nothing.
 
     Args:
-        hidden: ``[..., H]``, the last hidden state. ``weight``: ``[V, H]``, same dtype. ``bias``: ``[V]``.
+        hidden: ``[..., H]``, the last hidden state, float16, bfloat16 or float32 (float64 runs on the reference).
+            ``weight``: ``[V, H]``, same dtype. ``bias``: ``[V]``. Under autocast any dtypes, as for ``F.linear``.
         softcap: ``softcap * tanh(logits / softcap)`` (Gemma). ``logit_scale``: multiplies the logits (Cohere). The
             order is matrix product, bias, ``logit_scale``, ``softcap``, ``temperature``.
-        chunk_tokens: rows per chunk; each chunk's logits are computed again in the backward. None: one chunk, kept.
+        chunk_tokens: rows per chunk. None: as many as fit into a workspace of 256 MB (on accelerators 1 GB). The
+            reference and ``torch.compile`` take all rows at a time then.
         token_ids, temperature, mask, return_entropy: as in :func:`token_logprobs`.
 
-    Returns and raises as :func:`token_logprobs`; differentiable with respect to ``hidden``, ``weight`` and ``bias``.
+    Returns as :func:`token_logprobs`; differentiable with respect to ``hidden``, ``weight`` and ``bias``, once. The
+    gradient of ``weight`` is summed in float32 and rounded to its dtype at the end; one that does not require gradients
+    is not computed.
 
     Raises:
-        TypeError: ``weight`` is a DTensor or empty (a shard): gather it once per step, before the call.
+        TypeError: dtypes; ``weight`` is a DTensor or empty (a shard): gather it once per step, before the call.
+        ValueError: as :func:`token_logprobs`.
     """
-    _check_linear(hidden, weight, bias)
-    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
-    rows = hidden.shape[:-1]
-    _check_rows(rows, hidden, "hidden", token_ids, temperature, mask)
-    _check_values(token_ids, weight.shape[0], temperature, mask)
-    backends.choose("linear_token_logprobs", hidden.device.type, hidden.dtype)
-    return reference.linear_token_logprobs(
+    check_linear_token_logprobs(
+        hidden, weight, bias, token_ids, softcap, logit_scale, chunk_tokens, temperature=temperature, mask=mask
+    )
+    dtype = ops_hidden.compute_dtype(hidden)
+    backend = backends.choose("linear_token_logprobs", hidden.device.type, dtype)
+    if backend == "reference" or ops_hidden.must_be_functional():
+        return reference.linear_token_logprobs(
+            hidden,
+            weight,
+            token_ids,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            mask=mask,
+            return_entropy=return_entropy,
+            chunk_tokens=chunk_tokens,
+        )
+    if not isinstance(temperature, Tensor):
+        temperature = ops.scalar(temperature, hidden.device)
+    logprobs, entropy = ops_hidden.linear_token_logprobs(
         hidden,
         weight,
-        token_ids,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        mask=mask,
+        bias,
+        token_ids.to(torch.int64),
+        temperature.to(torch.float32),
+        ops_hidden.rows_where(None if mask is None else mask != 0, hidden.shape[:-1].numel(), hidden.device),
+        options=ops_hidden.Options(dtype, softcap, logit_scale, chunk_tokens),
         return_entropy=return_entropy,
-        chunk_tokens=chunk_tokens,
+        backend=backend,
     )
+    return (logprobs, entropy) if return_entropy else logprobs
 
 
 def next_tokens(
@@ -147,7 +168,7 @@ def next_tokens(
     Args:
         input_ids: int32 or int64, padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; ``[T]``
             without ``cu_seqlens`` is one sequence.
-        cu_seqlens: ``[num_sequences + 1]``, integers: the start of each packed sequence, then the number of tokens.
+        mask: like ``input_ids``, bool, integer or floating-point; nonzero keeps a token.
         cu_seqlens: ``[num_sequences + 1]``, int32 or int64: where each packed sequence starts, and their number.
 
     Returns:
@@ -204,7 +225,7 @@ def _check_rows(
 
 
 def _check_values(token_ids: Tensor, size: int, temperature: float | Tensor, mask: Tensor | None) -> None:
-    """What the kernels check by themselves, for the reference."""
+    """What the row kernels check by themselves, for the reference and before matrix products."""
     if _checks.values_are_free(token_ids):
         kept = torch.ones_like(token_ids, dtype=torch.bool)
         if mask is not None:
@@ -216,6 +237,24 @@ def _check_values(token_ids: Tensor, size: int, temperature: float | Tensor, mas
         bad = temperature[~(temperature > 0) & (True if mask is None or temperature.dim() == 0 else mask != 0)]
         if bad.numel() > 0:
             raise ValueError(f"temperature must be positive, got {float(bad[0])}")
+
+
+def check_linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_tokens: int | None,
+    *,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+) -> None:
+    _check_linear(hidden, weight, bias)
+    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    _check_rows(hidden.shape[:-1], hidden, "hidden", token_ids, temperature, mask)
+    _check_values(token_ids, weight.shape[0], temperature, mask)
 
 
 def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -231,6 +270,8 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
         )
     _checks.same_device("weight", weight, "hidden", hidden)
+    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, outside autocast, got {weight.dtype}")
     if bias is not None:
         _checks.floating("bias", bias)
         _checks.shape("bias", bias, (weight.shape[0],), "one value per row of weight")

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _checks, _tokens, backends, ops, ops_one_pass, ops_policy_loss, reference
-from .logprobs import check_token_logprobs, linear_token_logprobs, token_logprobs
+from . import _checks, _tokens, backends, ops, ops_hidden, ops_one_pass, ops_policy_loss, reference
+from .logprobs import check_linear_token_logprobs, check_token_logprobs, linear_token_logprobs, token_logprobs
 from .objectives import Objective
 from .reference import PolicyLossOutput
 
@@ -137,7 +137,7 @@ def policy_loss_from_logits(
     _checks.floating("logits", logits)
     _check("logits", logits, logits.shape[:-1], old_logprobs, advantages, **options)
     _check_token_ids(token_ids, "logits", logits)
-    backend = _one_pass_backend(logits, objective, loss_scale)
+    backend = _one_pass_backend((logits,), logits.dtype, objective, loss_scale)
     if backend is not None:
         return _by_one_pass(
             backend, logits, token_ids, old_logprobs, advantages, temperature=temperature, inplace=inplace, **options
@@ -169,18 +169,34 @@ def policy_loss_from_hidden(
     denominator: float | Tensor | None = None,
     loss_scale: float | Tensor = 1.0,
 ) -> PolicyLossOutput:
-    """:func:`policy_loss_from_logits` of the logits ``hidden @ weight.T``, which need not all be in memory at a time.
+    """:func:`policy_loss_from_logits` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.
+
+    Where no ratio looks at tokens before its own (a mean over the sequence does), the gradients are computed with the
+    loss, by three matrix products. Otherwise, and for float16 without a ``loss_scale``, the logits are computed again
+    in the backward.
+
+    Only tokens on which the loss or its gradient depends are evaluated; the others cost nothing. Those are the kept
+    tokens, without the ones whose advantage is 0 if the loss has neither KL nor entropy part and no ratio of another
+    token looks at them. The loss is that of the whole batch, whose tokens are counted for its denominator. (The
+    reference and ``torch.compile`` evaluate all kept tokens.)
 
     Args:
         hidden: ``[B, T, H]``, or packed ``[T, H]`` or ``[1, T, H]``: the last hidden state. ``weight``: ``[V, H]``,
             same dtype.
         bias, softcap, logit_scale, chunk_tokens: as in :func:`fusedpo.linear_token_logprobs`.
-        num_live: how many tokens ``mask`` keeps, if the caller knows: it spares the sync that counts them. It does not
-            change the result.
+        num_live: how many tokens ``mask`` keeps, if the caller knows: it spares the sync that counts the rows to
+            evaluate, which are all kept ones then. A wrong number raises where data can be read at no cost (on the CPU,
+            or under ``FUSEDPO_DEBUG=1``) and gives a wrong result elsewhere.
         Others as in :func:`policy_loss_from_logits`.
 
-    Returns and raises as :func:`policy_loss_from_logits`; differentiable with respect to ``hidden``, ``weight`` and
-    ``bias``.
+    Returns:
+        As :func:`policy_loss_from_logits`; ``loss`` is differentiable with respect to ``hidden``, ``weight`` and
+        ``bias``, once. ``logprobs`` and ``entropy`` are 0 at tokens that are not evaluated. ``metrics`` has one more
+        name, ``rows``: how many tokens were evaluated. The metrics are statistics of these, but for ``tokens``, which
+        counts the kept ones.
+
+    Raises:
+        As :func:`policy_loss_from_logits` and :func:`fusedpo.linear_token_logprobs`.
     """
     options: dict[str, Any] = {
         "objective": objective,
@@ -195,23 +211,31 @@ def policy_loss_from_hidden(
     _check("hidden", hidden, hidden.shape[:-1], old_logprobs, advantages, **options)
     _check_token_ids(token_ids, "hidden", hidden)
     if num_live is not None:
-        if isinstance(num_live, bool) or not isinstance(num_live, int):
-            raise TypeError(f"num_live must be an int or None, got {type(num_live).__name__}")
-        if not 0 <= num_live <= token_ids.numel():
-            raise ValueError(f"num_live must be between 0 and the number of tokens {token_ids.numel()}, got {num_live}")
-    logprobs, entropy = linear_token_logprobs(
+        _check_num_live(num_live, token_ids, mask)
+    linear: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "chunk_tokens": chunk_tokens}
+    dtype = ops_hidden.compute_dtype(hidden)
+    backend = backends.choose("linear_token_logprobs", hidden.device.type, dtype)
+    if backend == "reference" or ops_hidden.must_be_functional():
+        logprobs, entropy = linear_token_logprobs(
+            hidden, weight, token_ids, bias=bias, temperature=temperature, mask=mask, return_entropy=True, **linear
+        )
+        out = _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction="mean", **options)
+        return out._replace(metrics={**out.metrics, "rows": out.metrics["tokens"]})
+
+    check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask, **linear)
+    return _from_hidden(
+        backend,
         hidden,
         weight,
+        bias,
         token_ids,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        old_logprobs,
+        advantages,
         temperature=temperature,
-        mask=mask,
-        return_entropy=True,
-        chunk_tokens=chunk_tokens,
+        num_live=num_live,
+        head=ops_hidden.Options(dtype, **linear),
+        **options,
     )
-    return _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction="mean", **options)
 
 
 def _policy_loss(logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **options: Any) -> PolicyLossOutput:
@@ -245,15 +269,21 @@ def _by_kernel(
     return _output(loss, metrics, logprobs.detach(), None if entropy is None else entropy.detach())
 
 
-def _one_pass_backend(logits: Tensor, objective: Objective, loss_scale: float | Tensor) -> str | None:
-    """Who computes the gradient together with the loss; None: forward alone, or two passes."""
-    if not logits.requires_grad or not torch.is_grad_enabled() or not ops_one_pass.is_possible(objective):
+def _one_pass_backend(
+    sources: tuple[Tensor | None, ...], dtype: torch.dtype, objective: Objective, loss_scale: float | Tensor
+) -> str | None:
+    """Who computes the gradients of ``sources`` together with the loss; None: forward alone, or two passes.
+
+    ``dtype`` is that of the logits.
+    """
+    tensors = [x for x in sources if x is not None]
+    if not any(x.requires_grad for x in tensors) or not torch.is_grad_enabled():
         return None
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None  # they want operators without side effects
-    if logits.dtype == torch.float16 and not isinstance(loss_scale, Tensor) and loss_scale == 1:
+    if not ops_one_pass.is_possible(objective) or ops_hidden.must_be_functional():
+        return None
+    if torch.float16 in (dtype, *(x.dtype for x in tensors)) and not isinstance(loss_scale, Tensor) and loss_scale == 1:
         return None  # a GradScaler's factor comes with the upstream gradient: before it, gradients may be too small
-    return backends.kernel_for("one_pass", logits.device.type, logits.dtype)
+    return backends.kernel_for("one_pass", tensors[0].device.type, dtype)
 
 
 def _by_one_pass(
@@ -283,6 +313,45 @@ def _by_one_pass(
         backend=backend,
     )
     return _output(loss, metrics, logprobs, entropy)
+
+
+def _from_hidden(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    objective: Objective,
+    temperature: float | Tensor,
+    num_live: int | None,
+    head: ops_hidden.Options,
+    **options: Any,
+) -> PolicyLossOutput:
+    def loss_of(logprobs: Tensor, entropy: Tensor | None, mask: Tensor | None) -> PolicyLossOutput:
+        others = {**options, "objective": objective, "mask": mask}
+        return _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction="mean", **others)
+
+    a = _as_kernels_take_them(token_ids, old_logprobs, advantages, **options)
+    evaluated = a.mask if num_live is not None else ops_hidden.evaluated_tokens(a, token_ids, objective)
+    rows = ops_hidden.rows_where(evaluated, token_ids.numel(), hidden.device, num_live)
+    if not isinstance(temperature, Tensor):
+        temperature = ops.scalar(temperature, hidden.device)
+    inputs = (hidden, weight, bias, token_ids.to(torch.int64), temperature.to(torch.float32), rows)
+    one_pass = _one_pass_backend((hidden, weight, bias), head.dtype, objective, options["loss_scale"])
+    if one_pass is not None:
+        out = _output(
+            *ops_hidden.policy_loss_from_hidden(*inputs, a, objective=objective, options=head, backend=one_pass)
+        )
+    else:
+        logprobs, entropy = ops_hidden.linear_token_logprobs(
+            *inputs, options=head, return_entropy=True, backend=backend
+        )
+        out = loss_of(logprobs, entropy, a.mask)
+    of_rows = out.metrics if evaluated is a.mask else loss_of(out.logprobs, out.entropy, evaluated).metrics
+    return out._replace(metrics={**of_rows, "tokens": out.metrics["tokens"], "rows": of_rows["tokens"]})
 
 
 def _as_kernels_take_them(
@@ -354,6 +423,17 @@ def _check(
         _tokens.check_weights("is_weights", is_weights, name, source, num_sequences, shape)
     _tokens.check_number("loss_scale", loss_scale, name, source)
     _tokens.check_denominator(denominator, objective.aggregation, name, source)
+
+
+def _check_num_live(num_live: int, token_ids: Tensor, mask: Tensor | None) -> None:
+    if isinstance(num_live, bool) or not isinstance(num_live, int):
+        raise TypeError(f"num_live must be an int or None, got {type(num_live).__name__}")
+    if not 0 <= num_live <= token_ids.numel():
+        raise ValueError(f"num_live must be between 0 and the number of tokens {token_ids.numel()}, got {num_live}")
+    if _checks.values_are_free(token_ids):
+        kept = token_ids.numel() if mask is None else int(mask.count_nonzero())
+        if num_live != kept:
+            raise ValueError(f"num_live must be the number of tokens that mask keeps, {kept}, got {num_live}")
 
 
 def _check_token_ids(token_ids: Tensor, name: str, source: Tensor) -> None:

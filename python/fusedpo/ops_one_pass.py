@@ -126,7 +126,8 @@ class _OnePass(torch.autograd.Function):
         ctx.taken = True
         gradient = ctx.saved_tensors[0].detach()
         getattr(torch.ops.fusedpo.scale_, ctx.backend)(gradient, grad_loss)
-        return once_differentiable("policy_loss_from_logits", gradient, grad_loss), *none
+        source = grad_loss.detach().requires_grad_()  # the logits are not kept for it
+        return once_differentiable("policy_loss_from_logits", gradient, source), *none
 
 
 def policy_loss_from_logits(

@@ -1,5 +1,6 @@
-// CUDA kernels run by host threads, one per CUDA thread and one block after the other: slow, but with the sanitizers of
-// the host compiler. To be included before all else. A thread that returns early drops out of the barriers to come.
+// CUDA kernels run by host threads, one per CUDA thread and one block, or cluster of blocks, after the other: slow, but
+// with the sanitizers of the host compiler. To be included before all else. A thread that returns early drops out of
+// the barriers to come.
 #pragma once
 
 #include <math.h>
@@ -24,7 +25,7 @@
 #define __restrict__ __restrict
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after the other
+#define __shared__ static  // blocks run one after the other; in clusters there is dynamic memory alone
 
 namespace cuda_on_cpu {
 
@@ -78,42 +79,58 @@ struct Warp {
 
 // What the threads of one block share.
 struct Block {
-  explicit Block(unsigned threads) : barrier(threads) {
+  Block(unsigned threads, size_t shared_bytes) : barrier(threads), shared(shared_bytes / sizeof(double) + 1, NAN) {
     for (unsigned first = 0; first < threads; first += kWarpSize)
       warps.emplace_back(std::min(threads - first, kWarpSize));
   }
   Barrier barrier;
   std::deque<Warp> warps;
+  std::vector<double> shared;
+};
+
+// What the threads of one cluster share.
+struct Cluster {
+  Cluster(unsigned count, unsigned threads, size_t shared_bytes) : barrier(count * threads) {
+    for (unsigned rank = 0; rank < count; ++rank) blocks.emplace_back(threads, shared_bytes);
+  }
+  Barrier barrier;
+  std::deque<Block> blocks;
 };
 
 inline thread_local Index thread_index, block_index;
+inline thread_local unsigned rank_in_cluster;
+inline thread_local bool has_met_cluster;  // before its first barrier, other blocks may not have begun
+inline thread_local Cluster* cluster;
 inline thread_local Block* block;
 inline thread_local Warp* warp;
 inline thread_local unsigned turn;  // which of the slots the next shuffle uses
 inline Index block_size, grid_size;
-inline std::vector<double> dynamic_shared;
 
-// kernel<<<blocks, threads, shared_bytes>>>, where `kernel` is a call of it.
+// kernel<<<blocks, threads, shared_bytes>>>, where `kernel` is a call of it, with clusters of so many blocks.
 template <class Kernel>
-void launch(unsigned blocks, unsigned threads, Kernel kernel, size_t shared_bytes = 0) {
+void launch(unsigned blocks, unsigned threads, Kernel kernel, size_t shared_bytes = 0, unsigned cluster_size = 1) {
   block_size = {threads, 1, 1};
   grid_size = {blocks, 1, 1};
-  dynamic_shared.assign(shared_bytes / sizeof(double) + 1, NAN);
-  std::optional<Block> current(std::in_place, threads);
-  std::barrier between_blocks(threads, [&]() noexcept { current.emplace(threads); });
+  std::optional<Cluster> current(std::in_place, cluster_size, threads, shared_bytes);
+  std::barrier between_clusters(cluster_size * threads,
+                                [&]() noexcept { current.emplace(cluster_size, threads, shared_bytes); });
   std::vector<std::thread> team;
-  for (unsigned thread = 0; thread < threads; ++thread)
-    team.emplace_back([&, thread] {
-      thread_index = {thread, 0, 0};
-      for (unsigned number = 0; number < blocks; ++number) {
-        block_index = {number, 0, 0};
-        block = &*current;
-        warp = &block->warps[thread / kWarpSize];
+  for (unsigned member = 0; member < cluster_size * threads; ++member)
+    team.emplace_back([&, member] {
+      thread_index = {member % threads, 0, 0};
+      rank_in_cluster = member / threads;
+      for (unsigned first = 0; first < blocks; first += cluster_size) {
+        block_index = {first + rank_in_cluster, 0, 0};
+        cluster = &*current;
+        block = &cluster->blocks[rank_in_cluster];
+        warp = &block->warps[thread_index.x / kWarpSize];
         turn = 0;
+        has_met_cluster = false;
         kernel();
         warp->barrier.arrive_and_drop();
         block->barrier.arrive_and_drop();
-        between_blocks.arrive_and_wait();
+        cluster->barrier.arrive_and_drop();
+        between_clusters.arrive_and_wait();
       }
     });
   for (std::thread& thread : team) thread.join();
@@ -138,7 +155,7 @@ T shuffle(T value, unsigned lane) {
 #define blockIdx cuda_on_cpu::block_index
 #define blockDim cuda_on_cpu::block_size
 #define gridDim cuda_on_cpu::grid_size
-#define DYNAMIC_SHARED(type, name) type* name = (type*)cuda_on_cpu::dynamic_shared.data()
+#define DYNAMIC_SHARED(type, name) type* name = (type*)cuda_on_cpu::block->shared.data()
 
 inline void __syncthreads() { cuda_on_cpu::block->barrier.arrive_and_wait(); }
 inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::warp->barrier.arrive_and_wait(); }

@@ -226,6 +226,7 @@ def grpo_passk(
         advantages = _gaps(r, groups).where(groups.rank == groups.size - 1, 0)
         if std:
             advantages = advantages / (unbiased_std(r, groups) + eps)
+        advantages = advantages.where(~_highest(r, groups).isnan(), nan)
         return advantages.where(groups.size > 1, nan)
 
     return per_group(estimate, rewards, group_size, group_ids, mask)

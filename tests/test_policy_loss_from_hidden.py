@@ -1,0 +1,471 @@
+"""The loss from hidden states by its kernels: that of the whole batch, its gradients, and only what they cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_linear_token_logprobs import GRID, Products
+from test_operators import peak_extra_bytes
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fusedpo
+from fusedpo import backends, ops_hidden
+from fusedpo import objectives as O
+
+B, T, H, V = 4, 6, 16, 90
+
+
+@pytest.fixture(autouse=True)
+def native():
+    """Every test here runs the native kernels: a silent fall back to the reference would prove nothing."""
+    if backends.NATIVE_MISSING is not None:
+        pytest.skip(backends.NATIVE_MISSING)
+    with fusedpo.backend("native"):
+        yield
+
+
+def make(dtype: torch.dtype = torch.float32, packed: bool = False, seed: int = 0) -> tuple[list[Tensor], dict]:
+    """Hidden states, weight and bias, and a batch whose log-ratios are near 0: the third sequence is masked."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    sources = [x.to(dtype) for x in (randn(B, T, H), 1.5 * randn(V, H) / H**0.5, 0.5 * randn(V))]
+    ids = torch.randint(V, (B, T), generator=g)
+    hidden, weight, bias = (x.double() for x in sources)
+    lp = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, ids[..., None])[..., 0].float()
+    mask = torch.rand(B, T, generator=g) < 0.8
+    mask[2] = False
+    batch = {
+        "token_ids": ids,
+        "old_logprobs": lp + 0.2 * randn(B, T),
+        "ref_logprobs": lp + 0.2 * randn(B, T),
+        "advantages": randn(B, T),
+        "is_weights": randn(B, T).exp(),
+        "mask": mask,
+    }
+    if packed:
+        sources[0] = sources[0].flatten(0, 1)
+        batch = {name: x.flatten() for name, x in batch.items()}
+        batch["cu_seqlens"] = torch.tensor([0, 1, 2, 9, 10, 10, 23, 24], dtype=torch.int32)
+        batch["advantages"] = randn(7)
+    return sources, batch
+
+
+def run(sources, batch, *, backend="native", upstream=1.0, needed=(True, True, True), **options):
+    """The output, and the gradients of hidden, weight and bias; None for those that are not ``needed``."""
+    leaves = [x.detach().clone().requires_grad_(n) for x, n in zip(sources, needed, strict=True)]
+    with fusedpo.backend(backend):
+        out = fusedpo.policy_loss_from_hidden(leaves[0], leaves[1], bias=leaves[2], **batch, **options)
+        if any(needed):
+            (upstream * out.loss).backward()
+    return out, [x.grad for x in leaves]
+
+
+def in_float64(sources, batch):
+    doubles = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in batch.items()}
+    return [x.double() for x in sources], doubles
+
+
+def assert_equal_to_reference(sources, batch, *, rtol=1e-5, chunk_tokens=None, **options) -> None:
+    """Loss, metrics, log-probs, entropy and gradients.
+
+    Errors are relative to the largest value: a gradient is a sum of terms as large as that, which may cancel.
+    """
+    out, gradients = run(sources, batch, chunk_tokens=chunk_tokens, **options)
+    want, wanted = run(*in_float64(sources, batch), backend="reference", **options)
+    pairs = {
+        "loss": (out.loss, want.loss),
+        "logprobs": (out.logprobs, want.logprobs),
+        "entropy": (out.entropy, want.entropy),
+        **dict(zip(("hidden", "weight", "bias"), zip(gradients, wanted, strict=True), strict=True)),
+        **{f"metrics[{name!r}]": (out.metrics[name], want.metrics[name]) for name in want.metrics},
+    }
+    assert list(out.metrics) == list(want.metrics)
+    for name, (got, expected) in pairs.items():
+        assert got.shape == expected.shape, name
+        error, largest = (got.double() - expected).abs().max(), expected.abs().max()
+        assert error <= rtol * largest + 1e-7, f"{name}: {error:.1e} of {largest:.1e}"
+
+
+ONE_PASS = {
+    "ppo": O.ppo(),
+    "nfpo(3)": O.nfpo(3, entropy_coef=0.1, kl=O.KL("k3", 0.1)),
+    "nfpo(4)": O.nfpo(4, kl=O.KL("k2", 0.1)),
+    "nfpo(100)": O.nfpo(100, entropy_coef=-0.1),
+    "cispo": O.cispo(),
+    "reinforce": O.reinforce(entropy_coef=0.1),
+    "dro": O.dro(beta=0.5),
+    "grpo": O.grpo(kl=O.KL("k3", 0.1)),
+}
+TWO_PASSES = {
+    "gspo": O.gspo(),
+    "gmpo": O.gmpo(),
+    "differentiated": O.nfpo(3, differentiate=True),
+    "ctpo": O.ctpo(),
+    "cppo": O.cppo(),
+}
+OBJECTIVES = ONE_PASS | TWO_PASSES
+
+
+@pytest.mark.parametrize(("packed", "chunk_tokens"), [(False, 3), (True, 1), (True, 7), (True, None)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equal_to_the_composition_in_float64(name, packed, chunk_tokens):
+    """Chunks end within sequences and within windows; packed sequences have 0, 1 and up to 13 tokens."""
+    sources, batch = make(packed=packed)
+    assert_equal_to_reference(sources, batch, objective=OBJECTIVES[name], chunk_tokens=chunk_tokens, upstream=-1.7)
+
+
+OPTIONS = {
+    "softcap": {"softcap": 2.0},
+    "scale": {"logit_scale": -0.5},
+    "all": {"softcap": 3.0, "logit_scale": 1.5, "temperature": torch.rand(B, T) + 0.5},
+    "temperature": {"temperature": 0.7},
+    "denominator and scale": {"denominator": 11.0, "loss_scale": torch.tensor(8.0)},
+    "no old log-probs": {"old_logprobs": None},
+    "no mask": {"mask": None},
+    "advantages per sequence": {"advantages": torch.tensor([[1.0], [-2.0], [0.5], [0.3]])},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["nfpo(3)", "cispo", "gspo"])
+def test_options(name, options):
+    sources, batch = make(seed=1)
+    batch |= {argument: x for argument, x in OPTIONS[options].items() if argument in batch}
+    others = {argument: x for argument, x in OPTIONS[options].items() if argument not in batch}
+    assert_equal_to_reference(sources, batch, objective=OBJECTIVES[name], chunk_tokens=5, **others)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["nfpo(3)", "gspo"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=str)
+def test_16_bit(dtype, name, options):
+    """Logits are rounded, whose error enters the ratios: as large as eps times the logits, which are of order 5."""
+    sources, batch = make(dtype)
+    options = {"objective": OBJECTIVES[name], "chunk_tokens": 5, "loss_scale": 256.0, **options}
+    assert_equal_to_reference(sources, batch, rtol=8 * torch.finfo(dtype).eps, **options)
+
+
+# ------------------------------------------------------------------------------------------------ which way it goes
+
+
+def products_of(function) -> list[tuple[int, int, int]]:
+    with Products() as products:
+        function()
+    return products.shapes
+
+
+@pytest.mark.parametrize("needed", GRID, ids=str)
+@pytest.mark.parametrize("name", ["nfpo(3)", "gspo"])
+def test_only_what_needs_a_gradient_is_computed(name, needed):
+    sources, batch = make()
+    options = {"objective": OBJECTIVES[name], "num_live": int(batch["mask"].sum())}
+    gradients, wanted = [], run(sources, batch, **options)[1]
+    shapes = products_of(lambda: gradients.extend(run(sources, batch, needed=needed, **options)[1]))
+    again = name == "gspo" and any(needed)
+    assert len(shapes) == 1 + again + sum(needed)
+    for gradient, want, n in zip(gradients, wanted, needed, strict=True):
+        assert (gradient is not None) == n
+        if n:
+            assert torch.equal(gradient, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0, torch.tensor(1024.0)], ids=["unscaled", "number", "tensor"])
+def test_small_gradients_of_float16_are_not_lost(dtype, loss_scale):
+    """Without loss_scale the factor comes with the backward: the gradients are computed there, not rounded before."""
+    sources, batch = make(dtype)
+    sources[0] = sources[0] / 4096
+    sources[1] = sources[1] / 64
+    unscaled = not isinstance(loss_scale, Tensor) and loss_scale == 1
+    options = {"objective": O.ppo(), "loss_scale": loss_scale, "upstream": 1024.0 if unscaled else 1.0}
+    shapes = []
+    with Products() as products:
+        _, gradients = run(sources, batch, **options)
+        shapes = products.shapes
+    assert len(shapes) == 4 + (unscaled and dtype == torch.float16)
+    _, wanted = run(*in_float64(sources, batch), backend="reference", **options)
+    for got, want in zip(gradients, wanted, strict=True):
+        assert (got.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    sources, batch = make()
+    for needed in ((False,) * 3, (True,) * 3):
+        with torch.no_grad():
+            leaves = [x.requires_grad_(n) for x, n in zip(sources, needed, strict=True)]
+            shapes = products_of(
+                lambda leaves=leaves: fusedpo.policy_loss_from_hidden(*leaves[:2], **batch, objective=O.dapo())
+            )
+        assert [shape[1:] for shape in shapes] == [(H, V)]
+
+
+def test_forced_reference_evaluates_every_kept_token():
+    sources, batch = make()
+    batch["advantages"].zero_()
+    out, _ = run(sources, batch, backend="reference", objective=O.ppo())
+    assert out.metrics["rows"] == out.metrics["tokens"] == batch["mask"].sum()
+    assert (out.logprobs[batch["mask"]] != 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ dead rows
+
+
+def dead_batch(name: str) -> tuple[list[Tensor], dict, Tensor]:
+    """One sequence of 24 tokens, or three of 1, 16 and 7; advantages at tokens 5, 11 and 20. Who is evaluated?"""
+    sources, batch = make()
+    sources[0] = sources[0].flatten(0, 1)
+    batch = {key: x.flatten() for key, x in batch.items()}
+    batch["cu_seqlens"] = torch.tensor([0, 1, 17, 24])
+    batch["mask"] = torch.arange(B * T) % 4 != 3  # neither 7 nor 11 is kept
+    batch["advantages"] = torch.zeros(B * T)
+    batch["advantages"][[5, 11, 20]] = torch.tensor([1.0, 1.0, -1.0])
+    reached = {
+        "ppo": [5, 20],
+        "nfpo(4)": [5, 6, 8, 20, 21, 22],
+        "back and ahead": [4, 5, 6, 18, 20, 21],
+        "nfpo(100)": [5, 6, 8, 9, 10, 12, 13, 14, 16, 20, 21, 22],
+        "prefix": [1, 2, 4, 5, 17, 18, 20],
+        "gspo": [1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 18, 20, 21, 22],
+    }
+    reached["gmpo"] = reached["cppo"] = reached["gspo"]
+    evaluated = torch.zeros(B * T, dtype=torch.bool)
+    evaluated[reached[name]] = True
+    return sources, batch, evaluated
+
+
+DEAD = {
+    "ppo": O.ppo(aggregation="seq-mean-token-mean"),
+    "nfpo(4)": O.nfpo(4),
+    "back and ahead": O.Objective(O.Trace(2, 1), O.PPOClip()),
+    "nfpo(100)": O.nfpo(100),
+    "prefix": O.Objective(O.Trace("all", 0), O.PPOClip()),
+    "gspo": O.gspo(),
+    "gmpo": O.gmpo(),
+    "cppo": O.cppo(),
+}
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, None])
+@pytest.mark.parametrize("name", DEAD)
+def test_dead_rows_cost_nothing_and_change_nothing(name, chunk_tokens):
+    sources, batch, evaluated = dead_batch(name)
+    options = {"objective": DEAD[name], "chunk_tokens": chunk_tokens}
+    results = []
+    shapes = products_of(lambda: results.append(run(sources, batch, **options)))
+    assert sum(rows for rows, inner, columns in shapes if (inner, columns) == (V, H)) == evaluated.sum()
+    want, wanted = run(*in_float64(sources, batch), backend="reference", objective=DEAD[name])
+    (out, gradients) = results[0]
+    torch.testing.assert_close(out.loss.double(), want.loss, rtol=1e-5, atol=1e-7)
+    for got, expected in zip(gradients, wanted, strict=True):
+        assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for got, expected in ((out.logprobs, want.logprobs), (out.entropy, want.entropy)):
+        torch.testing.assert_close(got, expected.where(evaluated, 0).float(), rtol=1e-5, atol=1e-5)
+    assert out.metrics["rows"] == evaluated.sum()
+    assert out.metrics["tokens"] == batch["mask"].sum()
+    of_evaluated, _ = run(*in_float64(sources, {**batch, "mask": evaluated}), backend="reference", objective=DEAD[name])
+    for metric in set(want.metrics) - {"rows", "tokens"}:
+        torch.testing.assert_close(
+            out.metrics[metric].double(), of_evaluated.metrics[metric], rtol=1e-4, atol=1e-6, msg=metric
+        )
+
+
+@pytest.mark.parametrize(
+    "objective", [O.ppo(kl=O.KL("k3", 0.1)), O.nfpo(3, entropy_coef=0.1), O.dro(beta=0.5)], ids=["kl", "entropy", "dro"]
+)
+def test_terms_that_are_no_multiple_of_the_advantage_keep_every_row_alive(objective):
+    sources, batch, _ = dead_batch("ppo")
+    batch["advantages"].zero_()
+    assert_equal_to_reference(sources, batch, objective=objective, chunk_tokens=5)
+    assert run(sources, batch, objective=objective)[1][0].any()
+
+
+@pytest.mark.parametrize("advantages", ["zero", "one sequence"])
+@pytest.mark.parametrize("name", ["nfpo(4)", "gspo"])
+def test_sequences_whose_rewards_are_all_alike(name, advantages):
+    """GRPO's advantages of a group without variance are 0."""
+    sources, batch = make()
+    batch["mask"][:] = True
+    batch["advantages"] = torch.zeros(B)
+    batch["advantages"][1] = advantages != "zero"
+    out, gradients = run(sources, batch, objective=DEAD[name])
+    assert out.metrics["rows"] == (0 if advantages == "zero" else T)
+    want, wanted = run(*in_float64(sources, batch), backend="reference", objective=DEAD[name])
+    torch.testing.assert_close(out.loss.double(), want.loss, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close([g.double() for g in gradients], wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nfpo(3)", "ppo", "gspo"])
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+def test_all_masked(name, chunk_tokens):
+    sources, batch = make()
+    batch["mask"][:] = False
+    sources[0][:], batch["token_ids"][:], batch["advantages"][:] = torch.nan, -100, torch.nan
+    out, gradients = run(sources, batch, objective=OBJECTIVES[name], chunk_tokens=chunk_tokens)
+    for x in (out.loss, out.logprobs, out.entropy, *out.metrics.values(), *gradients):
+        assert (x == 0).all()
+
+
+@pytest.mark.parametrize("name", ["nfpo(3)", "ppo", "gspo"])
+def test_masked_rows_are_not_read(name):
+    sources, batch = make()
+    want = run(sources, batch, objective=OBJECTIVES[name])
+    masked = ~batch["mask"]
+    sources[0][masked], batch["token_ids"][masked] = torch.nan, -100
+    for argument in ("old_logprobs", "ref_logprobs", "advantages", "is_weights"):
+        batch[argument][masked] = torch.nan
+    got = run(sources, batch, objective=OBJECTIVES[name])
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["nfpo(3)", "ppo", "gspo"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_num_live_evaluates_what_the_mask_keeps(name, masked):
+    sources, batch = make()
+    batch["advantages"][0] = 0
+    if not masked:
+        del batch["mask"]
+    kept = int(batch["mask"].sum()) if masked else B * T
+    assert_equal_to_reference(sources, batch, objective=OBJECTIVES[name], num_live=kept, chunk_tokens=5)
+    with pytest.raises(ValueError, match=f"num_live must be the number of tokens that mask keeps, {kept}, got 3"):
+        fusedpo.policy_loss_from_hidden(*sources[:2], **batch, objective=OBJECTIVES[name], num_live=3)
+
+
+# ------------------------------------------------------------------------------------------------ autograd
+
+
+@pytest.fixture
+def leaves() -> list[Tensor]:
+    return [x.requires_grad_() for x in make()[0][:2]]
+
+
+def loss_of(hidden: Tensor, weight: Tensor, name: str = "nfpo(3)", **options) -> Tensor:
+    return fusedpo.policy_loss_from_hidden(
+        hidden, weight, **make()[1], objective=OBJECTIVES[name], chunk_tokens=5, **options
+    ).loss
+
+
+def expected_gradients(leaves: list[Tensor], name: str = "nfpo(3)") -> list[Tensor]:
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    with fusedpo.backend("reference"):
+        return [g.float() for g in torch.autograd.grad(loss_of(*doubles, name), doubles)]
+
+
+def assert_gradients(leaves: list[Tensor], wanted: list[Tensor]) -> None:
+    for x, want in zip(leaves, wanted, strict=True):
+        assert (x.grad - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0, -3.0])
+def test_upstream_gradient(leaves, factor):
+    (factor * loss_of(*leaves)).backward()
+    assert_gradients(leaves, [factor * g for g in expected_gradients(leaves)])
+
+
+def test_a_second_backward_raises(leaves):
+    loss = loss_of(*leaves)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="policy_loss_from_hidden: .*a second one needs a second call"):
+        loss.backward()
+
+
+def test_double_backward_raises(leaves):
+    for grad in torch.autograd.grad(loss_of(*leaves), leaves, create_graph=True):
+        with pytest.raises(RuntimeError, match="double backward"):
+            grad.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("name", ["nfpo(3)", "gspo"])
+def test_accumulation(leaves, name):
+    before = [x.detach().clone() for x in leaves]
+    for _ in range(3):
+        (loss_of(*leaves, name) / 3).backward()
+    assert_gradients(leaves, expected_gradients(leaves, name))
+    assert all(torch.equal(x, b) for x, b in zip(leaves, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["nfpo(3)", "gspo"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(leaves, name, reentrant):
+    checkpoint(loss_of, *leaves, name, use_reentrant=reentrant).backward()
+    assert_gradients(leaves, expected_gradients(leaves, name))
+
+
+def test_weight_and_hidden_that_are_no_leaves(leaves):
+    """LoRA: only the low-rank factors are trained; hidden comes from a layer before."""
+    hidden, weight = (x.detach() for x in leaves)
+    left, right, layer = torch.randn(V, 2), torch.randn(2, H) / 4, torch.eye(H)
+    factors = [x.requires_grad_() for x in (left, right, layer)]
+    loss_of(hidden @ layer, weight + left @ right).backward()
+    inner = [hidden, (weight + left @ right).detach()]
+    grad_hidden, grad_weight = expected_gradients(inner)
+    wanted = [
+        grad_weight @ right.detach().t(),
+        left.detach().t() @ grad_weight,
+        hidden.flatten(0, 1).t() @ grad_hidden.flatten(0, 1),
+    ]
+    assert_gradients(factors, wanted)
+
+
+def test_nothing_but_the_loss_has_a_graph(leaves):
+    out = fusedpo.policy_loss_from_hidden(*leaves, **make()[1], objective=O.ppo())
+    assert out.loss.requires_grad
+    assert not any(x.requires_grad for x in (out.logprobs, out.entropy, *out.metrics.values()))
+
+
+def test_autocast(leaves):
+    """float32 leaves, products of bfloat16 matrices: the gradients are float32 sums that nothing rounds."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(*leaves)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in leaves]
+    plain = loss_of(*rounded)
+    assert torch.equal(loss, plain)
+    loss.backward()
+    plain.backward()
+    assert [x.grad.dtype for x in leaves] == [torch.float32] * 2
+    assert torch.equal(leaves[1].grad.bfloat16(), rounded[1].grad)
+    assert not torch.equal(leaves[1].grad, rounded[1].grad.float())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nfpo(3)"])
+def test_compile_without_graph_break(leaves, name):
+    batch = make()[1]
+
+    def loss(hidden, weight, batch):
+        return fusedpo.policy_loss_from_hidden(hidden, weight, **batch, objective=OBJECTIVES[name], chunk_tokens=8).loss
+
+    torch._dynamo.reset()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves, batch).backward()
+    assert_gradients(leaves, expected_gradients(leaves, name))
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_memory(dtype, softcap):
+    """The workspace (two with a softcap), and the gradients with the float32 sum of that of the weight."""
+    tokens, size, vocab, chunk = 96, 8, 20_000, 6
+    hidden, weight = torch.randn(tokens, size, dtype=dtype), torch.randn(vocab, size, dtype=dtype)
+    ids = torch.randint(vocab, (tokens,))
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    losses = []
+    forward = peak_extra_bytes(
+        lambda: losses.append(
+            fusedpo.policy_loss_from_hidden(
+                *leaves, ids, None, torch.ones(tokens), objective=O.nfpo(3), chunk_tokens=chunk, softcap=softcap
+            ).loss
+        )
+    )
+    workspace = (1 if softcap is None else 2) * chunk * vocab * dtype.itemsize
+    rounded = 0 if dtype == torch.float32 else weight.numel() * dtype.itemsize
+    gradients = weight.numel() * 4 + rounded + hidden.numel() * dtype.itemsize
+    block = 0 if dtype == torch.float32 else ops_hidden.BLOCK_BYTES
+    assert workspace <= forward <= workspace + gradients + block + (1 << 16)
+    assert workspace + gradients + block < tokens * vocab * dtype.itemsize  # so that all logits would be noticed
+    assert peak_extra_bytes(losses[0].backward) <= 1 << 12
