@@ -1,0 +1,673 @@
+"""The Triton kernels from logits to gradients: against the reference in float64; on a GPU, or under the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import test_policy_loss as contract
+import torch
+from test_objective_parts import REGIONS
+from test_policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of
+
+import fusedpo
+from fusedpo import _checks, ops_one_pass, ops_policy_loss, reference
+from fusedpo import objectives as O
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def interpreter_fails() -> bool:
+    """Triton 3.6's interpreter takes int() of an array of one element, which NumPy 2.4 refuses."""
+    return DEVICE == "cpu" and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(interpreter_fails(), reason=interpreter_fails.__doc__),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # NumPy's, of inf and NaN
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _backend():
+    """Everything here runs the Triton kernels, on DEVICE.
+
+    The interpreter replaces the functions of the language at every call of a device function, most of its time: it may
+    do so once. It truncates where a GPU rounds to bfloat16.
+    """
+    with pytest.MonkeyPatch.context() as patch, torch.device(DEVICE), fusedpo.backend("triton"):
+        if DEVICE == "cpu":
+            from triton.runtime import interpreter
+
+            replace, convert = interpreter._patch_lang, interpreter._convert_float
+
+            def replace_once(function):
+                languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+                missing = any(tl.core.is_builtin(language.load) for language in languages)
+                return replace(function) if missing else interpreter._LangPatchScope()
+
+            def rounded(data, source, target, mode):
+                if (source, target) != (tl.float32, tl.bfloat16):
+                    return convert(data, source, target, mode)
+                return torch.from_numpy(np.array(data)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+            patch.setattr(interpreter, "_patch_lang", replace_once)
+            patch.setattr(interpreter, "_convert_float", rounded)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Rows of 128 logits have several blocks, windows of four tokens several chunks, nine rows three segments."""
+    from fusedpo.triton_kernels import one_pass
+
+    monkeypatch.setattr(one_pass, "_BLOCK", 128)
+    monkeypatch.setattr(one_pass, "_CHUNK", 4)
+    use_segments(monkeypatch, 3)
+
+
+def use_segments(monkeypatch, count):
+    from fusedpo.triton_kernels import one_pass
+
+    monkeypatch.setattr(one_pass, "_num_segments", lambda device, num_rows, row_bytes: min(count, num_rows))
+
+
+# ------------------------------------------------------------------------------------------------ against the reference
+
+
+def make_batch(shape=(3, 3), vocab_size=7, *, dtype=torch.float32, lengths=None, kept=0.8, spread=0.25, seed=0):
+    """Arguments of the operator, on the CPU; with ``lengths`` packed."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(*size, generator=g, device="cpu")
+
+    logits = (2 * randn(*shape, vocab_size)).to(dtype)
+    token_ids = torch.randint(vocab_size, shape, generator=g, device="cpu")
+    logp = logits.float().log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+    return {
+        "logits": logits,
+        "rows": None,
+        "token_ids": token_ids,
+        "temperature": torch.tensor(0.9, device="cpu"),
+        "old_logprobs": (logp + spread * randn(*shape)).clamp(max=-0.01),
+        "advantages": randn(*shape),
+        "mask": None if kept == 1 else torch.rand(shape, generator=g, device="cpu") < kept,
+        "cu_seqlens": None if lengths is None else torch.tensor([0, *itertools.accumulate(lengths)], device="cpu"),
+        "ref_logprobs": logp + spread * randn(*shape),
+        "is_weights": randn(*shape).exp(),
+        "scale": 0.1 + torch.rand(shape, generator=g, device="cpu"),
+    }
+
+
+def run(batch, objective, *, inplace=False, logprobs=None, entropy=None):
+    """Log-probs, entropy (NaN where none was written) and the gradient of the logits, on the CPU."""
+    batch = {name: x if x is None else x.to(DEVICE) for name, x in batch.items()}
+    shape = batch["token_ids"].shape
+    out = [x if x is not None else torch.full(shape, NAN) for x in (logprobs, entropy)]
+    logits, rest = batch["logits"], [x for name, x in batch.items() if name != "logits"]
+    args = (*out, *rest, *ops_policy_loss.encode(objective))
+    if inplace:
+        whole = logits
+        if any(stride == 0 for stride in logits.stride()):
+            whole = logits.contiguous()
+        gradient = whole if DEVICE == "cuda" else whole.clone(memory_format=torch.preserve_format)
+        torch.ops.fusedpo.one_pass_.triton(gradient, *args)
+    else:
+        gradient = torch.ops.fusedpo.one_pass.triton(logits, *args)
+    return [x.cpu() for x in (*out, gradient)]
+
+
+def expected(batch, objective):
+    """The same in float64, by autograd through the reference; NaN at masked tokens."""
+    b = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in batch.items()}
+    logits = b["logits"].clone().requires_grad_()
+    with fusedpo.backend("reference"), torch.device("cpu"):
+        logprobs, entropy = reference.token_logprobs(
+            logits, b["token_ids"], temperature=b["temperature"], mask=b["mask"], return_entropy=True
+        )
+        names = ("mask", "cu_seqlens", "ref_logprobs", "is_weights")
+        loss = reference.policy_loss(
+            logprobs,
+            b["old_logprobs"],
+            b["advantages"],
+            entropy=entropy,
+            objective=objective,
+            reduction="none",
+            **{name: b[name] for name in names if b[name] is not None},
+        ).loss
+    loss.backward(b["scale"])
+    masked = torch.zeros_like(b["token_ids"], dtype=torch.bool) if b["mask"] is None else ~b["mask"]
+    return [*(x.detach().masked_fill(masked, NAN) for x in (logprobs, entropy)), logits.grad]
+
+
+def check(batch, objective, **options):
+    """float32 loses some ten roundoffs; the gradient is rounded to its dtype once."""
+    results, values = run(batch, objective, **options), expected(batch, objective)
+    for result, value in zip(results[:2], values[:2], strict=True):
+        torch.testing.assert_close(result.double(), value, rtol=1e-5, atol=2e-6, equal_nan=True)
+    gradient, value = results[2], values[2]
+    half_ulp = 0.0 if gradient.dtype == torch.float32 else torch.finfo(gradient.dtype).eps / 2
+    tiny = 0.0 if gradient.dtype != torch.float16 else 2.0**-25  # half of the distance between subnormal numbers
+    error = (gradient.double() - value).abs()
+    allowed = (half_ulp + 1e-5) * value.abs() + 2e-6 * value.abs().amax() + tiny
+    assert (error <= allowed).all(), (error - allowed).max()
+    if batch["mask"] is not None:
+        assert not gradient[~batch["mask"]].any()
+
+
+def combinations():
+    """Every trust region that goes with one pass; ratios, KL and entropy take turns."""
+    ratios = [O.ForwardTrace(3), O.TokenRatio(), O.Trace(0, 5), O.OnPolicy()]
+    for i, region in enumerate(contract.REGIONS + REGIONS):
+        for ratio in ratios[i % 4 :] + ratios[: i % 4]:
+            try:
+                objective = O.Objective(ratio, region, KLS[i % 7], 0.1 * (i % 2), AGGREGATIONS[i % 5])
+            except ValueError:
+                continue
+            if ops_one_pass.is_possible(objective):
+                yield objective
+                break
+
+
+COMBINATIONS = list(combinations())
+
+
+def test_all_parts_take_part():
+    regions = {type(o.trust_region) for o in COMBINATIONS}
+    assert regions == set(O.TrustRegion.__args__) - {O.LogClip, O.CPPO, O.GMPO}
+    assert {type(o.ratio) for o in COMBINATIONS} >= {O.TokenRatio, O.ForwardTrace, O.Trace}
+    assert {None if o.kl is None else o.kl.kind for o in COMBINATIONS} == {None, "k1", "k2", "k3", "k3+"}
+
+
+@pytest.mark.parametrize("objective", COMBINATIONS, ids=name_of)
+def test_every_trust_region(objective):
+    """Padded or packed, in place or not, values per token or per sequence, in turns; masked tokens hold garbage."""
+    i = COMBINATIONS.index(objective)
+    batch = make_batch((9,), lengths=[4, 0, 1, 4], seed=i) if i % 2 else make_batch((2, 5), seed=i)
+    if i % 4 < 2:
+        g = torch.Generator().manual_seed(i)
+        sequences = 4 if i % 2 else 2
+        batch["advantages"] = torch.randn(sequences, 1, generator=g, device="cpu")
+        batch["is_weights"] = torch.rand(sequences, 1, generator=g, device="cpu") + 0.5
+    spoilt = dict(batch)
+    garbage = torch.tensor([NAN, INF, -INF, 1e4], device="cpu")
+    for j, (name, x) in enumerate(batch.items()):
+        if name == "logits":
+            spoilt[name] = torch.where(batch["mask"][..., None], x, NAN)
+        elif x is not None and x.is_floating_point() and x.shape == batch["mask"].shape:
+            spoilt[name] = torch.where(batch["mask"], x, garbage[j % 4])
+    spoilt["token_ids"] = batch["token_ids"].masked_fill(~batch["mask"], -100)
+    results = run(spoilt, objective, inplace=i % 3 == 0)
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(results, run(batch, objective), strict=True))
+    check(batch, objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [2, 3, 127, 128, 129, 640, 1000, 3001])
+def test_sizes(dtype, vocab_size):
+    """Less than a block, a complete one, several, and an incomplete one behind; aligned rows or not."""
+    batch = make_batch((3,), vocab_size, dtype=dtype, kept=1)
+    check(batch, O.nfpo(2, entropy_coef=0.1 * (vocab_size % 2)), inplace=vocab_size < 200)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_the_real_size(dtype, monkeypatch):
+    from fusedpo.triton_kernels import one_pass
+
+    monkeypatch.undo()
+    assert one_pass._BLOCK == 16384
+    for vocab_size in (16384 + 1024, 16384 + 3):
+        check(make_batch((2,), vocab_size, dtype=dtype, kept=1), O.nfpo(2, entropy_coef=0.1))
+
+
+@pytest.mark.parametrize("missing", ["mask", "old_logprobs", "is_weights"])
+def test_absent_arguments(missing):
+    batch = make_batch() | {missing: None}
+    for objective in (O.nfpo(3), O.reinforce(entropy_coef=0.1), O.nfpo(2, kl=O.KL("k3", 0.1))):
+        check(batch, objective)
+    if missing == "mask":
+        assert run(batch, O.nfpo(2, kl=None))[2].any()
+
+
+def test_a_single_sequence_has_no_batch_dimension():
+    check(make_batch((7,)), O.nfpo(3))
+    check(make_batch((1, 7), lengths=[3, 4]), O.nfpo(3))
+
+
+def test_temperature_per_token():
+    batch = make_batch(vocab_size=200)
+    batch["temperature"] = torch.linspace(0.1, 5, 9, device="cpu").reshape(3, 3)
+    check(batch, O.nfpo(2, entropy_coef=0.1))
+    masked = batch["temperature"].where(batch["mask"], torch.tensor(0.0, device="cpu"))
+    results = run(batch | {"temperature": masked}, O.nfpo(2)), run(batch, O.nfpo(2))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+def test_minus_inf_columns():
+    """In front, behind, and all but one."""
+    batch = make_batch((4,), 300, kept=1)
+    logits, ids = batch["logits"], torch.tensor([299, 0, 150, 7], device="cpu")
+    logits[0, :260] = logits[1, 100:] = logits[2, ::3] = logits[3] = -INF
+    logits[2, 150] = logits[3, 7] = 1.0
+    logp = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    batch |= {"token_ids": ids, "old_logprobs": logp - 0.1, "ref_logprobs": logp}
+    check(batch, O.nfpo(2, entropy_coef=0.1))
+    check(batch, O.nfpo(2))
+
+
+def test_gradient_of_a_confident_token():
+    """1 - p of a token with p = 1 - 1e-5 keeps its digits."""
+    logits = torch.full((1, 300), -17.3, device="cpu")
+    logits[0, 270] = 0.0
+    batch = make_batch((1,), 300, kept=1) | {
+        "logits": logits,
+        "token_ids": torch.tensor([270], device="cpu"),
+        "temperature": torch.tensor(1.0, device="cpu"),
+        "old_logprobs": None,
+        "advantages": torch.ones(1, device="cpu"),
+        "is_weights": None,
+        "scale": torch.ones(1, device="cpu"),
+    }
+    p = torch.softmax(logits.double(), -1)[0, 270]
+    *_, gradient = run(batch, O.ppo())
+    torch.testing.assert_close(gradient[0, 270].double(), p - 1, rtol=1e-5, atol=0)
+
+
+def test_row_of_minus_inf_is_nan():
+    batch = make_batch((3,), 300, kept=1)
+    batch["logits"][1] = -INF
+    logprobs, entropy, _ = run(batch, O.ppo())
+    assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+
+
+# ------------------------------------------------------------------------------------------------- windows and segments
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 9, 257])
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments(n, packed, monkeypatch):
+    """They change no bit, in place or not, wherever they end; windows stop at the ends of sequences."""
+    batch = make_batch((10,), 5, lengths=[4, 1, 0, 5]) if packed else make_batch((2, 5), 5, kept=0.9)
+    objective = O.nfpo(n)
+    results = []
+    for count in (1, 3, 10):
+        use_segments(monkeypatch, count)
+        results.append(run(batch, objective, inplace=count != 3))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+    check(batch, objective)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5, 60])
+def test_halo(ahead, monkeypatch):
+    """It consists of the live rows in windows of another segment, and no others."""
+    from fusedpo.triton_kernels import one_pass
+
+    batch = make_batch((13,), 5, lengths=[5, 1, 7])
+    live = batch["mask"].nonzero().flatten().tolist()
+    sequence_end = [5] * 5 + [6] + [13] * 7
+    run_launch = one_pass.launch
+    for count in (2, 3, 5):
+        segment = {t: next(s for s in range(count) if i < len(live) * (s + 1) // count) for i, t in enumerate(live)}
+        halo = {
+            s
+            for t, s in itertools.product(live, live)
+            if t < s <= t + ahead and s < sequence_end[t] and segment[s] != segment[t]
+        }
+
+        def launch(kernel, programs, device, *args, **constants):
+            if kernel is not one_pass._one_pass_kernel or args[15] != 0:  # `halo`: all but the walk
+                run_launch(kernel, programs, device, *args, **constants)
+
+        use_segments(monkeypatch, count)
+        monkeypatch.setattr(one_pass, "launch", launch)
+        logprobs, *_ = run(batch, O.nfpo(ahead + 1))
+        assert set((~logprobs.isnan()).nonzero().flatten().tolist()) == halo
+
+
+def test_blocks_and_segments(monkeypatch):
+    batch = make_batch((1, 6), 300, dtype=torch.bfloat16, lengths=[1, 5])
+    results = []
+    for count, inplace in ((1, False), (2, True), (4, True), (4, False)):
+        use_segments(monkeypatch, count)
+        results.append(run(batch, O.nfpo(4, entropy_coef=0.1), inplace=inplace))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_sequence_does_not_depend_on_the_others():
+    batch = make_batch((4, 4), 5)
+    per_token = {n: x for n, x in batch.items() if x is not None and x.dim() > 1}
+    whole = run(batch, O.nfpo(3))
+    alone = run(batch | {n: x[2:3] for n, x in per_token.items()}, O.nfpo(3))
+    torch.testing.assert_close([x[2:3] for x in whole], alone, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nan_stays_in_its_windows():
+    batch = make_batch((12,), 5, lengths=[2, 7, 3], kept=1)
+    objective = O.Objective(O.ForwardTrace(3), O.NoTrustRegion())
+    _, _, before = run(batch, objective)
+    batch["logits"][6] = NAN
+    logprobs, entropy, gradient = run(batch, objective)
+    assert logprobs.isnan().nonzero().item() == entropy.isnan().nonzero().item() == 6
+    assert gradient[[4, 5]].isnan().all()
+    others = [t for t in range(12) if t not in (4, 5, 6)]
+    assert torch.equal(gradient[others], before[others])
+
+
+@pytest.mark.parametrize("size", [1, 1023, 2500])
+def test_live_rows_come_first(size):
+    from fusedpo.triton_kernels import one_pass
+
+    for mask in (torch.rand(size) < 0.3, torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)):
+        order, counts = one_pass._live_first(mask)
+        assert order.tolist() == [*mask.nonzero().flatten().tolist(), *(~mask).nonzero().flatten().tolist()]
+        assert counts[-1] == mask.sum()
+
+
+def test_number_of_segments(monkeypatch):
+    """Their rows fill half of the cache, and no program goes without a row."""
+    monkeypatch.undo()
+    from fusedpo.triton_kernels.one_pass import _num_segments
+
+    device = torch.device("cpu")
+    assert _num_segments(device, 8192, 151_936 * 2) == (24 << 20) // (151_936 * 2)
+    assert _num_segments(device, 8192, 1000) == 128
+    assert _num_segments(device, 5, 1000) == 5
+    assert _num_segments(device, 5, 1 << 30) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks_of_rows(packed, inplace):
+    """From the last to the first, they give bit for bit what all rows at a time give."""
+    batch = make_batch((13,), 150, lengths=[5, 1, 7]) if packed else make_batch((2, 7), 150)
+    whole = run(batch, O.nfpo(4), inplace=inplace)
+    live = batch["mask"].flatten().nonzero().flatten()
+    out = [torch.full(batch["token_ids"].shape, NAN) for _ in range(2)]
+    flat = batch["logits"].flatten(0, -2)
+    for rows in reversed(live.split(3)):
+        chunk = batch | {"logits": flat[rows], "rows": rows}
+        *out, gradient = run(chunk, O.nfpo(4), inplace=inplace, logprobs=out[0].to(DEVICE), entropy=out[1].to(DEVICE))
+        assert torch.equal(gradient, whole[2].flatten(0, -2)[rows])
+    torch.testing.assert_close(out, whole[:2], rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_that_are_left_out_are_not_evaluated():
+    batch = make_batch((6,), 5, kept=1)
+    rows = torch.tensor([0, 3, 4], device="cpu")
+    logprobs, _, gradient = run(batch | {"logits": batch["logits"][rows], "rows": rows}, O.ppo())
+    assert logprobs.isnan().tolist() == [False, True, True, False, False, True]
+    assert torch.equal(gradient, run(batch, O.ppo())[2][rows])
+
+
+# -------------------------------------------------------------------------------------------------- zeros and the edges
+
+
+def test_rows_without_a_coefficient_are_exactly_zero():
+    """Clipped or without an advantage: no bit is set, not even where a logit is -inf or the scale is tiny."""
+    batch = make_batch((6,), 300, kept=1)
+    batch["advantages"][1] = batch["scale"][3] = 0.0
+    batch["advantages"][4], batch["old_logprobs"][4] = 1.0, -30.0
+    batch["logits"][1, 5] = -INF
+    _, _, gradient = run(batch, O.ppo())
+    assert gradient.any(-1).tolist() == [True, False, True, False, False, True]
+    _, _, gradient = run(batch, O.ppo(entropy_coef=0.1))
+    assert gradient.any(-1).tolist() == [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_all_masked(inplace):
+    batch = make_batch((2, 4), 200)
+    batch["mask"][:] = False
+    logprobs, entropy, gradient = run(batch, O.nfpo(3), inplace=inplace)
+    assert not gradient.any()
+    assert logprobs.isnan().all()  # not written
+    assert entropy.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_tokens(shape, inplace):
+    _, _, gradient = run(make_batch(shape), O.nfpo(3), inplace=inplace)
+    assert gradient.shape == (*shape, 7)
+
+
+def test_dead_rows_are_shared_out(monkeypatch):
+    """Wherever they cluster: with as many programs as there are rows, each has one."""
+    use_segments(monkeypatch, 8)
+    batch = make_batch((8,), 200)
+    batch["mask"] = torch.arange(8, device="cpu") < 2
+    check(batch, O.nfpo(3), inplace=True)
+
+
+VIEWS = {
+    "slice of tokens": ((2, 5, 40), lambda x: x[:, 1:4]),
+    "slice of a wider vocabulary": ((2, 3, 43), lambda x: x[..., 1:41]),
+    "transposed": ((3, 2, 40), lambda x: x.transpose(0, 1)),
+    "expanded": ((1, 3, 40), lambda x: x.expand(2, 3, 40)),
+    "strided vocabulary": ((2, 3, 80), lambda x: x[..., ::2]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", VIEWS)
+def test_strided_logits(view, dtype):
+    size, take = VIEWS[view]
+    batch = make_batch((2, 3), 40, dtype=dtype)
+    base = torch.randn(size, device=DEVICE).to(dtype)
+    want = run(batch | {"logits": take(base).contiguous()}, O.nfpo(2))
+    torch.testing.assert_close(run(batch | {"logits": take(base)}, O.nfpo(2)), want, rtol=0, atol=0, equal_nan=True)
+    if view != "expanded":  # such rows cannot hold their gradients
+        before, args = base.clone(), {n: x if x is None else x.to(DEVICE) for n, x in batch.items() if n != "logits"}
+        outputs = torch.empty(2, 2, 3, device=DEVICE)
+        parts = ops_policy_loss.encode(O.nfpo(2))
+        torch.ops.fusedpo.one_pass_.triton(take(base), *outputs, *args.values(), *parts)
+        assert torch.equal(take(base).cpu(), want[2])
+        take(base).copy_(take(before))
+        assert torch.equal(base, before)  # nothing beside the rows was written
+
+
+def test_strided_arrays():
+    batch = make_batch((3, 4), 5)
+    strided = {n: x.mT.contiguous().mT if x is not None and x.dim() == 2 else x for n, x in batch.items()}
+    results = run(strided, O.nfpo(3)), run(batch, O.nfpo(3))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([2])])
+def test_bad_values(monkeypatch, rows):
+    """An error where a check is free or asked for, before anything is overwritten; elsewhere NaN, and no gradient."""
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    batch = make_batch((4,), 50, kept=1) | {"rows": rows}
+    if rows is not None:
+        batch["logits"] = batch["logits"][2:3]
+    ids = batch["token_ids"].clone()
+    ids[2] = 50
+    with pytest.raises(ValueError, match=r"token_ids must be in \[0, 50\) at kept rows, got 50 at flat position 2"):
+        run(batch | {"token_ids": ids}, O.ppo())
+    with pytest.raises(ValueError, match="temperature must be positive, got 0.0"):
+        run(batch | {"temperature": torch.tensor(0.0)}, O.ppo())
+    monkeypatch.setattr(_checks, "values_are_free", lambda *_: False)
+    logprobs, _, gradient = run(batch | {"token_ids": ids}, O.ppo())
+    assert logprobs[2].isnan()
+    bad = 2 if rows is None else 0
+    assert not gradient[bad].any()
+    assert gradient.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", ["contiguous", *(view for view in VIEWS if view != "expanded")])
+@pytest.mark.parametrize("factor", [1.0, 0.3, 0.0, NAN])
+def test_scale(dtype, view, factor):
+    size, take = VIEWS.get(view, ((2, 300), lambda x: x))
+    base = torch.randn(size).to(dtype)
+    before = base.clone()
+    torch.ops.fusedpo.scale_.triton(take(base), torch.tensor(factor))
+    want = before.clone()
+    take(want).copy_(take(before).float() * torch.tensor(factor))  # rounded once
+    torch.testing.assert_close(base, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_factor_of_one_writes_nothing(monkeypatch):
+    if DEVICE != "cpu":
+        pytest.skip("only the interpreter counts its stores")
+    from triton.runtime.interpreter import interpreter_builder
+
+    stores = []
+    for name in ("create_store", "create_masked_store"):
+        monkeypatch.setattr(interpreter_builder, name, lambda *args: stores.append(args))
+    gradient = torch.randn(3, 200)
+    torch.ops.fusedpo.scale_.triton(gradient, torch.tensor(1.0))
+    assert not stores
+    torch.ops.fusedpo.scale_.triton(gradient, torch.tensor(2.0))
+    assert stores
+
+
+# ------------------------------------------------------------------------------------------------ operator and autograd
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(packed):
+    batch = make_batch((5,), lengths=[2, 3]) if packed else make_batch((2, 3))
+    batch = {n: x if x is None else x.to(DEVICE) for n, x in batch.items()}
+    args = (*torch.zeros(2, *batch["token_ids"].shape), *list(batch.values())[1:], *ops_policy_loss.encode(O.nfpo(3)))
+    for operator in (torch.ops.fusedpo.one_pass.triton, torch.ops.fusedpo.one_pass_.triton):
+        torch.library.opcheck(operator, (batch["logits"].clone(), *args))
+    torch.library.opcheck(torch.ops.fusedpo.scale_.triton, (batch["logits"].clone(), torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", [O.nfpo(3, entropy_coef=0.1), O.grpo(kl=O.KL("k3", 0.1))], ids=name_of)
+def test_policy_loss_from_logits(objective, dtype, inplace):
+    """Loss, metrics and gradient, with an upstream gradient other than 1, are those of the composition in float64."""
+    batch = make_batch((2, 4), 150, dtype=dtype)
+    names = ("token_ids", "old_logprobs", "advantages", "mask", "ref_logprobs", "is_weights", "temperature")
+    outputs = []
+    for backend, device, kind in (("triton", DEVICE, dtype), ("reference", "cpu", torch.float64)):
+        args = {name: batch[name].to(device) for name in names}
+        if backend == "reference":
+            args = {n: x.double() if x.is_floating_point() else x for n, x in args.items()}
+        leaf = batch["logits"].detach().clone().to(device, kind).requires_grad_()
+        with fusedpo.backend(backend), torch.device(device):
+            out = fusedpo.policy_loss_from_logits(
+                leaf * 1, **args, objective=objective, loss_scale=0.5, inplace=inplace
+            )
+            (3 * out.loss).backward()
+        metrics = torch.stack(list(out.metrics.values()))
+        outputs.append([x.detach().cpu().double() for x in (out.loss, metrics, out.logprobs, out.entropy, leaf.grad)])
+    rtol = 2 * torch.finfo(dtype).eps  # rounded before and after it is multiplied by 3
+    for result, value in zip(outputs[0][:4], outputs[1][:4], strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-5, atol=2e-6)
+    gradient, value = outputs[0][4], outputs[1][4]
+    torch.testing.assert_close(gradient, value, rtol=max(rtol, 1e-5), atol=float(2e-6 * value.abs().amax()))
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+REAL = [O.ppo(), O.nfpo(4), O.nfpo(4, entropy_coef=0.01, kl=O.KL("k3", 0.1)), O.nfpo(100)]
+
+
+def real_batch(dtype, vocab_size, tokens=2048):
+    batch = make_batch((tokens,), 2, lengths=[tokens - 700, 0, 1, 699], kept=0.6, spread=0.1)
+    g = torch.Generator(DEVICE).manual_seed(1)
+    logits = torch.empty(tokens, vocab_size, dtype=dtype, device=DEVICE).normal_(generator=g)
+    batch["token_ids"] = torch.randint(vocab_size, (tokens,), generator=g, device=DEVICE)
+    logp = fusedpo.token_logprobs(logits, batch["token_ids"], temperature=0.9)
+    noise = 0.1 * torch.randn(2, tokens, generator=g, device=DEVICE)
+    return batch | {"logits": logits, "old_logprobs": logp + noise[0], "ref_logprobs": logp + noise[1]}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", REAL, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size"),
+    [(torch.bfloat16, 151_936), (torch.float32, 151_936), (torch.float16, 50_257), (torch.bfloat16, 262_144)],
+)
+def test_real_sizes(dtype, vocab_size, objective, monkeypatch):
+    """As layers 1 and 2 one after the other; and bit for bit the same in place, and on another run."""
+    monkeypatch.undo()
+    batch = real_batch(dtype, vocab_size)
+    first, again = run(batch, objective), run(batch, objective)
+    b = {n: x.to(DEVICE) if x is not None else x for n, x in batch.items()}
+    leaf = b["logits"].requires_grad_()
+    logprobs, entropy = fusedpo.token_logprobs(
+        leaf, b["token_ids"], temperature=0.9, mask=b["mask"], return_entropy=True
+    )
+    loss = fusedpo.policy_loss(
+        logprobs,
+        b["old_logprobs"],
+        b["advantages"],
+        entropy=entropy,
+        objective=objective,
+        reduction="none",
+        **{name: b[name] for name in ("mask", "cu_seqlens", "ref_logprobs", "is_weights")},
+    ).loss
+    loss.backward(b["scale"])
+    kept = batch["mask"]
+    torch.testing.assert_close(first[0][kept], logprobs.detach().cpu()[kept], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(first[1][kept], entropy.detach().cpu()[kept], rtol=1e-5, atol=2e-6)
+    gradient = leaf.grad.cpu()
+    rtol = max(1e-4, 2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(first[2], gradient, rtol=rtol, atol=float(1e-5 * gradient.abs().amax()))
+    inplace = run(batch | {"logits": leaf.detach()}, objective, inplace=True)
+    for results in (again, inplace):
+        torch.testing.assert_close(results, first, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_segments_on_a_gpu(monkeypatch):
+    batch = real_batch(torch.bfloat16, 32_000)
+    results = []
+    for count in (1, 7, 66, 132, 264, 2048):
+        monkeypatch.undo()
+        use_segments(monkeypatch, count)
+        results.append(run(batch, REAL[2], inplace=False))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation():
+    batch = {n: x if x is None else x.to(DEVICE) for n, x in make_batch((4, 300), 1000).items()}
+    leaf = batch["logits"].requires_grad_()
+    names = ("old_logprobs", "advantages", "mask", "ref_logprobs", "is_weights", "temperature")
+
+    def step():
+        out = fusedpo.policy_loss_from_logits(
+            leaf, batch["token_ids"], **{name: batch[name] for name in names}, objective=REAL[2]
+        )
+        (2 * out.loss).backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    """16,384 x 151,936: the last rows are what they are alone."""
+    rows, size = 16_384, 151_936
+    logits = torch.empty(rows, size, dtype=torch.bfloat16, device=DEVICE).normal_()
+    batch = make_batch((rows,), 2, kept=1) | {"token_ids": torch.randint(size, (rows,)), "logits": logits}
+    last = {n: x[-5:].clone() if x is not None and x.dim() > 0 else x for n, x in batch.items()}
+    alone = run(last, O.nfpo(3))
+    results = [x[-5:] for x in run(batch, O.nfpo(3), inplace=True)]
+    torch.testing.assert_close(results, alone, rtol=0, atol=0)

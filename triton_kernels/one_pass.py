@@ -1,0 +1,626 @@
+"""From logits to the gradient of the loss: each row read once from memory, and written once.
+
+A row is reduced to its log-prob and entropy, which give the coefficient of its token, and while it is still in the L2
+cache it is read again, from its end, and its gradient written. A trace looks at the tokens behind its own, so every
+sequence is walked backwards: what a window holds is known when its row comes up.
+
+The evaluated rows ("live": kept by the mask, or all those that ``rows`` names) are cut into segments of equal numbers,
+one per program. Launches, none of which waits for the host:
+
+1. where there is a mask, ``torch.cumsum`` counts the live rows, and ``_live_first_kernel`` lists their indices, then
+   those of the dead rows;
+2. where there is a trace, ``_one_pass_kernel`` reduces the halo: those first rows of each segment that are in windows
+   of the segment before, whose walk starts with them. A program per row, which reads it and writes its log-prob;
+3. ``_one_pass_kernel`` walks, a program per segment: it reads its rows and writes their gradients, those of the halo as
+   well, and a share of the zeros of the dead rows.
+
+In place, step 2 is over before step 3 overwrites anything. A row is in one halo at most, and then read twice: the
+shorter the windows beside the segments, the less that costs, and never more than the 3 T V elements that two passes
+move. Both launches run the same code, so what a row gives depends, bit for bit, neither on the number of segments nor
+on where they begin, and the log-probs of the halo, which are written twice, do not change.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedpo import _checks
+
+from .common import kernel, launch
+from .logprobs import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    MINUS_INF,
+    _add_block,
+    _check_values,
+    _gradient,
+    _log1p,
+    _with_layout,
+)
+from .logprobs import _Layout as _RowLayout
+from .logprobs import _layout as _row_layout
+from .logprobs import _width as _row_width
+from .objective import TRACE, Objective, Token, evaluate, log_ratio
+from .policy_loss import Weights, _contiguous, _decode, _only_if
+from .policy_loss import _layout as _token_layout
+
+# ----------------------------------------------------------------------------------------------------- segments of rows
+
+
+@kernel
+def _live_first_kernel(mask, counts, order, num_rows, BLOCK: tl.constexpr):
+    """Lists the rows that the mask keeps, then the others, both in order; ``counts[i]``: those kept up to row i."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = row < num_rows
+    kept = tl.load(mask + row, mask=exists, other=0) != 0
+    count = tl.load(counts + row, mask=exists, other=0)
+    num_live = tl.load(counts + num_rows - 1)
+    tl.store(order + tl.where(kept, count - 1, num_live + row - count), row, mask=exists)
+
+
+class Rows(NamedTuple):
+    """The rows in the order in which they are counted: live ones, then dead ones."""
+
+    order: Any  # the token of each
+    has_order: Any  # otherwise row k is that of token k
+    num_live: Any
+
+
+@triton.jit
+def _token_of(rows, k, exists):
+    """The token of row number k; 0 if there is no such row."""
+    token = tl.where(exists, k, 0).to(tl.int64)
+    if rows.has_order != 0:
+        token = tl.load(rows.order + k, mask=exists, other=0)
+    return token
+
+
+class Sequences(NamedTuple):
+    """Where the tokens of a batch belong; rows of a padded batch are ``width`` apart."""
+
+    cu_seqlens: Any
+    num_sequences: Any
+    width: Any
+
+
+@triton.jit
+def _sequence_of(token, sequences):
+    """The sequence of a token, and where that ends."""
+    if sequences.cu_seqlens is None:
+        sequence = (token // sequences.width).to(tl.int32)
+        end = (sequence + 1).to(tl.int64) * sequences.width
+    else:
+        sequence = 0  # the last that does not begin behind the token
+        above = sequences.num_sequences
+        while above - sequence > 1:
+            middle = (sequence + above) // 2
+            begun = tl.load(sequences.cu_seqlens + middle) <= token
+            sequence = tl.where(begun, middle, sequence)
+            above = tl.where(begun, above, middle)
+        end = tl.load(sequences.cu_seqlens + sequence + 1)
+    return sequence, end
+
+
+@triton.jit
+def _segment(count, segment, num_segments):
+    """Where a segment of ``count`` things begins and ends."""
+    count = tl.cast(count, tl.int64)
+    begin = count * segment // num_segments
+    end = count * (segment + 1) // num_segments
+    return begin.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def _halo_row(rows, sequences, segment, num_segments, place, ahead):
+    """As a segment of its own: row number ``place`` of a segment if windows of the segment before reach it."""
+    begin, end = _segment(rows.num_live, segment, num_segments)
+    exists = (begin > 0) & (begin + place < end)
+    before = _token_of(rows, begin - 1, exists)
+    _, sequence_end = _sequence_of(before, sequences)
+    token = _token_of(rows, begin + place, exists)
+    reached = exists & (token <= before + ahead) & (token < sequence_end)
+    return begin + place, begin + place + reached.to(tl.int32)
+
+
+# -------------------------------------------------------------------------------------------------------------- one row
+
+
+@triton.jit
+def _row_pointer(base, row, inner_rows, outer_stride, inner_stride, WIDTH: tl.constexpr):
+    """[1]: where a row begins, in a tensor of leading dimensions (outer, inner_rows)."""
+    outer = (row // inner_rows).to(tl.int64) * outer_stride  # rows * V may exceed 2^31
+    inner = (row % inner_rows).to(tl.int64) * inner_stride
+    pointer = base + (outer + inner + tl.arange(0, 1))
+    if WIDTH > 1:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+class Chosen(NamedTuple):
+    """The logit of the token that a row predicts, [1]; NaN if its id is out of range."""
+
+    logit: Any
+    column: Any
+    in_range: Any
+
+
+@triton.jit
+def _load_chosen(row, token_id, vocab_size):
+    column = tl.load(token_id + tl.arange(0, 1))
+    in_range = (column >= 0) & (column < vocab_size)
+    logit = tl.load(row + column, mask=in_range, other=float("nan")).to(tl.float32)
+    return Chosen(logit, column, in_range)
+
+
+class Stats(NamedTuple):
+    """What a row is reduced to, [1]; logprobs.py explains it."""
+
+    reference: Any
+    rest: Any
+    weighted: Any
+
+
+@triton.jit
+def _reduce(row, vocab_size, scale, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Reads the row once, such that it stays in the cache."""
+    top = tl.full([1], MINUS_INF, tl.float32)
+    ones = tl.zeros([1], tl.float32)
+    rest = tl.zeros([1], tl.float32)
+    weighted = tl.zeros([1], tl.float32)
+    columns = tl.arange(0, BLOCK)[None, :]
+    full = vocab_size // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        x = tl.load(row[:, None] + (start + columns), eviction_policy="evict_last")
+        top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, True)
+    if full < vocab_size:
+        inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
+        x = tl.load(row[:, None] + (full + columns), mask=inside, other=MINUS_INF, eviction_policy="evict_last")
+        top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, True)
+    return Stats(tl.where(top == MINUS_INF, 0.0, top), ones - 1 + rest, weighted * LN2)
+
+
+@triton.jit
+def _write_gradient(
+    row,
+    grad_row,
+    vocab_size,
+    chosen,
+    stats,
+    scale,
+    T,
+    g,
+    g_entropy,
+    BONUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradient of g logprob + g_entropy entropy, from the end of the row, which was read last, to its beginning.
+
+    The formulas are those of ``_token_logprobs_backward_kernel``.
+    """
+    inverse = tl.div_rn(1.0, 1 + stats.rest)
+    mean = stats.weighted * inverse
+    t = (chosen.logit - stats.reference) * scale
+    e = tl.exp2(t)
+    grad_chosen = g * (stats.rest + (1 - e))
+    normaliser = tl.div_rn(inverse, T)
+    constant = -g * normaliser
+    slope = tl.zeros_like(constant)
+    if BONUS:
+        grad_chosen -= g_entropy * e * (LN2 * tl.maximum(t, LOWEST) - mean)
+        constant = (g_entropy * mean - g) * normaliser
+        slope = -LN2 * g_entropy * normaliser
+
+    columns = tl.arange(0, BLOCK)[None, :]
+    full = vocab_size // BLOCK * BLOCK
+    if full < vocab_size:
+        inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
+        x = tl.load(row[:, None] + (full + columns), mask=inside, other=0.0, eviction_policy="evict_first")
+        grad = _gradient(x, stats.reference, scale, constant, slope, BONUS)
+        tl.store(grad_row[:, None] + (full + columns), grad, mask=inside, eviction_policy="evict_first")
+    for done in range(0, full, BLOCK):
+        start = full - BLOCK - done
+        x = tl.load(row[:, None] + (start + columns), eviction_policy="evict_first")
+        grad = _gradient(x, stats.reference, scale, constant, slope, BONUS)
+        tl.store(grad_row[:, None] + (start + columns), grad, eviction_policy="evict_first")
+    tl.debug_barrier()  # the chosen column is written last
+    tl.store(grad_row + chosen.column, tl.div_rn(grad_chosen * inverse, T), mask=chosen.in_range)
+
+
+@triton.jit
+def _write_zeros(grad_row, vocab_size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    columns = tl.arange(0, BLOCK)[None, :]
+    zeros = tl.zeros([1, BLOCK], tl.float32)
+    full = vocab_size // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        tl.store(grad_row[:, None] + (start + columns), zeros, eviction_policy="evict_first")
+    if full < vocab_size:
+        inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
+        tl.store(grad_row[:, None] + (full + columns), zeros, mask=inside, eviction_policy="evict_first")
+
+
+# ------------------------------------------------------------------------------------------------------------ one token
+
+
+class Batch(NamedTuple):
+    """What the loss of a token is computed from. Arrays that were not given are others, which are not read."""
+
+    logprobs: Any
+    old_logprobs: Any
+    has_old_logprobs: Any
+    advantages: Any
+    mask: Any
+    ref_logprobs: Any
+    is_weights: Any
+    has_is_weights: Any
+    scale: Any
+
+
+@triton.jit
+def _sum_ahead(batch, token, count, CHUNK: tl.constexpr):
+    """[1]: the sum of the log-ratios of the ``count`` tokens behind a token, masked ones being 0.
+
+    It is taken afresh for each token: nothing cancels, and a NaN stays in the windows that hold it.
+    """
+    behind = token + 1
+    total = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, count, CHUNK):
+        offset = start + tl.arange(0, CHUNK)
+        kept = offset < count
+        if batch.mask is not None:
+            kept = kept & (tl.load(batch.mask + behind + offset, mask=kept, other=0) != 0)
+        logprob = tl.load(batch.logprobs + behind + offset, mask=kept, other=0.0)
+        total += log_ratio(logprob, tl.load(batch.old_logprobs + behind + offset, mask=kept, other=0.0))
+    return tl.sum(total[None, :], 1)
+
+
+@triton.jit
+def _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK: tl.constexpr):
+    """[1]: the derivatives of the loss with respect to the log-prob and the entropy of a token."""
+    i = tl.arange(0, 1)
+    there = i == 0
+    sequence, end = _sequence_of(token, sequences)
+    advantage = batch.advantages.array + tl.where(batch.advantages.per_token != 0, token, sequence) + i
+    is_weight = batch.is_weights.array + tl.where(batch.is_weights.per_token != 0, token, sequence) + i
+    old_logprob = tl.load(batch.old_logprobs + token + i, mask=_only_if(batch.has_old_logprobs, there), other=0.0)
+    zero = tl.zeros([1], tl.float32)
+    x = Token(
+        logprob,
+        tl.where(batch.has_old_logprobs != 0, old_logprob, logprob),
+        tl.load(batch.ref_logprobs + token + i, mask=_only_if(o.kl, there), other=0.0),
+        tl.load(advantage),
+        tl.load(is_weight, mask=_only_if(batch.has_is_weights, there), other=1.0),
+        entropy,
+        _sum_ahead(batch, token, tl.minimum(o.ahead, end - 1 - token).to(tl.int32), CHUNK),
+        zero,
+        zero,
+        zero,
+    )
+    scale = tl.load(batch.scale + token + i)
+    return scale * evaluate(o, x).d_logprob, -scale * o.entropy_coef
+
+
+# ------------------------------------------------------------------------------------------------------------- the walk
+
+
+@kernel
+def _one_pass_kernel(
+    logits,
+    grad_logits,
+    logprobs,
+    entropies,
+    order,
+    counts,
+    token_ids,
+    temperature,
+    old_logprobs,
+    advantages,
+    mask,
+    cu_seqlens,
+    ref_logprobs,
+    is_weights,
+    loss_scale,
+    halo,
+    num_segments,
+    num_rows,
+    vocab_size,
+    has_order,
+    gathered,
+    num_sequences,
+    width,
+    inner_rows,
+    outer_stride,
+    inner_stride,
+    grad_outer_stride,
+    grad_inner_stride,
+    temperature_stride,
+    advantage_per_token,
+    is_weight_per_token,
+    has_old_logprobs,
+    has_is_weights,
+    ratio,
+    back,
+    ahead,
+    differentiate,
+    trust_region,
+    kl,
+    aggregation,
+    kl_coef,
+    kl_clamp,
+    entropy_coef,
+    length_norm,
+    p0,
+    p1,
+    p2,
+    p3,
+    p4,
+    BONUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Walks a segment; or, where ``halo`` is not 0, reduces one of the first ``halo`` rows of a segment but the first.
+
+    BONUS: the entropy has a gradient, too.
+    """
+    o = Objective(
+        ratio,
+        back,
+        ahead,
+        differentiate,
+        trust_region,
+        kl,
+        aggregation,
+        kl_coef,
+        kl_clamp,
+        entropy_coef,
+        length_norm,
+        p0,
+        p1,
+        p2,
+        p3,
+        p4,
+    )
+    batch = Batch(
+        logprobs,
+        old_logprobs,
+        has_old_logprobs,
+        Weights(advantages, advantage_per_token),
+        mask,
+        ref_logprobs,
+        Weights(is_weights, is_weight_per_token),
+        has_is_weights,
+        loss_scale,
+    )
+    sequences = Sequences(cu_seqlens, num_sequences, width)
+    num_live = num_rows
+    if (has_order != 0) & (gathered == 0):
+        num_live = tl.load(counts + num_rows - 1).to(tl.int32)
+    rows = Rows(order, has_order, num_live)
+    program = tl.program_id(0)
+    if halo == 0:
+        begin, end = _segment(num_live, program, num_segments)
+    else:
+        begin, end = _halo_row(rows, sequences, 1 + program // halo, num_segments, program % halo, ahead)
+
+    while end > begin:
+        end -= 1
+        token = _token_of(rows, end, end >= 0)
+        index = tl.where(gathered != 0, end, token.to(tl.int32))
+        row = _row_pointer(logits, index, inner_rows, outer_stride, inner_stride, WIDTH)
+        T = tl.load(temperature + token * temperature_stride + tl.arange(0, 1))
+        scale = tl.div_rn(LOG2E, T)
+        stats = _reduce(row, vocab_size, scale, BLOCK, WIDTH)
+        chosen = _load_chosen(row, token_ids + token, vocab_size)
+        log_sum = _log1p(stats.rest)
+        logprob = tl.div_rn(chosen.logit - stats.reference, T) - log_sum
+        entropy = log_sum - tl.div_rn(stats.weighted, 1 + stats.rest)
+        tl.store(logprobs + token + tl.arange(0, 1), logprob)
+        tl.store(entropies + token + tl.arange(0, 1), entropy)
+        if halo == 0:
+            g, g_entropy = _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK)
+            grad_row = _row_pointer(grad_logits, index, inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
+            tl.debug_barrier()  # every thread has read the chosen logit before any overwrites it
+            if tl.max(((g != 0) | (g_entropy != 0)).to(tl.int32), 0) != 0:
+                _write_gradient(row, grad_row, vocab_size, chosen, stats, scale, T, g, g_entropy, BONUS, BLOCK, WIDTH)
+            else:
+                _write_zeros(grad_row, vocab_size, BLOCK, WIDTH)
+        tl.debug_barrier()  # the log-prob can be read, for the rows before
+
+    if halo == 0:
+        begin, end = _segment(num_rows - num_live, program, num_segments)
+        for k in range(begin, end):
+            row = _token_of(rows, num_live + k, k >= 0).to(tl.int32)
+            grad_row = _row_pointer(grad_logits, row, inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
+            _write_zeros(grad_row, vocab_size, BLOCK, WIDTH)
+
+
+@kernel
+def _scale_kernel(
+    gradient,
+    factor,
+    num_rows,
+    vocab_size,
+    inner_rows,
+    outer_stride,
+    inner_stride,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    factor = tl.load(factor)
+    if factor != 1:
+        columns = tl.arange(0, BLOCK)[None, :]
+        for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+            row = _row_pointer(gradient, index, inner_rows, outer_stride, inner_stride, WIDTH)[:, None]
+            for start in range(0, vocab_size, BLOCK):
+                inside = tl.max_constancy(start + columns < vocab_size, [1, WIDTH])
+                x = tl.load(row + (start + columns), mask=inside, other=0.0, eviction_policy="evict_first")
+                tl.store(row + (start + columns), x.to(tl.float32) * factor, mask=inside, eviction_policy="evict_first")
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+_CHUNK = 64  # positions of a window that are summed at a time
+_BLOCK = 16384  # logits of a row at a time, half of that where loads are narrow
+
+
+def _num_segments(device: torch.device, num_rows: int, row_bytes: int) -> int:
+    """A program per multiprocessor, while their rows fill no more than half of the L2 cache."""
+    processors, cache = 128, 48 << 20
+    if device.type == "cuda" and torch.version.hip is None:  # ROCm knows the L2 of one die, and not what is behind it
+        properties = torch.cuda.get_device_properties(device)
+        processors, cache = properties.multi_processor_count, properties.L2_cache_size
+    return max(1, min(num_rows, processors, cache // 2 // row_bytes))
+
+
+def _tile(vocab_size: int, width: int) -> dict[str, int]:
+    """32 logits for each thread, or 16 where loads are narrow: as many as registers hold while they are read ahead."""
+    per_thread = 32 if width > 1 else 16
+    block = max(128, min(triton.next_power_of_2(vocab_size), _BLOCK * per_thread // 32))
+    return {"BLOCK": block, "WIDTH": width, "num_warps": min(16, max(1, block // (32 * per_thread)))}
+
+
+def _live_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in order, live ones first; and how many live ones there are up to each."""
+    counts = mask.flatten().cumsum(0)
+    order = torch.empty_like(counts)
+    num_rows, block = mask.numel(), 1024
+    programs = triton.cdiv(num_rows, block)
+    launch(_live_first_kernel, programs, mask.device, mask, counts, order, num_rows, BLOCK=block, num_warps=4)
+    return order, counts
+
+
+def _check(
+    logprobs: Tensor,
+    entropy: Tensor,
+    rows: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    vocab_size: int,
+) -> None:
+    torch._check(
+        logprobs.is_contiguous() and entropy.is_contiguous(), lambda: "logprobs and entropy must be contiguous"
+    )
+    if _checks.values_are_free(token_ids):
+        if rows is not None:
+            mask = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)
+            mask.view(-1)[rows] = True
+        _check_values(vocab_size, token_ids, temperature, mask)
+
+
+def _one_pass(
+    logits: Tensor,
+    layout: _RowLayout,
+    grad_logits: Tensor,
+    grad_layout: _RowLayout,
+    logprobs: Tensor,
+    entropy: Tensor,
+    rows: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    scale: Tensor,
+    parts: list[int],
+    values: list[float],
+) -> None:
+    shape, vocab_size = token_ids.shape, logits.shape[-1]
+    num_rows = logits.shape[:-1].numel()
+    _check(logprobs, entropy, rows, token_ids, temperature, mask, vocab_size)
+    o = _decode(parts, values, shape.numel(), per_token=False)
+    token_ids, temperature, scale, mask, cu_seqlens, order = _contiguous(
+        token_ids, temperature, scale, mask, cu_seqlens, rows
+    )
+    counts = None
+    if rows is None and mask is not None:
+        order, counts = _live_first(mask)
+    olp, ref, weights = (logprobs if x is None else x for x in _contiguous(old_logprobs, ref_logprobs, is_weights))
+    tile = _tile(vocab_size, min(_row_width(logits, layout), _row_width(grad_logits, grad_layout)))
+    num_segments = _num_segments(logits.device, num_rows, vocab_size * logits.element_size())
+    halo = min(o.ahead, triton.cdiv(num_rows, num_segments)) if o.ratio == TRACE.value else 0
+    for halo_rows, programs in ((halo, halo * (num_segments - 1)), (0, num_segments)):
+        if programs == 0:
+            continue
+        launch(
+            _one_pass_kernel,
+            programs,
+            logits.device,
+            logits,
+            grad_logits,
+            logprobs,
+            entropy,
+            token_ids if order is None else order,
+            token_ids if counts is None else counts,
+            token_ids,
+            temperature,
+            olp,
+            advantages.contiguous(),
+            mask,
+            cu_seqlens,
+            ref,
+            weights,
+            scale,
+            halo_rows,
+            num_segments,
+            num_rows,
+            vocab_size,
+            int(order is not None),
+            int(rows is not None),
+            *_token_layout(logprobs, cu_seqlens),
+            *layout,
+            grad_layout.outer_stride,
+            grad_layout.inner_stride,
+            int(temperature.dim() > 0),
+            int(advantages.shape == shape),
+            int(weights.shape == shape),
+            int(old_logprobs is not None),
+            int(is_weights is not None),
+            *o,
+            BONUS=o.entropy_coef != 0,
+            CHUNK=_CHUNK,
+            **tile,
+        )
+
+
+def one_pass(logits: Tensor, *args: Any) -> Tensor:
+    """The operator ``fusedpo::one_pass``."""
+    grad_logits = logits.new_empty(logits.shape)
+    if grad_logits.numel() > 0:
+        logits, layout = _with_layout(logits)
+        vocab_size = logits.shape[-1]
+        to = _RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
+        _one_pass(logits, layout, grad_logits, to, *args)
+    return grad_logits
+
+
+def one_pass_(logits: Tensor, *args: Any) -> None:
+    """The operator ``fusedpo::one_pass_``."""
+    layout = _row_layout(logits)
+    if layout is None:
+        logits.copy_(one_pass(logits, *args))
+    elif logits.numel() > 0:
+        _one_pass(logits, layout, logits, layout, *args)
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """The operator ``fusedpo::scale_``."""
+    layout = _row_layout(gradient)
+    if layout is None:
+        gradient.copy_(gradient.float() * factor)
+    elif gradient.numel() > 0:
+        vocab_size, num_rows = gradient.shape[-1], gradient.shape[:-1].numel()
+        tile = _tile(vocab_size, _row_width(gradient, layout))
+        launch(
+            _scale_kernel, min(num_rows, 1024), gradient.device, gradient, factor, num_rows, vocab_size, *layout, **tile
+        )
