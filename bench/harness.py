@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -126,8 +127,9 @@ def measure(case: Case, device: str, effort: Effort) -> list[Row]:
                 calls[provider.name] = call
 
     clock = _cuda_milliseconds if device == "cuda" else _cpu_milliseconds
+    shuffled = random.Random(0)  # who follows a large release of memory pays for its pages: not always the same one
     for turn in range(effort.repeats):
-        for call in calls.values():
+        for call in shuffled.sample(list(calls.values()), len(calls)):
             if turn >= 3 and sum(call.times) * call.repeats > effort.seconds * 1e3:
                 continue
             if call.reset is not None:
