@@ -18,7 +18,7 @@ SEQUENCES = 4
 
 
 class Batch(NamedTuple):
-    """Padded tokens ``[B, T]``; the first half of each sequence is the prompt, which the mask leaves out."""
+    """Padded tokens ``[B, T]``."""
 
     token_ids: Tensor
     old_logprobs: Tensor
@@ -26,11 +26,14 @@ class Batch(NamedTuple):
     mask: Tensor
 
 
-def make_batch(logprobs: Tensor, token_ids: Tensor) -> Batch:
-    """Ratios of 0.6 to 1.65, none within 0.08 (in the log) of a clip bound, so that rounding does not decide there."""
+def make_batch(logprobs: Tensor, token_ids: Tensor, *, masked: float = 0.0) -> Batch:
+    """Of each sequence the first part, ``masked`` of it, is a prompt that the mask leaves out.
+
+    Ratios of 0.6 to 1.65, none within 0.08 (in the log) of a clip bound, so that rounding does not decide there.
+    """
     shift = 0.4 * torch.randint_like(token_ids, -1, 2) + 0.1 * (2 * torch.rand_like(logprobs) - 1)
     rows, width = token_ids.shape
-    mask = (torch.arange(width, device=token_ids.device) >= width // 2).expand(rows, width).contiguous()
+    mask = (torch.arange(width, device=token_ids.device) >= masked * width).expand(rows, width).contiguous()
     return Batch(token_ids, logprobs - shift, torch.randn(rows, device=token_ids.device), mask)
 
 

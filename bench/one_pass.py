@@ -19,25 +19,29 @@ SIZES = {
     ("cuda", False): [(8192, 151_936), (1024, 151_936), (8192, 32_000), (8192, 262_144)],
     ("cuda", True): [(8192, 151_936)],
 }
-ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # bfloat16: trainers that round the log-probs are not wrong
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # bfloat16: trainers that round the log-probs are not wrong
 
 Loss = Callable[[Tensor], Tensor]
 
 
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
-    names = ["NFPO N=4"] if quick else list(OBJECTIVES)
-    for name in names:
-        for dtype in dtypes:
-            for tokens, vocab in SIZES[device, quick]:
-                yield _case(name, dtype, tokens, vocab, device)
+    first, *others = SIZES[device, quick]
+    for dtype in dtypes:
+        yield _case("NFPO N=4", dtype, *first, device)
+        if quick:
+            continue
+        yield _case("PPO", dtype, *first, device)
+        yield _case("NFPO N=4", dtype, *first, device, masked=0.5)
+        for tokens, vocab in others:
+            yield _case("NFPO N=4", dtype, tokens, vocab, device)
 
 
-def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str) -> Case:
+def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str, *, masked: float = 0.0) -> Case:
     objective, n = OBJECTIVES[name]
     logits = torch.randn(SEQUENCES, tokens // SEQUENCES, vocab, device=device).mul_(3).to(dtype)
     ids = torch.randint(vocab, logits.shape[:-1], device=device)
     exact = _exact_logprobs(logits, ids)
-    batch = make_batch(exact.float(), ids)
+    batch = make_batch(exact.float(), ids, masked=masked)
     rows, truth = _exact_gradient(logits, exact, batch, objective)
     overwritten = logits.clone()
 
@@ -82,7 +86,7 @@ def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str) -
         reset=lambda: overwritten.copy_(logits),
     )
     return Case(
-        group=f"{name}, loss and gradient, {str(dtype).removeprefix('torch.')}",
+        group=f"{name}, loss and gradient, {str(dtype).removeprefix('torch.')}" + (", half masked" if masked else ""),
         sizes={"T": tokens, "V": vocab},
         providers=[
             one_copy(logits),
