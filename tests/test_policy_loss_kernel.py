@@ -12,6 +12,8 @@ import pytest
 import test_nfpo
 import test_policy_loss as contract
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cpu_kernels import BUILDS, FLAGS
 from test_objective_parts import REGIONS, TRACES
 from test_policy_loss import AGGREGATIONS, INF, KLS, NAN, pack, random_batch
@@ -96,6 +98,28 @@ def test_every_combination(objective, packed):
     else:
         batch["advantages"] = [batch["advantages"], per_sequence, per_sequence[:, None]][i % 3]
         batch["is_weights"] = [per_sequence.exp(), batch["is_weights"]][i % 2]
+    check(batch, objective)
+
+
+@settings(max_examples=60)
+@given(
+    objective=st.sampled_from(COMBINATIONS),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    packed=st.booleans(),
+    mask_dtype=st.sampled_from([torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]),
+    weights_of=st.tuples(*[st.sampled_from(["token", "sequence", "column"])] * 2),
+    seed=st.integers(0, 99),
+)
+def test_any_layout(objective, lengths, packed, mask_dtype, weights_of, seed):
+    count, width = len(lengths), max(1, *lengths)
+    batch = random_batch(count, width, seed)
+    inside = torch.arange(width) < torch.tensor(lengths)[:, None]
+    batch["mask"] = (batch["mask"] & inside).to(mask_dtype)
+    if packed:
+        batch = pack(batch, lengths)
+    for name, of in zip(("advantages", "is_weights"), weights_of, strict=True):
+        if of != "token":
+            batch[name] = torch.randn(count, 1)[:, 0 if of == "sequence" else slice(None)].exp()
     check(batch, objective)
 
 
