@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedpo import _checks, advantages, backends
-from fusedpo.reference.advantages import maxpo_quadratic
+from fusedpo.reference.advantages import maxpo_leave_two_out, maxpo_quadratic
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -71,6 +71,7 @@ def test_against_enumeration(name, n, k):
     torch.testing.assert_close(closed, double([q - u for q, u in with_and_without(r, k)]), **CLOSE)
     if k >= 2:
         torch.testing.assert_close(closed, double(leave_two_out(r, k)), **CLOSE)
+        torch.testing.assert_close(closed, maxpo_leave_two_out(double(r), k=k), **CLOSE)
         torch.testing.assert_close(closed, maxpo_quadratic(double(r), k=k), **CLOSE)
     else:
         torch.testing.assert_close(closed, advantages.rloo(double(r), group_size=n), **CLOSE)

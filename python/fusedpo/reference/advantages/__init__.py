@@ -5,7 +5,7 @@ Arguments are not checked here: :mod:`fusedpo.advantages` documents them and che
 """
 
 from .group import dr_grpo, gpg, grpo, opo, raft, reinforce_plus_plus_baseline, reinforce_rej, remax, rloo
-from .order import grpo_passk, max_at_k, maxpo, maxpo_quadratic, order_statistic, passk, pkpo
+from .order import grpo_passk, max_at_k, maxpo, maxpo_leave_two_out, maxpo_quadratic, order_statistic, passk, pkpo
 from .step import (
     GAE,
     VTrace,
@@ -29,6 +29,7 @@ __all__ = [
     "grpo_passk",
     "max_at_k",
     "maxpo",
+    "maxpo_leave_two_out",
     "maxpo_quadratic",
     "opo",
     "optimal_token_baseline",

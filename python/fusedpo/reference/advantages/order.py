@@ -100,6 +100,26 @@ def maxpo(
 
 
 @torch.no_grad()
+def maxpo_leave_two_out(rewards: Tensor, *, k: int) -> Tensor:
+    """:func:`maxpo` from its definition, over all subsets: one small group ``[n]``, ``2 <= k < n``.
+
+    The expected improvement of i in a group is the mean of ``max(r_i - max T, 0)`` over the subsets T of k - 1 of the
+    others. ``A_i`` is that of i, minus the mean over ``j != i`` of that of j in the group without i.
+    """
+    r, n = rewards.double(), rewards.numel()
+
+    def improvement(i: int, without: int) -> Tensor:
+        others = torch.tensor([j for j in range(n) if j not in (i, without)], device=r.device)
+        highest = r[torch.combinations(others, k - 1)].amax(-1)
+        return (r[i] - highest).clamp(min=0).mean()
+
+    def advantage(i: int) -> Tensor:
+        return improvement(i, i) - torch.stack([improvement(j, i) for j in range(n) if j != i]).mean()
+
+    return torch.stack([advantage(i) for i in range(n)]).to(result_dtype(rewards))
+
+
+@torch.no_grad()
 def maxpo_quadratic(rewards: Tensor, *, k: int) -> Tensor:
     """:func:`maxpo` as its authors write it, over all pairs of samples: groups ``[..., n]``, ``2 <= k < n``.
 
