@@ -72,8 +72,8 @@ OPTIONS = {
     "cap": {"softcap": 3.0, "logit_scale": 0.7, "bias": False},
     "cap and bias": {"softcap": 3.0},
     "temperature": {"temperature": 0.6},
-    "temperature per row": {"temperature": torch.rand(T) + 0.5, "softcap": 5.0},
-    "mask": {"mask": torch.arange(T) % 3 != 0, "temperature": torch.rand(T) + 0.5},
+    "temperature per row": {"temperature": torch.linspace(0.5, 1.5, T), "softcap": 5.0},
+    "mask": {"mask": torch.arange(T) % 3 != 0, "temperature": torch.linspace(1.5, 0.5, T)},
 }
 
 

@@ -121,7 +121,7 @@ def test_equal_to_the_composition_in_float64(name, packed, chunk_tokens):
 OPTIONS = {
     "softcap": {"softcap": 2.0},
     "scale": {"logit_scale": -0.5},
-    "all": {"softcap": 3.0, "logit_scale": 1.5, "temperature": torch.rand(B, T) + 0.5},
+    "all": {"softcap": 3.0, "logit_scale": 1.5, "temperature": torch.linspace(0.5, 1.5, B * T).reshape(B, T)},
     "temperature": {"temperature": 0.7},
     "denominator and scale": {"denominator": 11.0, "loss_scale": torch.tensor(8.0)},
     "no old log-probs": {"old_logprobs": None},
