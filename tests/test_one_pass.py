@@ -8,6 +8,7 @@ import one_pass
 import pytest
 import torch
 from one_pass import OBJECTIVES
+from test_operators import peak_extra_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -377,14 +378,11 @@ def test_memory():
     for inplace, most in ((True, 0), (False, size)):
         x = batch["logits"].clone().requires_grad_()
         arguments = {name: value for name, value in batch.items() if name != "logits"}
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            out = fusedpo.policy_loss_from_logits(x, **arguments, objective=O.nfpo(4), inplace=inplace)
-            out.loss.backward()
-        now = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                peak = max(peak, now)
+
+        def step(x=x, arguments=arguments, inplace=inplace):
+            fusedpo.policy_loss_from_logits(x, **arguments, objective=O.nfpo(4), inplace=inplace).loss.backward()
+
+        peak = peak_extra_bytes(step)
         assert most <= peak <= most + 64 * 64 + 16_384
 
 

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "dispatch.h"
@@ -53,6 +54,19 @@ class Rows {
   char* base_;
   int64_t bytes_;
   std::vector<int64_t> sizes_, strides_;
+};
+
+// What a reduced row says (rows.h).
+struct RowSummary {
+  RowSummary(const RowStats& stats_, float temperature_)
+      : stats(stats_), temperature(temperature_), log_sum(std::log1p((double)stats.rest)) {}
+
+  float logprob(double logit) const { return (float)((logit - stats.reference) / temperature - log_sum); }
+  float entropy() const { return (float)(log_sum - stats.weighted / (1.0 + stats.rest)); }
+
+  const RowStats stats;
+  const float temperature;
+  const double log_sum;
 };
 
 struct Temperatures {

@@ -8,7 +8,6 @@
 #include "one_pass.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -127,10 +126,10 @@ struct Walk : BatchArguments {
   void reduce(int64_t row) {
     const int64_t t = token(row);
     const char* x = from[row];
-    const RowStats s = stats[row] = kernels.reduce(x, from.size, temperatures[t], true);
-    const double log_sum = std::log1p((double)s.rest);
-    logprobs[t] = (float)(((double)kernels.value(x, token_ids[t]) - s.reference) / temperatures[t] - log_sum);
-    entropy[t] = (float)(log_sum - s.weighted / (1.0 + s.rest));
+    stats[row] = kernels.reduce(x, from.size, temperatures[t], true);
+    const RowSummary summary(stats[row], temperatures[t]);
+    logprobs[t] = summary.logprob(kernels.value(x, token_ids[t]));
+    entropy[t] = summary.entropy();
     if (!log_ratios.empty()) log_ratios[t] = log_ratio_at(t);
   }
 

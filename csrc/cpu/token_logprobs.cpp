@@ -1,7 +1,6 @@
 #include "token_logprobs.h"
 
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -96,24 +95,24 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_id
   const bool* kept = data<bool>(mask);
   std::atomic<int64_t> bad_id{-1}, bad_row{-1};  // a throw inside parallel_for would lose its message
 
-  for_each_row(
-      rows_where(rows.count, [&](int64_t row) { return !kept || kept[row]; }), rows.size, 0, [&](int64_t row, float*) {
-        const float temperature = temperatures[row];
-        if (!(temperature > 0)) bad_row = row;
-        const char* x = rows[row];
-        const RowStats row_stats = kernels.reduce(x, rows.size, temperature, return_entropy);
-        const double log_sum = std::log1p((double)row_stats.rest);
-        for (int64_t k = row * num_ids; k < (row + 1) * num_ids; ++k) {
-          if (ids[k] >= 0 && ids[k] < rows.size)
-            logprob_out[k] = (float)(((double)kernels.value(x, ids[k]) - row_stats.reference) / temperature - log_sum);
-          else
-            bad_id = k;
-        }
-        if (return_entropy) entropy_out[row] = (float)(log_sum - row_stats.weighted / (1.0 + row_stats.rest));
-        stats_out[3 * row] = row_stats.reference;
-        stats_out[3 * row + 1] = row_stats.rest;
-        stats_out[3 * row + 2] = row_stats.weighted;
-      });
+  for_each_row(rows_where(rows.count, [&](int64_t row) { return !kept || kept[row]; }), rows.size, 0,
+               [&](int64_t row, float*) {
+                 const float temperature = temperatures[row];
+                 if (!(temperature > 0)) bad_row = row;
+                 const char* x = rows[row];
+                 const RowStats row_stats = kernels.reduce(x, rows.size, temperature, return_entropy);
+                 const RowSummary summary(row_stats, temperature);
+                 for (int64_t k = row * num_ids; k < (row + 1) * num_ids; ++k) {
+                   if (ids[k] >= 0 && ids[k] < rows.size)
+                     logprob_out[k] = summary.logprob(kernels.value(x, ids[k]));
+                   else
+                     bad_id = k;
+                 }
+                 if (return_entropy) entropy_out[row] = summary.entropy();
+                 stats_out[3 * row] = row_stats.reference;
+                 stats_out[3 * row + 1] = row_stats.rest;
+                 stats_out[3 * row + 2] = row_stats.weighted;
+               });
   if (const int64_t k = bad_id; k >= 0)
     throw std::invalid_argument("token_ids must be in [0, " + std::to_string(rows.size) + ") at kept rows, got " +
                                 std::to_string(ids[k]) + " at flat position " + std::to_string(k));
