@@ -20,7 +20,9 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
+FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
 LEVEL = {"DEFAULT": 0, "NO AVX": 0, "AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
+LEVEL += LEVEL == 2 and torch.cpu._is_avx512_bf16_supported()
 BUILDS = [
     pytest.param(name, marks=pytest.mark.skipif(level > LEVEL, reason=f"this processor has no {name}"))
     for level, name in enumerate(FLAGS)
@@ -63,4 +65,4 @@ def test_unknown_capability_is_refused():
     environment = {**os.environ, "FUSEDPO_CPU_CAPABILITY": "sse9"}
     code = "from fusedpo import _C; _C.build_info()"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "FUSEDPO_CPU_CAPABILITY must be avx512, avx2 or portable, got sse9" in result.stderr
+    assert "FUSEDPO_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable, got sse9" in result.stderr

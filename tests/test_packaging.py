@@ -92,7 +92,7 @@ def test_native_wheel(native: Path) -> None:
     assert {path.name for path in native.iterdir()} == {"fusedpo", f"fusedpo-{wheel.name.split('-')[1]}.dist-info"}
     file, capability, compiled_with = use(native, "-c", REPORT).stdout.split()
     assert file == str(native / EXTENSION)
-    assert capability in ("portable", "avx2", "avx512")
+    assert capability in ("portable", "avx2", "avx512", "avx512_bf16")
     assert torch.__version__.startswith(compiled_with)
 
 
@@ -100,7 +100,7 @@ def test_instruction_sets_share_no_weak_symbols(source: Path, native: Path) -> N
     """Of a weak symbol the linker keeps one copy: here, perhaps one that the processor cannot run."""
     definitions = defaultdict(set)
     objects = list(source.glob("build/cmake-*/CMakeFiles/*.dir/**/*.o"))
-    variants = {path for path in objects if re.search(r"_(avx2|avx512)\.dir/", str(path))}
+    variants = {path for path in objects if re.search(r"_(avx2|avx512|avx512_bf16)\.dir/", str(path))}
     if not variants:
         pytest.skip("this processor family has one instruction set")
     for path in objects:

@@ -21,9 +21,11 @@ Build choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   const Build builds[] = {
 #if defined(__x86_64__)
+      {"avx512_bf16", &avx512_bf16::kRowKernels, &avx512::kTokenKernels, avx512_bf16},
       {"avx512", &avx512::kRowKernels, &avx512::kTokenKernels, avx512},
       {"avx2", &avx2::kRowKernels, &avx2::kTokenKernels, avx2},
 #endif
@@ -33,7 +35,8 @@ Build choose() {
     reached = reached || std::string(wanted) == build.name;
     if (reached && build.supported) return build;
   }
-  throw std::invalid_argument("FUSEDPO_CPU_CAPABILITY must be avx512, avx2 or portable, got " + std::string(wanted));
+  throw std::invalid_argument("FUSEDPO_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or portable, got " +
+                              std::string(wanted));
 }
 
 const Build& chosen() {

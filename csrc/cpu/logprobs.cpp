@@ -66,29 +66,56 @@ float maximum(const T* row, int64_t size) {
   return reduce_max(top);
 }
 
+// Exponents in units of log 2, relative to a reference logit: t = (x - reference) * scale with scale = log2(e) / T.
+// Fused, it is one instruction, x * scale - origin. The origin is a float: it lies by `shift` beside reference * scale,
+// which is known, and taken out of the sums. It does not serve where logits are so large that the shift is.
+template <bool kFused>
+struct Exponents {
+  Exponents(float reference, float temperature) : scale(splat(kLog2e / temperature)) {
+    const double exact = (double)reference * scale[0];
+    origin = kFused ? (float)exact : exact;
+    shift = kFused ? exact - origin : 0;
+    minus = splat(kFused ? (float)-exact : -reference);
+  }
+
+  Vec operator()(Vec x) const { return kFused ? fma(x, scale, minus) : (x + minus) * scale; }
+
+  bool serves() const { return !kFused || std::fabs(shift) < 1; }
+
+  // The factor that takes the shift out of 2^t.
+  double unshift() const { return std::exp2(-shift); }
+
+  Vec scale, minus;
+  double origin, shift;
+};
+
 struct BlockSums {
   float sum, weighted, top;
   float at_reference;
 };
 
-// Exponents in units of log 2: t = (x - reference) * scale with scale = log2(e) / T. In the block that holds the
-// reference, elements equal to it are counted apart: what lies beside a dominant logit keeps its digits.
-template <bool kEntropy, bool kHoldsReference, class T>
-BlockSums sum_block(const T* row, int64_t size, float reference, float scale) {
+// Sums 2^t, and 2^t t. In the block that holds the reference, elements equal to it are counted apart: what lies beside
+// a dominant logit keeps its digits.
+template <bool kEntropy, bool kHoldsReference, bool kFused, class T>
+BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFused> exponents) {
   Vec sum_a{}, sum_b{}, weighted_a{}, weighted_b{}, at_reference{}, top = splat(-kInfinity);
-  const Vec offset = splat(reference), factor = splat(scale), lowest = splat(kLowest);
-  const Vec zero{}, one = splat(1.0f);
+  const Exp2Polynomial polynomial(1.0f);
+  const Vec itself = exponents(splat(reference)), lowest = splat(kLowest), zero{}, one = splat(1.0f);
   for_each_chunk(row, size, [&](const T* chunk) {
     Vec a, b;
     load2(chunk, a, b);
-    a = max(lowest, (a - offset) * factor);
-    b = max(lowest, (b - offset) * factor);
+    a = exponents(a);
+    b = exponents(b);
     top = max(b, max(a, top));
-    Vec ea = exp2(a), eb = exp2(b);
+    if constexpr (kEntropy || !kExp2TakesInfinity) {
+      a = max(lowest, a);
+      b = max(lowest, b);
+    }
+    Vec ea = exp2(a, polynomial), eb = exp2(b, polynomial);
     if constexpr (kHoldsReference) {
-      at_reference += (a == zero ? one : zero) + (b == zero ? one : zero);
-      ea = a == zero ? zero : ea;
-      eb = b == zero ? zero : eb;
+      at_reference += (a == itself ? one : zero) + (b == itself ? one : zero);
+      ea = a == itself ? zero : ea;
+      eb = b == itself ? zero : eb;
     }
     sum_a += ea;
     sum_b += eb;
@@ -108,47 +135,88 @@ float block_reference(const T* row, int64_t size) {
   return top == -kInfinity ? 0.0f : top;
 }
 
-template <bool kEntropy, class T>
+template <bool kEntropy, bool kFused, class T>
 RowStats reduce_row(const T* row, int64_t size, float temperature) {
-  const float scale = kLog2e / temperature;
-  double rest = -1, weighted = 0;  // of blocks: their order of summation costs no accuracy
   float reference = 0;
+  Exponents<kFused> exponents(reference, temperature);
+  double at_reference = 0, sum = 0, weighted = 0;  // of blocks: their order of summation costs no accuracy
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const T* block = row + begin;
     const int64_t count = size - begin < kBlock ? size - begin : kBlock;
-    const bool nothing_yet = rest == -1;
+    const bool nothing_yet = at_reference + sum == 0;
     BlockSums sums{};
-    if (!nothing_yet) sums = sum_block<kEntropy, false>(block, count, reference, scale);
+    if (!nothing_yet) sums = sum_block<kEntropy, false>(block, count, reference, exponents);
     if (nothing_yet || sums.top > kMove) {
-      const float moved = block_reference(block, count);
+      const Exponents<kFused> before = exponents;
+      reference = block_reference(block, count);
+      exponents = Exponents<kFused>(reference, temperature);
+      if (!exponents.serves()) return reduce_row<kEntropy, false>(row, size, temperature);
       if (!nothing_yet) {
-        const double shift = (double)(reference - moved) * scale, factor = std::exp2(shift);
-        weighted = (weighted + shift * (1 + rest)) * factor;
-        rest = (1 + rest) * factor - 1;
+        sum += at_reference * std::exp2(before.shift);
+        weighted += at_reference * before.shift;
+        const double step = before.origin - exponents.origin, factor = std::exp2(step);
+        weighted = (weighted + step * sum) * factor;
+        sum *= factor;
+        at_reference = 0;
       }
-      reference = moved;
-      sums = sum_block<kEntropy, true>(block, count, reference, scale);
+      sums = sum_block<kEntropy, true>(block, count, reference, exponents);
     }
-    rest += sums.at_reference;
-    rest += sums.sum;
+    at_reference += sums.at_reference;
+    sum += sums.sum;
     weighted += sums.weighted;
   }
-  return {reference, (float)rest, (float)(weighted * kLn2)};
+  const double unshift = exponents.unshift();
+  return {reference, (float)(at_reference - 1 + sum * unshift),
+          (float)((weighted - exponents.shift * sum) * unshift * kLn2)};
 }
 
 template <class T>
 RowStats reduce(const void* logits, int64_t size, float temperature, bool entropy) {
   const T* row = static_cast<const T*>(logits);
-  return entropy ? reduce_row<true>(row, size, temperature) : reduce_row<false>(row, size, temperature);
+  return entropy ? reduce_row<true, kFmaRoundsOnce>(row, size, temperature)
+                 : reduce_row<false, kFmaRoundsOnce>(row, size, temperature);
+}
+
+// Writes constant * 2^t.
+template <bool kFused, class T>
+void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> exponents, float constant) {
+  const Exp2Polynomial times_constant(constant);
+  const Vec lowest = splat(kLowest);
+  map_chunks(row, grad, size, [&](const T* from, T* to) {
+    Vec a, b;
+    load2(from, a, b);
+    a = exponents(a);
+    b = exponents(b);
+    if constexpr (!kExp2TakesInfinity) {
+      a = max(lowest, a);
+      b = max(lowest, b);
+    }
+    store2(to, exp2(a, times_constant), exp2(b, times_constant));
+  });
+}
+
+// Writes (constant + slope * t) * 2^t.
+template <bool kFused, class T>
+void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> exponents, float constant_, float slope_) {
+  const Exp2Polynomial polynomial(1.0f);
+  const Vec constant = splat(constant_), slope = splat(slope_), lowest = splat(kLowest);
+  map_chunks(row, grad, size, [&](const T* from, T* to) {
+    Vec a, b;
+    load2(from, a, b);
+    a = max(lowest, exponents(a));
+    b = max(lowest, exponents(b));
+    store2(to, exp2(a, polynomial) * fma(slope, a, constant), exp2(b, polynomial) * fma(slope, b, constant));
+  });
 }
 
 // With p_j = e_j / (1 + rest), G the sum of grad_logprobs and E the grad of the entropy H:
 //   grad x_j = (grad_logprobs at j - G p_j - E p_j (log p_j + H)) / T
 // where the last two terms are e_j * (constant + slope * t_j) over the whole row. Columns whose log-prob was taken are
 // computed apart, with 1 - p taken through expm1, and rounded once.
-template <bool kEntropy, class T>
+template <bool kEntropy, bool kFused, class T>
 void gradient_row(const T* row, T* grad, int64_t size, const RowStats& stats, const RowGradient& up) {
-  const float scale = kLog2e / up.temperature;
+  const Exponents<kFused> exponents(stats.reference, up.temperature);
+  if (!exponents.serves()) return gradient_row<kEntropy, false>(row, grad, size, stats, up);
   const double log_sum = std::log1p((double)stats.rest);
   const double entropy = kEntropy ? log_sum - stats.weighted / (1.0 + stats.rest) : 0.0;
   double total = 0;
@@ -164,19 +232,14 @@ void gradient_row(const T* row, T* grad, int64_t size, const RowStats& stats, co
     up.scratch[k] = (float)(value / up.temperature);
   }
 
-  const float normaliser = (float)(1 / (up.temperature * (1.0 + stats.rest)));
-  const Vec constant = splat(normaliser * (float)(-total - up.grad_entropy * (entropy - log_sum)));
-  const Vec slope = splat(normaliser * -up.grad_entropy * kLn2);
-  const Vec offset = splat(stats.reference), factor = splat(scale), lowest = splat(kLowest);
-  map_chunks(row, grad, size, [&](const T* from, T* to) {
-    Vec a, b;
-    load2(from, a, b);
-    a = max(lowest, (a - offset) * factor);
-    b = max(lowest, (b - offset) * factor);
-    const Vec weight_a = kEntropy ? fma(slope, a, constant) : constant;
-    const Vec weight_b = kEntropy ? fma(slope, b, constant) : constant;
-    store2(to, exp2(a) * weight_a, exp2(b) * weight_b);
-  });
+  const double normaliser = exponents.unshift() / (up.temperature * (1.0 + stats.rest));
+  if constexpr (kEntropy) {
+    const double slope = -up.grad_entropy * kLn2;
+    const double constant = -total - up.grad_entropy * (entropy - log_sum) - slope * exponents.shift;
+    gradient_sweep(row, grad, size, exponents, (float)(normaliser * constant), (float)(normaliser * slope));
+  } else {
+    gradient_sweep(row, grad, size, exponents, (float)(normaliser * -total));
+  }
   for (int64_t k = 0; k < up.num_ids; ++k) grad[up.token_ids[k]] = from_float<T>(up.scratch[k]);
 }
 
@@ -185,9 +248,9 @@ void gradient(const void* logits, void* grad, int64_t size, const RowStats& stat
   const T* row = static_cast<const T*>(logits);
   T* out = static_cast<T*>(grad);
   if (up.grad_entropy != 0)
-    gradient_row<true>(row, out, size, stats, up);
+    gradient_row<true, kFmaRoundsOnce>(row, out, size, stats, up);
   else
-    gradient_row<false>(row, out, size, stats, up);
+    gradient_row<false, kFmaRoundsOnce>(row, out, size, stats, up);
 }
 
 template <class T>

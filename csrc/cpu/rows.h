@@ -51,5 +51,8 @@ extern const RowKernelTable kRowKernels;
 namespace avx512 {
 extern const RowKernelTable kRowKernels;
 }
+namespace avx512_bf16 {
+extern const RowKernelTable kRowKernels;
+}
 
 }  // namespace fusedpo

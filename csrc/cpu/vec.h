@@ -13,7 +13,7 @@
 #endif
 
 #ifndef FUSEDPO_ISA
-#error "compile with -DFUSEDPO_ISA=portable|avx2|avx512"
+#error "compile with -DFUSEDPO_ISA=portable|avx2|avx512|avx512_bf16"
 #endif
 
 namespace fusedpo::FUSEDPO_ISA {
@@ -47,6 +47,12 @@ FUSEDPO_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
+#if defined(__AVX2__)
+inline constexpr bool kFmaRoundsOnce = true;
+#else
+inline constexpr bool kFmaRoundsOnce = false;
+#endif
+
 FUSEDPO_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -72,30 +78,43 @@ FUSEDPO_INLINE float reduce_max(Vec v) {
   return m;
 }
 
-// 2^t for -200 <= t <= 64, within 1.1 ulp; results below 2^-126 may be flushed to 0; NaN stays NaN.
-FUSEDPO_INLINE Vec exp2(Vec t) {
+// factor * 2^f for f in [0, 1]: the minimax polynomial with constant term 1, whose relative error is 2.1e-9 before
+// rounding.
+struct Exp2Polynomial {
+  Vec c[7];
+
+  explicit Exp2Polynomial(float factor) {
+    constexpr float kUnit[7] = {1.0f,           0.693147063f,   0.240229085f,  0.0554861836f,
+                                0.00967377517f, 0.00124822895f, 0.000215659718f};
+    for (int i = 0; i < 7; ++i) c[i] = splat(factor * kUnit[i]);
+  }
+
+  inline __attribute__((always_inline)) Vec operator()(Vec f) const {
+    Vec p = c[6];
+    for (int i = 5; i >= 0; --i) p = fma(p, f, c[i]);
+    return p;
+  }
+};
+
 #if defined(__AVX512F__)
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+inline constexpr bool kExp2TakesInfinity = true;
+#else
+inline constexpr bool kExp2TakesInfinity = false;
+#endif
+
+// factor * 2^t, the factor being that of the polynomial, for -200 <= t <= 64, or any t <= 64 where kExp2TakesInfinity.
+// Within 1.6 ulp; results below 2^-126 may be flushed to 0; NaN stays NaN.
+FUSEDPO_INLINE Vec exp2(Vec t, const Exp2Polynomial& polynomial) {
+#if defined(__AVX512F__)
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t); 0 for -inf
+  return (Vec)_mm512_scalef_ps((__m512)polynomial(f), (__m512)t);                             // p * 2^floor(t)
 #else
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  const Vec shifted = t + magic;
-  const Vec n = shifted - magic;
-#endif
-  const Vec f = t - n;  // exact, |f| <= 1/2
-  // The minimax polynomial of degree 6 with constant term 1: relative error 2.6e-9 before rounding.
-  Vec p = splat(1.5594672e-4f);
-  p = fma(p, f, splat(1.3406643e-3f));
-  p = fma(p, f, splat(9.6176928e-3f));
-  p = fma(p, f, splat(5.5503104e-2f));
-  p = fma(p, f, splat(0.24022653f));
-  p = fma(p, f, splat(0.69314724f));
-  p = fma(p, f, splat(1.0f));
-#if defined(__AVX512F__)
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
+  const Vec shifted = (t - 0.5f) + magic;
+  const Vec n = shifted - magic;  // floor(t), or the integer below where t is one: then f = 1
   const Int biased = (Int)shifted - (Int)magic + 127;
   const Int exponent = biased > 0 ? biased : Int{};  // 2^n below the normal range becomes 0
-  return p * (Vec)(exponent << 23);
+  return polynomial(t - n) * (Vec)(exponent << 23);
 #endif
 }
 
@@ -184,7 +203,15 @@ FUSEDPO_INLINE UInt round_to_bfloat16(Vec x) {
 }
 
 FUSEDPO_INLINE void store2(BFloat16* p, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  // One instruction rounds both (subnormal results to 0) and puts b behind a; the permutation brings them together.
+  const UInt together = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                         0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
+  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  const UInt words = (UInt)_mm512_permutexvar_epi16((__m512i)together, rounded);
+#else
   const UInt words = round_to_bfloat16(a) >> 16 | (round_to_bfloat16(b) & 0xffff0000u);
+#endif
   std::memcpy(p, &words, kBytes);
 }
 
