@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -60,11 +61,15 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
+    """The name, which generations share, and the numbers that tell them apart."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:
+        return platform.processor()
+    return "{model name} (family {cpu family}, model {model})".format_map(defaultdict(lambda: "?", fields))
 
 
 def environment(device: str) -> dict[str, Any]:
