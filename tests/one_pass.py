@@ -91,7 +91,9 @@ def check_gradient(result: Tensor, expected: Tensor, window: int = 1) -> None:
     """
     info = torch.finfo(result.dtype)
     largest = expected[expected.isfinite()].abs().amax() if expected.isfinite().any() else 0
-    bound = (0.5 * info.eps + 5e-6 + 1e-6 * window**0.5) * expected.abs() + 1e-6 * largest + info.smallest_normal * info.eps
+    bound = (
+        (0.5 * info.eps + 5e-6 + 1e-6 * window**0.5) * expected.abs() + 1e-6 * largest + info.smallest_normal * info.eps
+    )
     error = (result.double() - expected).abs()
     assert torch.equal(result.isnan(), expected.isnan())
     assert bool((error <= bound)[~expected.isnan()].all()), float((error - bound).nan_to_num(0).max())

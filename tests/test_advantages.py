@@ -305,6 +305,8 @@ def test_reinforce_plus_plus_baseline_whitens_over_tokens(mask):
 # ------------------------------------------------------------------------------------------------------------ errors
 
 R4, IDS4 = torch.arange(4.0), torch.tensor([0, 0, 1, 1])
+OVERLAPPING = torch.tensor([0, 3, 2, 4])
+STEPS = {"step_rewards": torch.ones(2, 1), "step_ids": IDS4.view(2, 2)}
 
 
 @pytest.mark.parametrize(
@@ -346,8 +348,32 @@ R4, IDS4 = torch.arange(4.0), torch.tensor([0, 0, 1, 1])
         ("opo", R4, {"group_size": 2, "lengths": [1, 1, 1, 1]}, TypeError, "lengths must be a torch.Tensor"),
         ("opo", R4, {"group_size": 2, "lengths": torch.ones(3)}, ValueError, r"lengths .*\[4\].*\[3\]"),
         ("opo", R4, {"group_size": 2, "lengths": IDS4 - 1}, ValueError, "lengths must be >= 0, got -1"),
+        ("opo", R4, {"group_size": 2, "lengths": R4.to("meta")}, ValueError, "lengths .*device"),
         ("opo", R4, {"group_size": 2, "lengths": R4, "scope": "prompt"}, ValueError, "scope .*'group'.*'prompt'"),
         ("opo", R4, {"group_size": 2, "lengths": R4, "scope": "batch"}, ValueError, "scope='batch' .*group_size"),
+        ("passk", R4, {"group_size": 2, "k": 0}, ValueError, "k must be >= 1, got 0"),
+        ("reinforce_plus_plus", R4, {"cu_seqlens": OVERLAPPING}, ValueError, r"cu_seqlens must not decrease.*3, 2"),
+        (
+            "gae",
+            R4,
+            {"values": R4, "gamma": 1.0, "lam": 1.0, "cu_seqlens": OVERLAPPING},
+            ValueError,
+            r"cu_seqlens must not decrease.*3, 2",
+        ),
+        (
+            "vineppo",
+            R4.view(2, 2),
+            STEPS | {"step_rewards": STEPS["step_rewards"].to("meta")},
+            ValueError,
+            "step_rewards .*device of values",
+        ),
+        (
+            "vineppo",
+            R4.view(2, 2),
+            STEPS | {"step_ids": STEPS["step_ids"].to("meta")},
+            ValueError,
+            "step_ids .*device of values",
+        ),
     ],
 )
 def test_errors_name_the_argument(name, rewards, kwargs, error, match):

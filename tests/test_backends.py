@@ -52,6 +52,35 @@ def test_forced_backend_never_falls_back():
         fusedpo.token_logprobs(X.double(), IDS)
 
 
+def hidden_logprobs(hidden):
+    return fusedpo.linear_token_logprobs(hidden, X, IDS, return_entropy=False).sum()
+
+
+def hidden_loss(hidden):
+    objective, advantages = fusedpo.objectives.ppo(), torch.ones(3)
+    return fusedpo.policy_loss_from_hidden(hidden, X, IDS, None, advantages, objective=objective).loss
+
+
+@pytest.mark.parametrize("function", [hidden_logprobs, hidden_loss])
+@pytest.mark.parametrize(
+    "transform",
+    [lambda function: torch.compile(function, backend="aot_eager"), torch.func.grad],
+    ids=["compile", "grad"],
+)
+def test_forced_backend_never_falls_back_where_kernels_cannot_be_functional(function, transform):
+    transformed = transform(function)
+    torch._dynamo.reset()
+    with fusedpo.backend("reference"):
+        expected = transformed(X)
+    torch.testing.assert_close(transformed(X), expected)
+    if backends.NATIVE_MISSING is None:
+        with (
+            fusedpo.backend("native"),
+            pytest.raises(fusedpo.BackendUnavailable, match=r"'native' was forced for linear_token_logprobs.*outside"),
+        ):
+            transformed(X)
+
+
 def test_missing_native_part_is_named(monkeypatch):
     monkeypatch.setattr(backends, "NATIVE_MISSING", "no compiler; pip install --no-build-isolation fusedpo")
     assert backends.choose("token_logprobs", "cpu") == "reference"
@@ -86,16 +115,24 @@ def test_environment_variable_forces_a_backend():
     assert "backend must be one of" in python("-c", code, FUSEDPO_BACKEND="fast").stderr
 
 
+@pytest.mark.parametrize(("value", "asked"), [("1", "True"), ("0", "False")])
+def test_environment_variable_asks_for_checks_that_wait_for_a_device(value, asked):
+    code = "import torch; from fusedpo import _checks; print(_checks.values_are_free(torch.empty(1, device='meta')))"
+    result = python("-c", code, FUSEDPO_DEBUG=value)
+    assert result.stdout.strip() == asked, result.stderr
+
+
 def test_env_reports_versions_and_the_choice_for_every_operator():
-    result = python("-m", "fusedpo", "env")
+    result = python("-m", "fusedpo", "env", FUSEDPO_BACKEND="auto")
     assert result.returncode == 0, result.stderr
+    assert "was forced" not in result.stdout
     for word in (fusedpo.__version__, torch.__version__, *backends.IMPLEMENTATIONS):
         assert word in result.stdout
     if backends.NATIVE_MISSING is None:
         assert "native: cpu_capability" in result.stdout
     forced = python("-m", "fusedpo", "env", FUSEDPO_BACKEND="reference").stdout
-    assert "FUSEDPO_BACKEND" in forced
-    assert "native kernel" not in forced.partition("operator")[2] or "has no native kernel" in forced
+    (row,) = (line for line in forced.splitlines() if line.startswith("token_logprobs  ") and " cpu " in line)
+    assert row.split(maxsplit=3)[2:] == ["reference", "reference was forced by FUSEDPO_BACKEND or fusedpo.backend"]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -112,7 +149,6 @@ def test_env_reports_versions_and_the_choice_for_every_operator():
         (ValueError, "logits must have shape", lambda: fusedpo.token_logprobs(torch.randn(3, 0), IDS)),
         (ValueError, "token_ids must be in", lambda: fusedpo.token_logprobs(X, IDS + 3)),
         (ValueError, "token_ids must be in", lambda: fusedpo.token_logprobs(X, IDS - 1)),
-        (ValueError, "temperature must be positive, got 0", lambda: fusedpo.token_logprobs(X, IDS, temperature=0.0)),
         (
             ValueError,
             "temperature must be positive",
@@ -122,6 +158,26 @@ def test_env_reports_versions_and_the_choice_for_every_operator():
             ValueError,
             r"temperature must have shape \[3\]",
             lambda: fusedpo.token_logprobs(X, IDS, temperature=torch.ones(2)),
+        ),
+        (
+            ValueError,
+            "temperature must be on the device of logits",
+            lambda: fusedpo.token_logprobs(X, IDS, temperature=torch.ones(3, device="meta")),
+        ),
+        (
+            ValueError,
+            "mask must be on the device of logits",
+            lambda: fusedpo.token_logprobs(X, IDS, mask=torch.ones(3, device="meta")),
+        ),
+        (
+            ValueError,
+            "mask must be on the device of input_ids",
+            lambda: fusedpo.next_tokens(IDS, torch.ones(3, device="meta")),
+        ),
+        (
+            ValueError,
+            "cu_seqlens must be on the device of input_ids",
+            lambda: fusedpo.next_tokens(IDS, cu_seqlens=torch.tensor([0, 3], device="meta")),
         ),
         (TypeError, "input_ids must have dtype", lambda: fusedpo.next_tokens(X)),
         (

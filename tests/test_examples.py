@@ -61,6 +61,16 @@ def test_training_raises_the_reward_and_both_losses_agree(tmp_path: Path) -> Non
         assert fused[name][0] == pytest.approx(eager[name][0], rel=1e-4, abs=1e-6)
 
 
+def test_losses_must_agree_while_they_see_the_same_samples(arithmetic: ModuleType) -> None:
+    same = {"reward": [0.1, 0.4, 0.5, 0.5, 0.6], "loss": [0.0, 0.2, -0.1, 0.1, 0.3]}
+    parted = {"reward": [0.1, 0.4, 0.5, 0.55, 0.6], "loss": [0.0, 0.2, -0.1, 0.4, 0.2]}
+    too_early = {"reward": [0.1, 0.4, 0.6, 0.5, 0.5], "loss": same["loss"]}
+    other_loss = {"reward": same["reward"], "loss": [0.0, 0.2, -0.1002, 0.1, 0.3]}
+    for eager, holds in ((same, True), (parted, True), (too_early, False), (other_loss, False)):
+        agree, claim = list(arithmetic.verdicts({"fused": same, "eager": eager}, 0.2))[2]
+        assert agree == holds, claim
+
+
 def test_training_that_does_not_raise_the_reward_fails(
     arithmetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

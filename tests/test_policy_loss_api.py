@@ -178,6 +178,78 @@ def test_loss_scale(loss_scale, reduction):
     assert torch.equal(scaled_gradient, factor * gradient)
 
 
+# ---------------------------------------------------------------------------------------------------------------- empty
+
+EMPTY = [
+    ((0, 3), None),
+    ((2, 0), None),
+    ((0,), None),
+    ((0,), [0]),
+    ((0,), [0, 0, 0]),
+    ((1, 0), [0, 0]),
+]
+MASKED = [
+    ((2, 3), None),
+    ((3,), [0, 0, 2, 3]),
+    ((2, 1), None),
+    ((1, 2), [0, 1, 2]),
+]
+
+
+def from_logits(x, weight, ids, **options):
+    return fusedpo.policy_loss_from_logits(x @ weight.T, ids, **options)
+
+
+def from_logits_in_place(x, weight, ids, **options):
+    return fusedpo.policy_loss_from_logits(x @ weight.T, ids, inplace=True, **options)
+
+
+@pytest.mark.parametrize("function", [from_logits, from_logits_in_place, fusedpo.policy_loss_from_hidden])
+@pytest.mark.parametrize("objective", [O.nfpo(3, kl=O.KL("k3", 0.1), entropy_coef=0.1), O.dapo(), O.gspo()], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "cu_seqlens", "masked"), [*((*row, False) for row in EMPTY), *((*row, True) for row in EMPTY + MASKED)]
+)
+def test_nothing_to_learn_from_is_a_connected_zero(function, objective, shape, cu_seqlens, masked):
+    x, weight = torch.randn(*shape, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    per_token = torch.full(shape, torch.nan)
+    out = function(
+        x,
+        weight,
+        torch.full(shape, -100),
+        old_logprobs=per_token,
+        advantages=per_token,
+        objective=objective,
+        ref_logprobs=per_token,
+        mask=torch.zeros(shape, dtype=torch.bool) if masked else None,
+        cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens),
+    )
+    assert out.loss.item() == 0
+    assert all(metric.item() == 0 for metric in out.metrics.values())
+    for result in (out.logprobs, out.entropy):
+        assert torch.equal(result, torch.zeros(shape))
+    out.loss.backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("function", [from_logits, fusedpo.policy_loss_from_hidden])
+@pytest.mark.parametrize(
+    ("shape", "cu_seqlens"), [((2, 1), None), ((1,), None), ((3,), [0, 1, 2, 3]), ((1, 1), [0, 1])]
+)
+def test_a_single_token_predicts_nothing(function, shape, cu_seqlens):
+    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    ids, mask = fusedpo.next_tokens(torch.full(shape, 7), torch.ones(shape), packed)
+    assert not mask.any()
+    x, weight = torch.randn(*shape, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    advantages = torch.ones(shape)
+    options = {"objective": O.nfpo(3), "mask": mask, "cu_seqlens": packed}
+    out = function(x, weight, ids, old_logprobs=None, advantages=advantages, **options)
+    assert out.loss.item() == 0
+    out.loss.backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
 # --------------------------------------------------------------------------------------------------------------- output
 
 

@@ -64,6 +64,7 @@ WRONG = [
     (ValueError, "mask", {"mask": zeros(2, 3, device="meta")}),
     (TypeError, "ref_logprobs", {"ref_logprobs": zeros(2, 3, dtype=torch.bool)}),
     (ValueError, "ref_logprobs", {"ref_logprobs": zeros(2)}),
+    (ValueError, "ref_logprobs", {"ref_logprobs": zeros(2, 3, device="meta")}),
     (ValueError, "ref_logprobs", {"objective": KL}),
     (TypeError, "entropy", {"entropy": zeros(2, 3, dtype=torch.int64)}),
     (ValueError, "entropy", {"entropy": zeros(3)}),
@@ -71,6 +72,7 @@ WRONG = [
     (ValueError, "entropy", {"objective": BONUS}),
     (TypeError, "is_weights", {"is_weights": 2.0}),
     (ValueError, "is_weights", {"is_weights": zeros(6)}),
+    (ValueError, "is_weights", {"is_weights": zeros(2, device="meta")}),
     (TypeError, "denominator", {"denominator": "8"}),
     (TypeError, "denominator", {"denominator": True}),
     (ValueError, "denominator", {"denominator": zeros(1)}),
@@ -123,13 +125,24 @@ FROM_TOKENS = [
     (ValueError, "old_logprobs", {"old_logprobs": zeros(2)}),
     (ValueError, "advantages", {"advantages": zeros(3)}),
     (ValueError, "mask", {"mask": zeros(2)}),
+    (ValueError, "mask", {"mask": zeros(2, 3, device="meta")}),
     (ValueError, "ref_logprobs", {"objective": KL}),
+    (ValueError, "ref_logprobs", {"ref_logprobs": zeros(2, 3, device="meta")}),
+    (ValueError, "is_weights", {"is_weights": zeros(2, device="meta")}),
     (TypeError, "token_ids", {"token_ids": zeros(2, 3)}),
     (ValueError, "token_ids", {"token_ids": zeros(2, 3, 1, dtype=torch.int64)}),
     (ValueError, "temperature", {"temperature": 0.0}),
+    (ValueError, "temperature", {"temperature": zeros(2, 3, device="meta")}),
     (ValueError, "denominator", {"denominator": -1}),
     (TypeError, "loss_scale", {"loss_scale": "1"}),
 ]
+FROM_PACKED_TOKENS = {
+    "token_ids": zeros(6, dtype=torch.int64),
+    "old_logprobs": None,
+    "advantages": zeros(6),
+    "objective": O.ppo(),
+    "cu_seqlens": torch.tensor([0, 4, 3, 6]),
+}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,8 @@ def test_errors_from_logits(error, argument, given):
         *FROM_TOKENS,
         (TypeError, "hidden", {"hidden": 1.0}),
         (ValueError, "hidden", {"hidden": zeros(4)}),
+        (ValueError, "weight", {"weight": zeros(5, 4, device="meta")}),
+        (ValueError, "bias", {"bias": zeros(5, device="meta")}),
         (ValueError, "num_live", {"num_live": -1}),
         (ValueError, "num_live", {"num_live": 7}),
         (TypeError, "num_live", {"num_live": 2.0}),
@@ -170,3 +185,10 @@ def test_errors_from_hidden(error, argument, given):
     }
     with pytest.raises(error, match=rf"^{argument}\b"):
         fusedpo.policy_loss_from_hidden(**right | given)
+
+
+def test_packed_sequences_must_not_overlap():
+    with pytest.raises(ValueError, match=r"^cu_seqlens must not decrease, got \[0, 4, 3, 6\]"):
+        fusedpo.policy_loss_from_logits(zeros(6, 5), **FROM_PACKED_TOKENS)
+    with pytest.raises(ValueError, match=r"^cu_seqlens must not decrease, got \[0, 4, 3, 6\]"):
+        fusedpo.policy_loss_from_hidden(zeros(6, 4), zeros(5, 4), **FROM_PACKED_TOKENS)

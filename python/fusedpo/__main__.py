@@ -56,6 +56,9 @@ def _choices() -> Iterable[tuple[str, str, str, str]]:
             except backends.BackendUnavailable as error:
                 yield operator, device, "none", str(error)
                 continue
+            if backends.forced() is not None:
+                yield operator, device, runs, f"{runs} was forced by FUSEDPO_BACKEND or fusedpo.backend"
+                continue
             others = (name for name in ("native", "triton") if name != runs)
             reasons = (backends.why_not(name, operator, device) for name in others)
             yield operator, device, runs, "; ".join(reason for reason in reasons if reason)

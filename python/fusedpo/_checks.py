@@ -6,6 +6,7 @@ free (:func:`values_are_free`), on the CPU, and on other devices under ``FUSEDPO
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -36,6 +37,24 @@ def integer(name: str, tensor: Tensor) -> None:
     is_tensor(name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {tensor.dtype}")
+
+
+def number(name: str, value: object, expected: str = "a float") -> None:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def finite(name: str, value: float) -> None:
+    number(name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def whole_number(name: str, value: object, at_least: int, expected: str = "an int") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {value}")
 
 
 def same_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:

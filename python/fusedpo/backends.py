@@ -92,7 +92,9 @@ class backend:
     """``with fusedpo.backend("reference"): ...`` forces one implementation; ``"auto"`` lifts that.
 
     The environment variable ``FUSEDPO_BACKEND`` does the same for a whole process. Raises ``ValueError`` for an
-    unknown name; an operator that the forced backend cannot run raises :class:`BackendUnavailable`.
+    unknown name; an operator that the forced backend cannot run raises :class:`BackendUnavailable`. There is one
+    implementation, which runs whatever is forced, of ``next_tokens``, ``aggregate``, ``global_denominator``,
+    ``value_loss``, ``importance_weights``, ``rejection_mask``, ``clip_cov_weights`` and ``kl_cov_penalty``.
     """
 
     def __init__(self, name: str) -> None:
@@ -108,6 +110,11 @@ class backend:
     ) -> None:
         global _forced
         _forced = self._before
+
+
+def forced() -> str | None:
+    """The backend that is forced, if one is."""
+    return _forced
 
 
 def why_not(name: str, operator: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -47,7 +48,7 @@ def token_logprobs(
         logits: ``[..., V]``, float16, bfloat16 or float32 (float64 runs on the reference); rows may be strided.
         token_ids: ``[...]``, or ``[..., K]`` for K tokens per row; int32 or int64, in ``[0, V)`` at kept rows. Ids at
             masked rows are neither read nor checked (-100 is fine there).
-        temperature: positive float, or a tensor ``[...]`` of one value per row.
+        temperature: positive, finite float, or a tensor ``[...]`` of one value per row.
         mask: ``[...]``, nonzero keeps a row. The logits of the other rows are not read; their results and gradients
             are 0.
         return_entropy: return the entropy as well.
@@ -127,8 +128,8 @@ def linear_token_logprobs(
         hidden, weight, bias, token_ids, softcap, logit_scale, chunk_tokens, temperature=temperature, mask=mask
     )
     dtype = ops_hidden.compute_dtype(hidden)
-    backend = backends.choose("linear_token_logprobs", hidden.device.type, dtype)
-    if backend == "reference" or ops_hidden.must_be_functional():
+    backend = ops_hidden.choose(hidden.device.type, dtype)
+    if backend == "reference":
         return reference.linear_token_logprobs(
             hidden,
             weight,
@@ -220,8 +221,14 @@ def _check_rows(
         if temperature.dim() > 0:
             _checks.shape("temperature", temperature, tuple(rows), f"one value per row of {name}")
         _checks.same_device("temperature", temperature, name, source)
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    else:
+        _check_positive("temperature", temperature, "a float or a torch.Tensor")
+
+
+def _check_positive(name: str, value: float, expected: str) -> None:
+    _checks.number(name, value, expected)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_values(token_ids: Tensor, size: int, temperature: float | Tensor, mask: Tensor | None) -> None:
@@ -279,9 +286,10 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_options(*, softcap: float | None, logit_scale: float, chunk_tokens: int | None) -> None:
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is not None:
+        _check_positive("softcap", softcap, "a float or None")
+    _checks.finite("logit_scale", logit_scale)
     if logit_scale == 0:
         raise ValueError("logit_scale must not be 0")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1 or None, got {chunk_tokens}")
+    if chunk_tokens is not None:
+        _checks.whole_number("chunk_tokens", chunk_tokens, at_least=1, expected="an int or None")

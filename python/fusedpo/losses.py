@@ -214,8 +214,8 @@ def policy_loss_from_hidden(
         _check_num_live(num_live, token_ids, mask)
     linear: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "chunk_tokens": chunk_tokens}
     dtype = ops_hidden.compute_dtype(hidden)
-    backend = backends.choose("linear_token_logprobs", hidden.device.type, dtype)
-    if backend == "reference" or ops_hidden.must_be_functional():
+    backend = ops_hidden.choose(hidden.device.type, dtype)
+    if backend == "reference":
         logprobs, entropy = linear_token_logprobs(
             hidden, weight, token_ids, bias=bias, temperature=temperature, mask=mask, return_entropy=True, **linear
         )
@@ -426,10 +426,9 @@ def _check(
 
 
 def _check_num_live(num_live: int, token_ids: Tensor, mask: Tensor | None) -> None:
-    if isinstance(num_live, bool) or not isinstance(num_live, int):
-        raise TypeError(f"num_live must be an int or None, got {type(num_live).__name__}")
-    if not 0 <= num_live <= token_ids.numel():
-        raise ValueError(f"num_live must be between 0 and the number of tokens {token_ids.numel()}, got {num_live}")
+    _checks.whole_number("num_live", num_live, at_least=0, expected="an int or None")
+    if num_live > token_ids.numel():
+        raise ValueError(f"num_live must be at most the number of tokens {token_ids.numel()}, got {num_live}")
     if _checks.values_are_free(token_ids):
         kept = token_ids.numel() if mask is None else int(mask.count_nonzero())
         if num_live != kept:

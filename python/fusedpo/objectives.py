@@ -4,14 +4,16 @@ An :class:`Objective` says how one token's log-prob should move. Its parts are i
 combination. Notation of the formulas: ``lp`` current log-prob, ``olp`` old one, ``A`` advantage, ``sg`` stop-gradient,
 ``rho = exp(lp - olp)``, ``F`` the trace (1 without one), ``M`` a mask of 0 and 1. Losses are minimised.
 
-The checks are plain ``if``s: an :class:`Objective` can be built inside a function that ``torch.compile`` traces, where
-a message that is formatted before it is needed would break the graph.
+An :class:`Objective` can be built inside a function that ``torch.compile`` traces, where a value that is formatted
+before an error needs it would break the graph.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from . import _checks
 
 __all__ = [
     "CISPO",
@@ -60,6 +62,18 @@ Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mea
 KLKind = Literal["k1", "k2", "k3", "k3+"]
 AGGREGATIONS = get_args(Aggregation)
 KL_KINDS = get_args(KLKind)
+
+
+def _check(part: str, relation: Literal[">", ">="], bound: float, *, or_none: bool = False, **values: Any) -> None:
+    """``values``, by the names of fields of ``part``, are numbers in this ``relation`` to ``bound``."""
+    other = " or None" if or_none else ""
+    for name, value in values.items():
+        if value is None and or_none:
+            continue
+        _checks.number(f"{part}: {name}", value, f"a float{other}")
+        if not (value > bound if relation == ">" else value >= bound):
+            fields, got = " and ".join(values), " and ".join(map(str, values.values()))
+            raise ValueError(f"{part}: {fields} must be {relation} {bound}{other}, got {got}")
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
@@ -162,12 +176,9 @@ class PPOClip:
     on: Literal["ratio", "product"] = "ratio"
 
     def __post_init__(self) -> None:
-        if not (self.low >= 0 and self.high >= 0):
-            raise ValueError(f"PPOClip: low and high must be >= 0, got {self.low} and {self.high}")
-        if not (self.dual is None or self.dual > 1):
-            raise ValueError(f"PPOClip: dual must be > 1 or None, got {self.dual}")
-        if not (self.cap is None or self.cap > 0):
-            raise ValueError(f"PPOClip: cap must be > 0 or None, got {self.cap}")
+        _check("PPOClip", ">=", 0, low=self.low, high=self.high)
+        _check("PPOClip", ">", 1, or_none=True, dual=self.dual)
+        _check("PPOClip", ">", 0, or_none=True, cap=self.cap)
         if self.on not in ("ratio", "product"):
             raise ValueError(f"PPOClip: on must be 'ratio' or 'product', got {self.on!r}")
 
@@ -187,10 +198,9 @@ class LogClip:
     power: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.low >= 0 and self.high >= 0):
-            raise ValueError(f"LogClip: low and high must be >= 0, got {self.low} and {self.high}")
-        if not (self.dual is None or self.dual > 0):
-            raise ValueError(f"LogClip: dual must be > 0 or None, got {self.dual}")
+        _check("LogClip", ">=", 0, low=self.low, high=self.high)
+        _check("LogClip", ">", 0, or_none=True, dual=self.dual)
+        _checks.finite("LogClip: power", self.power)
 
 
 @dataclass(frozen=True)
@@ -201,8 +211,7 @@ class CISPO:
     high: float = 0.2
 
     def __post_init__(self) -> None:
-        if not (self.low >= 0 and self.high >= 0):
-            raise ValueError(f"CISPO: low and high must be >= 0, got {self.low} and {self.high}")
+        _check("CISPO", ">=", 0, low=self.low, high=self.high)
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,8 @@ class BinaryTV:
     cap: float | None = 20.0
 
     def __post_init__(self) -> None:
-        _check_binary("BinaryTV", self.low, self.high, self.cap)
+        _check("BinaryTV", ">=", 0, low=self.low, high=self.high)
+        _check("BinaryTV", ">", 0, or_none=True, cap=self.cap)
 
 
 @dataclass(frozen=True)
@@ -233,14 +243,8 @@ class BinaryKL:
     cap: float | None = 20.0
 
     def __post_init__(self) -> None:
-        _check_binary("BinaryKL", self.low, self.high, self.cap)
-
-
-def _check_binary(name: str, low: float, high: float, cap: float | None) -> None:
-    if not (low >= 0 and high >= 0):
-        raise ValueError(f"{name}: low and high must be >= 0, got {low} and {high}")
-    if not (cap is None or cap > 0):
-        raise ValueError(f"{name}: cap must be > 0 or None, got {cap}")
+        _check("BinaryKL", ">=", 0, low=self.low, high=self.high)
+        _check("BinaryKL", ">", 0, or_none=True, cap=self.cap)
 
 
 @dataclass(frozen=True)
@@ -257,8 +261,8 @@ class CPPO:
     min_weight: float = 0.8
 
     def __post_init__(self) -> None:
-        if not (self.threshold >= 0 and self.budget >= 0):
-            raise ValueError(f"CPPO: threshold and budget must be >= 0, got {self.threshold} and {self.budget}")
+        _check("CPPO", ">=", 0, threshold=self.threshold, budget=self.budget)
+        _checks.number("CPPO: min_weight", self.min_weight)
         if not 0 < self.min_weight <= 1:
             raise ValueError(f"CPPO: min_weight must be in (0, 1], got {self.min_weight}")
 
@@ -271,8 +275,7 @@ class SAPO:
     tau_neg: float = 1.05
 
     def __post_init__(self) -> None:
-        if not (self.tau_pos > 0 and self.tau_neg > 0):
-            raise ValueError(f"SAPO: tau_pos and tau_neg must be > 0, got {self.tau_pos} and {self.tau_neg}")
+        _check("SAPO", ">", 0, tau_pos=self.tau_pos, tau_neg=self.tau_neg)
 
 
 @dataclass(frozen=True)
@@ -288,12 +291,8 @@ class VESPO:
     lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (self.k_pos >= 0 and self.k_neg >= 0):
-            raise ValueError(f"VESPO: k_pos and k_neg must be >= 0, got {self.k_pos} and {self.k_neg}")
-        if not (self.lambda_pos > 0 and self.lambda_neg > 0):
-            raise ValueError(
-                f"VESPO: lambda_pos and lambda_neg must be > 0, got {self.lambda_pos} and {self.lambda_neg}"
-            )
+        _check("VESPO", ">=", 0, k_pos=self.k_pos, k_neg=self.k_neg)
+        _check("VESPO", ">", 0, lambda_pos=self.lambda_pos, lambda_neg=self.lambda_neg)
 
 
 @dataclass(frozen=True)
@@ -308,8 +307,7 @@ class GMPO:
     high: float = 0.4
 
     def __post_init__(self) -> None:
-        if not (self.low >= 0 and self.high >= 0):
-            raise ValueError(f"GMPO: low and high must be >= 0, got {self.low} and {self.high}")
+        _check("GMPO", ">=", 0, low=self.low, high=self.high)
 
 
 @dataclass(frozen=True)
@@ -319,8 +317,7 @@ class DRO:
     beta: float
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"DRO: beta must be > 0, got {self.beta}")
+        _check("DRO", ">", 0, beta=self.beta)
 
 
 TrustRegion = NoTrustRegion | PPOClip | LogClip | CISPO | BinaryTV | BinaryKL | CPPO | SAPO | VESPO | GMPO | DRO
@@ -345,8 +342,8 @@ class KL:
     def __post_init__(self) -> None:
         if self.kind not in KL_KINDS:
             raise ValueError(f"KL: kind must be one of {KL_KINDS}, got {self.kind!r}")
-        if not (self.clamp is None or self.clamp > 0):
-            raise ValueError(f"KL: clamp must be > 0 or None, got {self.clamp}")
+        _checks.finite("KL: coef", self.coef)
+        _check("KL", ">", 0, or_none=True, clamp=self.clamp)
 
 
 # ------------------------------------------------------------------------------------------------------------ objective
@@ -379,13 +376,19 @@ class Objective:
     length_norm: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ratio, Ratio):
+            raise TypeError(f"Objective: ratio must be one of {Ratio}, got {self.ratio!r}")
+        if not isinstance(self.trust_region, TrustRegion):
+            raise TypeError(f"Objective: trust_region must be one of {TrustRegion}, got {self.trust_region!r}")
+        if self.kl is not None and not isinstance(self.kl, KL):
+            raise TypeError(f"Objective: kl must be a KL or None, got {self.kl!r}")
+        _checks.finite("Objective: entropy_coef", self.entropy_coef)
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"Objective: aggregation must be one of {AGGREGATIONS}, got {self.aggregation!r}")
         if self.length_norm is not None:
             if self.aggregation != "seq-mean-token-sum-norm":
                 raise ValueError(f"Objective: length_norm has no meaning with aggregation={self.aggregation!r}")
-            if not self.length_norm > 0:
-                raise ValueError(f"Objective: length_norm must be > 0, got {self.length_norm}")
+            _check("Objective", ">", 0, length_norm=self.length_norm)
         self._check_ratio_and_trust_region()
 
     def _check_ratio_and_trust_region(self) -> None:
@@ -471,6 +474,8 @@ def two_sided_grpo(
     That is ``-min(min(rho, delta) A, clip(rho) A)``, which is dual clip for every ``delta > 1 + clip_high``, the range
     that TRL recommends. The aggregation of the report is not known to us: the default is GRPO's.
     """
+    _check("two_sided_grpo", ">=", 0, clip_low=clip_low, clip_high=clip_high)
+    _checks.number("two_sided_grpo: delta", delta)
     if not delta > 1 + clip_high:
         raise ValueError(f"two_sided_grpo: delta must be > 1 + clip_high = {1 + clip_high}, got {delta}")
     return Objective(TokenRatio(), PPOClip(clip_low, clip_high, delta), kl, aggregation=aggregation)

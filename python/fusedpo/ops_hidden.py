@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import objectives, ops_policy_loss
+from . import backends, objectives, ops_policy_loss
 from .objectives import Objective
 from .ops import apply, once_differentiable
 from .ops_one_pass import token_scale
@@ -48,6 +48,19 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 def must_be_functional() -> bool:
     """Whether operators must have no side effects: while ``torch.compile`` traces or functorch transforms."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def choose(device: str, dtype: torch.dtype) -> str:
+    """The backend that computes from hidden states: where that must be functional the reference, kernels are not."""
+    backend = backends.choose("linear_token_logprobs", device, dtype)
+    if backend == "reference" or not must_be_functional():
+        return backend
+    if backends.forced() is not None:
+        raise backends.BackendUnavailable(
+            f"backend {backend!r} was forced for linear_token_logprobs, but its kernels work in place, which neither "
+            "torch.compile nor a functorch transform allows: call it outside of them, or force 'reference' or nothing"
+        )
+    return "reference"
 
 
 def evaluated_tokens(a: TokenArguments, token_ids: Tensor, objective: Objective) -> Tensor | None:

@@ -22,26 +22,14 @@ def real(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be bool, integer or floating-point, got {tensor.dtype}")
 
 
-def integer(name: str, value: int, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{name} must be >= {at_least}, got {value}")
-
-
-def number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-
-
 def positive(name: str, value: float) -> None:
-    number(name, value)
+    _checks.number(name, value)
     if not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
 
 
 def unit_interval(name: str, value: float) -> None:
-    number(name, value)
+    _checks.number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
@@ -70,7 +58,7 @@ def groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) ->
         _checks.shape("group_ids", group_ids, (samples,), "one per sample")
         _checks.same_device("group_ids", group_ids, "rewards", rewards)
     elif group_size is not None:
-        integer("group_size", group_size, at_least=1)
+        _checks.whole_number("group_size", group_size, at_least=1)
         if samples % group_size:
             raise ValueError(f"group_size must divide the number of samples, got {group_size} for {samples} samples")
 
@@ -107,7 +95,7 @@ def subset_size(
     spare: int = 0,
 ) -> None:
     """``at_least <= k``, and every group with a kept sample has ``k + spare`` of them."""
-    integer("k", k, at_least)
+    _checks.whole_number("k", k, at_least)
     rule = f"k must be at most the size of the group{f' - {spare}' if spare else ''}, got k={k}"
     group_sizes(k + spare, rule, rewards, group_size, group_ids, mask)
 

@@ -5,12 +5,12 @@ Notation: n is the number of kept samples in a group; a subset has k of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from .. import _checks
 from ..ops_advantages import implementation
 from . import arguments
 from .registry import register
@@ -81,9 +81,7 @@ def order_statistic(
     if len(weights) != k:
         raise ValueError(f"weights must have k={k} entries, one per rank of a subset, got {len(weights)}")
     for weight in weights:
-        arguments.number("weights", weight)
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"weights must be finite, got {list(weights)}")
+        _checks.finite("weights", weight)
     return implementation("group_advantages", rewards).order_statistic(
         rewards, k=k, weights=weights, scale=scale, group_size=group_size, group_ids=group_ids, mask=mask
     )
@@ -100,11 +98,11 @@ def rank_weights(
     Raises ``ValueError`` for an unknown statistic, for m outside its range, and for m given to another statistic.
     """
     arguments.choice("statistic", statistic, ("max", "min", "median", "top", "bottom"))
-    arguments.integer("k", k, at_least=1)
+    _checks.whole_number("k", k, at_least=1)
     if (m is not None) != (statistic in ("top", "bottom")):
         raise ValueError(f"m is for 'top' and 'bottom', which need it; got m={m} for {statistic!r}")
     if m is not None:
-        arguments.number("m", m)
+        _checks.number("m", m)
         if not 0 < m <= k:
             raise ValueError(f"m must be > 0 and at most k={k}, got {m}")
     if statistic == "median":
