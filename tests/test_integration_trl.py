@@ -193,14 +193,15 @@ def test_same_training_as_trl(build: Build, loss_type: str) -> None:
     assert not clipped or max(clipped) > 0
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("fused", [{}, HIDDEN], ids=["logits", "hidden"])
-def test_kl_to_the_reference_model(build: Build, tmp_path: Path, fused: dict[str, Any]) -> None:
+def test_kl_to_the_reference_model(build: Build, tmp_path: Path, fused: dict[str, Any], weighted: bool) -> None:
     model().save_pretrained(tmp_path / "model")  # TRL loads the reference model by the path of the policy
 
     def policy() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
-    config = {"beta": 0.3, "use_bias_correction_kl": False, "max_steps": 6} | REUSE
+    config = {"beta": 0.3, "use_bias_correction_kl": weighted, "max_steps": 6} | REUSE
     expected = train(build(GRPOTrainer, policy(), **config))
     assert expected.logs[-2]["kl"] > 1e-3
     assert_same(train(build(FusedGRPOTrainer, policy(), fused=fused, **config)), expected)
@@ -447,9 +448,10 @@ def test_token_sum_is_the_sum_over_micro_batches(build: Build, monkeypatch: pyte
 def test_kl_of_an_objective_is_that_of_beta(build: Build, tmp_path: Path) -> None:
     model().save_pretrained(tmp_path / "model")
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    config = {"beta": 0.1, "use_bias_correction_kl": False}
-    trainer = build(FusedGRPOTrainer, policy, fused={"objective": "nfpo"}, **config)
-    assert trainer.objective == objectives.nfpo(kl=objectives.KL("k3", 0.1))
+    config = {"beta": 0.1}
+    for weighted in (False, True):
+        trainer = build(FusedGRPOTrainer, policy, fused={"objective": "nfpo"}, use_bias_correction_kl=weighted, **config)
+        assert trainer.objective == objectives.nfpo(kl=objectives.KL("k3", 0.1, weighted=weighted))
     own = objectives.ppo(kl=objectives.KL("k2", 0.1))
     assert build(FusedGRPOTrainer, policy, fused={"objective": own}, **config).objective is own
     with pytest.raises(ValueError, match=r"beta must be objective.kl.coef = 0.1"):
@@ -568,7 +570,7 @@ def test_unsupported_combinations_name_themselves(build: Build, tmp_path: Path) 
     trainer = build()
     vllm = {"use_vllm": True, "importance_sampling_level": "sequence", "vllm_importance_sampling_mode": "token_mask"}
     for options, name in (
-        ({"beta": 0.1}, "use_bias_correction_kl=True with beta=0.1"),
+        ({"beta": 0.1, "importance_sampling_level": "sequence"}, "use_bias_correction_kl=True with beta=0.1"),
         (vllm, "vllm_importance_sampling_mode='token_mask' with importance_sampling_level='sequence'"),
     ):
         args = dataclasses.replace(trainer.args, generation_batch_size=None)

@@ -52,7 +52,7 @@ def combinations():
     i = 0
     for ratio, region in pairs:
         try:
-            yield O.Objective(ratio, region, KLS[i % 7], 0.1 * (i % 2), AGGREGATIONS[i % 5])
+            yield O.Objective(ratio, region, KLS[i % len(KLS)], 0.1 * (i % 2), AGGREGATIONS[i % 5])
             i += 1
         except ValueError:
             continue
@@ -143,7 +143,7 @@ def define(objective, batch, live, frozen):
         for t in (t for t, k in enumerate(kept) if k):
             loss = batch["is_weights"][b, t].item() * policy_term(objective, row, t)
             if objective.kl is not None:
-                loss += objective.kl.coef * kl_term(objective.kl, row.lp[t] - ref[t], row.lp0[t] - ref[t])
+                loss += objective.kl.coef * kl_term(objective.kl, row.lp[t] - ref[t], row.lp0[t] - ref[t], row.x[t])
             losses[-1][t] = loss - objective.entropy_coef * batch["entropy"][b, t].item()
     return losses
 

@@ -240,16 +240,11 @@ def test_entropy(dtype):
 
 @both_dtypes
 def test_kl_weighted_by_the_ratio(dtype):
-    """TRL's ``use_bias_correction_kl``: no part of an objective; the sum of two losses."""
+    """TRL's ``use_bias_correction_kl``."""
     batch = random(dtype)
     expected, _ = trl_loss(batch, "grpo", beta=0.3, use_bias_correction_kl=True)
-    loss = ours(batch, "grpo", O.TokenRatio(), O.PPOClip(LOW, HIGH)).loss
-    lp, d = batch["logprobs"], batch["ref_logprobs"] - batch["logprobs"]
-    penalty = 0.3 * (lp - batch["old_logprobs"]).exp() * (torch.expm1(d) - d)
-    aggregated = fusedpo.aggregation.aggregate(
-        penalty, "seq-mean-token-mean", mask=batch["mask"], denominator=float(ROWS)
-    )
-    assert_same(loss + aggregated / STEPS, expected, batch)
+    out = ours(batch, "grpo", O.TokenRatio(), O.PPOClip(LOW, HIGH), kl=O.KL("k3", 0.3, weighted=True))
+    assert_same(out.loss, expected, batch)
 
 
 # ---------------------------------------------------------------------------------------------------- known differences

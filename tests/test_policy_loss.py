@@ -54,6 +54,8 @@ KLS = [
     *(O.KL(kind, 0.3) for kind in ("k1", "k2", "k3", "k3+")),
     O.KL("k3", 0.3, clamp=0.02),
     O.KL("k3+", 1, 0.02),
+    *(O.KL(kind, 0.3, weighted=True) for kind in ("k1", "k3", "k3+")),
+    O.KL("k3", 0.3, 0.02, weighted=True),
 ]
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
@@ -137,7 +139,8 @@ def define(objective, batch, live, frozen):
             token = (live[b][t], frozen[b][t], olp[t], advantages[t])
             loss = weights[t] * policy_term(objective, *token, *weights_of_token(objective.ratio, x, x0, kept, t))
             if objective.kl is not None:
-                loss += objective.kl.coef * kl_term(objective.kl, live[b][t] - ref[t], frozen[b][t] - ref[t])
+                kl = kl_term(objective.kl, live[b][t] - ref[t], frozen[b][t] - ref[t], x[t])
+                loss += objective.kl.coef * kl
             row.append(loss - objective.entropy_coef * entropy[t])
         losses.append(row)
     return losses
@@ -192,12 +195,13 @@ def keeps_gradient(region, lp, olp, a, rho):
     return True
 
 
-def kl_term(kl, d, d0):
+def kl_term(kl, d, d0, log_ratio):
     def k3(d):
         return math.exp(clip(-d, -20, 20)) - 1 + clip(d, -20, 20)
 
     value = {"k1": d, "k2": d * d / 2, "k3": k3(d), "k3+": k3(d0) + (d * d - d0 * d0) / 2}[kl.kind]
-    return value if kl.clamp is None else clip(value, -kl.clamp, kl.clamp)
+    value = value if kl.clamp is None else clip(value, -kl.clamp, kl.clamp)
+    return value * math.exp(log_ratio) if kl.weighted else value
 
 
 def aggregate(objective, losses, mask):

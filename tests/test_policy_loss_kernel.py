@@ -45,7 +45,7 @@ def combinations():
     i = 0
     for ratio, region in itertools.product(ratios, contract.REGIONS + REGIONS):
         try:
-            yield O.Objective(ratio, region, KLS[i % 7], 0.1 * (i % 2), AGGREGATIONS[i % 5])
+            yield O.Objective(ratio, region, KLS[i % len(KLS)], 0.1 * (i % 2), AGGREGATIONS[i % 5])
             i += 1
         except ValueError:
             continue

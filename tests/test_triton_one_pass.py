@@ -168,7 +168,7 @@ def combinations():
     for i, region in enumerate(contract.REGIONS + REGIONS):
         for ratio in ratios[i % 4 :] + ratios[: i % 4]:
             try:
-                objective = O.Objective(ratio, region, KLS[i % 7], 0.1 * (i % 2), AGGREGATIONS[i % 5])
+                objective = O.Objective(ratio, region, KLS[i % len(KLS)], 0.1 * (i % 2), AGGREGATIONS[i % 5])
             except ValueError:
                 continue
             if ops_one_pass.is_possible(objective):

@@ -23,7 +23,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 TOKEN_RATIO, SEQUENCE_RATIO, TRACE, ON_POLICY = map(tl.constexpr, range(4))
 NO_TRUST_REGION, PPO_CLIP, LOG_CLIP, CISPO, BINARY_TV, BINARY_KL = map(tl.constexpr, range(6))
 CPPO, SAPO, VESPO, GMPO, DRO = map(tl.constexpr, range(6, 11))
-NO_KL, K1, K2, K3, K3_PLUS = map(tl.constexpr, range(5))
+NO_KL, K1, K2, K3, K3_PLUS = map(tl.constexpr, range(5))  # and K3_PLUS more where it is weighted
 TOKEN_MEAN, TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM = map(tl.constexpr, range(5))
 
 
@@ -377,23 +377,31 @@ def trust_region(o, x, w):
 
 
 @triton.jit
-def kl_of(o, d):
-    """The estimate of the KL divergence and its derivative."""
+def kl_of(o, x, own):
+    """The estimate of the KL divergence and its derivative. ``own`` is the log-ratio of the token."""
+    d = x.logprob - x.ref_logprob
     value = tl.zeros_like(d)
     d_logprob = tl.zeros_like(d)
-    if o.kl == K1:
+    weighted = o.kl > K3_PLUS
+    kind = tl.where(weighted, o.kl - K3_PLUS, o.kl)
+    if kind == K1:
         value = d
         d_logprob = tl.full(d.shape, 1.0, tl.float32)
-    elif o.kl == K2:
+    elif kind == K2:
         value = d * d * 0.5
         d_logprob = d
-    elif o.kl != NO_KL:
-        x = clamp(-d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-        value = exp_minus_1_minus(x, exp(x))
-        slope = tl.where(tl.abs(d) <= LOG_RATIO_CLAMP, -(value + x), 0.0)  # 1 - exp(-d)
-        d_logprob = tl.where(o.kl == K3, slope, d)
+    elif kind != NO_KL:
+        y = clamp(-d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        value = exp_minus_1_minus(y, exp(y))
+        slope = tl.where(tl.abs(d) <= LOG_RATIO_CLAMP, -(value + y), 0.0)  # 1 - exp(-d)
+        d_logprob = tl.where(kind == K3, slope, d)
     d_logprob = tl.where(tl.abs(value) > o.kl_clamp, 0.0, d_logprob)
-    return clamp(value, -o.kl_clamp, o.kl_clamp), d_logprob
+    value = clamp(value, -o.kl_clamp, o.kl_clamp)
+    if weighted:
+        ratio = exp(own)
+        d_logprob = ratio * (d_logprob + tl.where(log_ratio_live(x.logprob, x.old_logprob), value, 0.0))
+        value = value * ratio
+    return value, d_logprob
 
 
 # ----------------------------------------------------------------------------------------------------------- the token
@@ -413,7 +421,7 @@ def evaluate(o, x):
         d_log_trace = tl.where(w.trace_live, x.is_weight * loss, 0.0)
         term = Term(loss, d_log_ratio, tl.zeros_like(loss), term.low, term.high)
     d_policy = tl.where(w.ratio_live, term.d_log_ratio, 0.0) + term.d_logprob
-    kl, d_kl = kl_of(o, x.logprob - x.ref_logprob)
+    kl, d_kl = kl_of(o, x, w.log_ratio)
     bonus = tl.where(o.entropy_coef != 0, o.entropy_coef * x.entropy, 0.0)
     loss = x.is_weight * term.loss + o.kl_coef * kl - bonus
     d_logprob = x.is_weight * d_policy + o.kl_coef * d_kl

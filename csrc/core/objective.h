@@ -29,7 +29,7 @@ enum TrustRegion : int32_t {
   kGMPO,
   kDRO
 };
-enum KL : int32_t { kNoKL, kK1, kK2, kK3, kK3Plus };
+enum KL : int32_t { kNoKL, kK1, kK2, kK3, kK3Plus };  // and kK3Plus more where it is weighted
 enum Aggregation : int32_t { kTokenMean, kTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSum, kSeqMeanTokenSumNorm };
 
 constexpr int kMaxBounds = 5;
@@ -40,6 +40,7 @@ struct Objective {
   bool differentiate;
   TrustRegion trust_region;
   KL kl;
+  bool kl_weighted;
   Aggregation aggregation;
   float kl_coef, kl_clamp, entropy_coef;
   float length_norm;         // 0: the longest sequence
@@ -56,7 +57,8 @@ FUSEDPO_HD Objective decode(const int64_t* parts, const double* values, int64_t 
   o.ahead = parts[2];
   o.differentiate = parts[3] != 0;
   o.trust_region = (TrustRegion)parts[4];
-  o.kl = (KL)parts[5];
+  o.kl_weighted = parts[5] > kK3Plus;
+  o.kl = (KL)(o.kl_weighted ? parts[5] - kK3Plus : parts[5]);
   o.aggregation = (Aggregation)parts[6];
   o.kl_coef = (float)values[0];
   o.kl_clamp = (float)values[1];
@@ -412,7 +414,11 @@ FUSEDPO_HD TokenResult<F> evaluate(const Objective& o, const Token<F>& x) {
     d_log_trace = w.trace_live ? x.is_weight * term.loss : zero;
   }
   const F d_policy = (w.own_live ? term.d_log_ratio : zero) + term.d_logprob;
-  const KLValue<F> kl = kl_of(o, x.logprob - x.ref_logprob);
+  KLValue<F> kl = kl_of(o, x.logprob - x.ref_logprob);
+  if (o.kl_weighted) {
+    kl.d_logprob = w.own_ratio * (kl.d_logprob + (w.own_live ? kl.value : zero));
+    kl.value = kl.value * w.own_ratio;
+  }
   const F bonus = o.entropy_coef != 0 ? o.entropy_coef * x.entropy : zero;
   const F loss = x.is_weight * term.loss + o.kl_coef * kl.value - bonus;
   const F d_logprob = x.is_weight * d_policy + o.kl_coef * kl.d_logprob;

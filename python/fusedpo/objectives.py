@@ -332,12 +332,15 @@ class KL:
 
     With ``d = lp - ref``: ``k1 = d``; ``k2 = d^2 / 2``; ``k3 = exp(-d) - 1 + d`` (``d`` clamped to +-20 before
     ``exp``); ``k3+`` has the value of k3 and the gradient of k2. ``clamp`` bounds the value to +-clamp (no gradient
-    beyond it).
+    beyond it). ``weighted`` multiplies it by the token's ratio ``exp(lp - old_lp)``, through which the gradient flows,
+    too: where tokens come from the old policy, the expectation of k3, and its gradient, are then those of the KL
+    divergence of the current one (TRL's ``use_bias_correction_kl``).
     """
 
     kind: KLKind
     coef: float
     clamp: float | None = None
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KL_KINDS:

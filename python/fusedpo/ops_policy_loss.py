@@ -76,7 +76,8 @@ _WHOLE_SEQUENCE = 1 << 62
 
 
 def encode(objective: Objective) -> tuple[list[int], list[float]]:
-    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation.
+    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation. The number
+    of a weighted KL is higher by ``len(KL_KINDS)``.
 
     ``values``: coefficient and clamp of the KL, entropy coefficient, length_norm (0: the longest sequence), and then
     the fields of the trust region in their order. A bound that is None is infinity.
@@ -92,7 +93,7 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         ahead,
         int(getattr(ratio, "differentiate", False)),
         _TRUST_REGIONS[type(region)],
-        0 if kl is None else 1 + KL_KINDS.index(kl.kind),
+        0 if kl is None else 1 + KL_KINDS.index(kl.kind) + len(KL_KINDS) * kl.weighted,
         AGGREGATIONS.index(objective.aggregation),
     ]
     values = [

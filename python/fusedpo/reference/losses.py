@@ -106,6 +106,8 @@ def policy_loss(
     if objective.kl is not None:
         assert ref_logprobs is not None
         kl = _kl(objective.kl, lp - tokens(ref_logprobs).detach())
+        if objective.kl.weighted:
+            kl = kl * log_ratio.exp()
         loss = loss + objective.kl.coef * kl
     if entropy is not None:
         entropies = tokens(entropy)

@@ -66,7 +66,7 @@ def from_config(args: GRPOConfig) -> Objective:
     return Objective(
         ratio,
         region,
-        KL("k3", args.beta) if args.beta != 0 else None,
+        _kl(args),
         entropy_coef=args.entropy_coef,
         aggregation=aggregation,
         length_norm=args.max_completion_length if aggregation == "seq-mean-token-sum-norm" else None,
@@ -84,7 +84,7 @@ def from_user(objective: ObjectiveLike, args: GRPOConfig) -> Objective:
         raise refuse(f"entropy_coef={args.entropy_coef} with objective", "the bonus is objective.entropy_coef")
     _check_parts(args)
     if built.kl is None and args.beta != 0:
-        built = dataclasses.replace(built, kl=KL("k3", args.beta))
+        built = dataclasses.replace(built, kl=_kl(args))
     elif built.kl is not None and built.kl.coef != args.beta:
         raise ValueError(
             f"beta must be objective.kl.coef = {built.kl.coef}, or there is no reference model; got {args.beta}"
@@ -94,13 +94,17 @@ def from_user(objective: ObjectiveLike, args: GRPOConfig) -> Objective:
     return built
 
 
+def _kl(args: GRPOConfig) -> KL | None:
+    return KL("k3", args.beta, weighted=args.use_bias_correction_kl) if args.beta != 0 else None
+
+
 def _check_parts(args: GRPOConfig) -> None:
     """Options of which an objective has no part."""
     use_logprobs = "fuse='logprobs' supports it"
-    if args.use_bias_correction_kl and args.beta != 0:
-        raise refuse(
-            f"use_bias_correction_kl=True with beta={args.beta}", f"KL has no ratio as its weight; {use_logprobs}"
-        )
+    if args.use_bias_correction_kl and args.beta != 0 and args.importance_sampling_level == "sequence":
+        option = f"use_bias_correction_kl=True with beta={args.beta}"
+        reason = "importance_sampling_level='sequence' weights the KL by the ratio of the sequence"
+        raise refuse(option, f"{reason}; {use_logprobs}")
     if args.use_adaptive_entropy:
         raise refuse("use_adaptive_entropy=True", f"the coefficient changes while training; {use_logprobs}")
     if args.entropy_coef != 0 and args.loss_type != "bnpo":
