@@ -93,7 +93,7 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         ahead,
         int(getattr(ratio, "differentiate", False)),
         _TRUST_REGIONS[type(region)],
-        0 if kl is None else 1 + KL_KINDS.index(kl.kind) + len(KL_KINDS) * kl.weighted,
+        0 if kl is None else 1 + KL_KINDS.index(kl.kind) + len(KL_KINDS) * bool(kl.weighted),
         AGGREGATIONS.index(objective.aggregation),
     ]
     values = [
