@@ -3,11 +3,13 @@
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +21,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 EXTENSION = f"fusedpo/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDPO_") and k != "PYTHONPATH"}
+
+REQUIRES = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
 
 REPORT = "import fusedpo._C as c; info = c.build_info(); print(c.__file__, info['cpu_capability'], info['torch'])"
 
@@ -147,6 +151,17 @@ def test_wheel_without_native_part(source: Path, tmp_path: Path) -> None:
     assert use(site, "-c", f"{blocked}; {script}").stdout.strip() == "0.125"
 
 
+def test_an_isolated_build_does_not_download_torch() -> None:
+    assert {re.split(r"\W", requirement)[0] for requirement in REQUIRES} == {"setuptools", "cmake", "ninja", "pybind11"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_pages_install_what_the_build_needs(page: str) -> None:
+    commands = re.findall(r"^pip install .*", (ROOT / page).read_text(), re.MULTILINE)
+    assert shlex.split(commands[0], comments=True)[2:] == REQUIRES
+    assert commands[1].startswith("pip install --no-build-isolation .")
+
+
 def test_isolated_build_says_how_to_get_the_native_part(source: Path, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -158,8 +173,13 @@ def test_isolated_build_says_how_to_get_the_native_part(source: Path, tmp_path: 
     assert EXTENSION not in files(site)
     imported = use(site, "-c", "import fusedpo")
     assert "isolated" in imported.stderr
-    assert "pip install --no-build-isolation fusedpo" in imported.stderr
-    assert "pip install --no-build-isolation fusedpo" in use(site, "-m", "fusedpo", "env").stdout
+    # What an installed copy needs: the tools, and pip made to build it again.
+    advice = (
+        f"pip install {shlex.join(REQUIRES)}; "
+        "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir fusedpo"
+    )
+    assert advice in imported.stderr
+    assert advice in use(site, "-m", "fusedpo", "env").stdout
 
 
 def test_build_without_compiler(source: Path, tmp_path: Path) -> None:
