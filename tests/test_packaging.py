@@ -98,6 +98,8 @@ def test_native_wheel(native: Path) -> None:
     assert file == str(native / EXTENSION)
     assert capability in ("portable", "avx2", "avx512", "avx512_bf16")
     assert torch.__version__.startswith(compiled_with)
+    environment = use(native, "-m", "fusedpo", "env").stdout
+    assert re.search(r"^native: cuda_compiler +(none|NVIDIA [\d.]+)$", environment, re.MULTILINE)
 
 
 def test_instruction_sets_share_no_weak_symbols(source: Path, native: Path) -> None:
@@ -125,15 +127,20 @@ def test_cmake_has_the_only_list_of_native_sources() -> None:
 
 
 def test_native_wheel_with_cuda_beside_a_cpu_torch(source: Path, native: Path, tmp_path: Path) -> None:
-    if shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None) is None:
+    nvcc = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+    if nvcc is None:
         pytest.skip("no nvcc")
     build("build_wheel", source, tmp_path, FUSEDPO_NATIVE="1", FUSEDPO_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
     report = (
-        "import fusedpo, torch; from fusedpo import _C, backends; print(_C.build_info()['cuda_architectures'], "
+        "import fusedpo, torch; from fusedpo import _C, backends; info = _C.build_info(); "
+        "print(info['cuda_compiler'], info['cuda_architectures'], "
         "backends.why_not('native', 'policy_loss', 'cuda'), "
         "torch._C._dispatch_has_kernel_for_dispatch_key('fusedpo::policy_loss.native', 'CUDA'))"
     )
-    assert use(unpack(tmp_path), "-c", report).stdout.split() == ["['90-real']", "None", "True"]
+    site = unpack(tmp_path)
+    compiler, version, *rest = use(site, "-c", report).stdout.split()
+    assert f"V{version}" in subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    assert [compiler, *rest] == ["NVIDIA", "['90-real']", "None", "True"]
 
 
 def test_wheel_without_native_part(source: Path, tmp_path: Path) -> None:
