@@ -3,8 +3,11 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# A CPU build of torch brings no Triton; the tests run its interpreter and its compiler.
-TORCH ?= torch==2.13.0 "triton==3.9.0; sys_platform == 'linux'"
+# On Linux that is a CUDA build, with gigabytes of libraries, unless pip also looks where the CPU builds are:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+TORCH ?= torch==2.13.0
+# A CUDA build brings the Triton that it needs. A CPU build brings none; the tests run Triton's interpreter and its compiler.
+TRITON ?= "triton==3.9.0; sys_platform == 'linux'"
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
@@ -45,6 +48,7 @@ $(PY):
 # torch first and by itself: any other requirement on it would let pip choose the newest, with gigabytes of CUDA.
 $(VENV)/.torch: | $(PY)
 	$(if $(TORCH),$(INSTALL) -c .ci/constraints.txt $(TORCH))
+	$(PY) -c "import triton" 2>/dev/null || $(INSTALL) -c .ci/constraints.txt $(TRITON)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch .ci/constraints.txt
