@@ -11,12 +11,13 @@ TRITON ?= "triton==3.9.0; sys_platform == 'linux'"
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
+EXAMPLES := $(VENV)/.examples
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test bench docs lint clean
 
-demo: $(READY)
+demo: $(EXAMPLES)
 	$(PY) examples/train_arithmetic.py --out out
 	$(PY) examples/compare_losses.py --out out
 	$(PY) examples/train_with_trl.py --out out
@@ -39,7 +40,7 @@ lint: $(READY)
 	    $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 clean:
-	rm -rf build dist out .*_cache python/*.egg-info python/fusedpo/_C.* python/fusedpo/_build.py $(VENV)/.ready
+	rm -rf build dist out .*_cache python/*.egg-info python/fusedpo/_C.* python/fusedpo/_build.py $(EXAMPLES) $(READY)
 
 $(PY):
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or later is needed: make PYTHON=...')"
@@ -55,7 +56,12 @@ $(VENV)/.tools: $(VENV)/.torch .ci/constraints.txt
 	$(INSTALL) -c .ci/constraints.txt setuptools cmake ninja pybind11
 	touch $@
 
+# The package with what the examples need, and with everything.
+$(EXAMPLES): $(VENV)/.tools $(NATIVE)
+	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[examples]"
+	touch $@
+
 $(READY): $(VENV)/.tools $(NATIVE)
 	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[triton,test,bench,examples,peers,docs,dev]"
 	$(INSTALL) -c .ci/constraints.txt --no-deps verl
-	touch $@
+	touch $(EXAMPLES) $@
