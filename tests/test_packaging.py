@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[1]
 EXTENSION = f"fusedpo/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDPO_") and k != "PYTHONPATH"}
 
+# The top level of the repository. All of it is in the source distribution.
+DIRECTORIES = (".ci", "bench", "csrc", "docs", "examples", "python", "tests", "triton_kernels")
+FILES = ("CHANGELOG.md", "CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
 REQUIRES = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
 
 REPORT = "import fusedpo._C as c; info = c.build_info(); print(c.__file__, info['cpu_capability'], info['torch'])"
@@ -40,6 +43,13 @@ def build(hook: str, source: Path, out: Path, *flags: str, **options: Any) -> su
     """Calls a hook of PEP 517 as pip does."""
     call = f"import setuptools.build_meta as backend; backend.{hook}({str(out)!r})"
     return python(*flags, "-c", call, cwd=source, **options)
+
+
+def build_with_command(kind: str, source: Path, out: Path, **environment: str) -> None:
+    """Calls `python -m build`, which also checks that what the build requires is here."""
+    pytest.importorskip("build.__main__", reason="build is not installed (extra [dev])")
+    # From elsewhere: the sources may have a directory of that name.
+    python("-m", "build", "--no-isolation", kind, "--outdir", out, source, cwd=out, **environment)
 
 
 def unpack(wheel_directory: Path) -> Path:
@@ -62,7 +72,7 @@ def files(directory: Path) -> set[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unpacked source distribution. Every wheel here is built from it."""
     out = tmp_path_factory.mktemp("sdist")
-    build("build_sdist", ROOT, out)
+    build_with_command("--sdist", ROOT, out)
     (archive,) = out.glob("fusedpo-*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(out, filter="data")
@@ -75,17 +85,24 @@ def native(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing:
         pytest.skip(f"the installed fusedpo has no native part: {missing}")
     out = tmp_path_factory.mktemp("native")
-    build("build_wheel", source, out, FUSEDPO_NATIVE="1")
+    build_with_command("--wheel", source, out, FUSEDPO_NATIVE="1")
     return unpack(out)
 
 
 def test_source_distribution_is_complete(source: Path) -> None:
     generated = re.compile(r"__pycache__/|_cache/|\.egg-info/|\.so$|/_build\.py$")
-    for directory in ("bench", "csrc", "docs", "python", "tests", "triton_kernels"):
+    for directory in DIRECTORIES:
         expected = {file for file in files(ROOT / directory) if not generated.search(file)}
         assert {file for file in files(source / directory) if ".egg-info/" not in file} == expected
-    for file in ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"):
+    for file in FILES:
         assert (source / file).read_bytes() == (ROOT / file).read_bytes()
+
+
+def test_top_level_of_the_repository() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {file.partition("/")[0] for file in listed.splitlines()} == {*DIRECTORIES, *FILES, ".gitignore"}
 
 
 def test_native_wheel(native: Path) -> None:
