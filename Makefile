@@ -3,17 +3,21 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# A CPU build of torch brings no Triton; the tests run its interpreter and its compiler.
-TORCH ?= torch==2.13.0 "triton==3.9.0; sys_platform == 'linux'"
+# On Linux that is a CUDA build, with gigabytes of libraries, unless pip also looks where the CPU builds are:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+TORCH ?= torch==2.13.0
+# A CUDA build brings the Triton that it needs. A CPU build brings none; the tests run Triton's interpreter and its compiler.
+TRITON ?= "triton==3.9.0; sys_platform == 'linux'"
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
+EXAMPLES := $(VENV)/.examples
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test bench docs lint clean
 
-demo: $(READY)
+demo: $(EXAMPLES)
 	$(PY) examples/train_arithmetic.py --out out
 	$(PY) examples/compare_losses.py --out out
 	$(PY) examples/train_with_trl.py --out out
@@ -32,10 +36,11 @@ lint: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+	$(VENV)/bin/clang-format --style=file:csrc/.clang-format --dry-run -Werror \
+	    $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 clean:
-	rm -rf build dist out .*_cache python/*.egg-info python/fusedpo/_C.* python/fusedpo/_build.py $(VENV)/.ready
+	rm -rf build dist out .*_cache python/*.egg-info python/fusedpo/_C.* python/fusedpo/_build.py $(EXAMPLES) $(READY)
 
 $(PY):
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or later is needed: make PYTHON=...')"
@@ -44,13 +49,19 @@ $(PY):
 # torch first and by itself: any other requirement on it would let pip choose the newest, with gigabytes of CUDA.
 $(VENV)/.torch: | $(PY)
 	$(if $(TORCH),$(INSTALL) -c .ci/constraints.txt $(TORCH))
+	$(PY) -c "import triton" 2>/dev/null || $(INSTALL) -c .ci/constraints.txt $(TRITON)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch .ci/constraints.txt
 	$(INSTALL) -c .ci/constraints.txt setuptools cmake ninja pybind11
 	touch $@
 
+# The package with what the examples need, and with everything.
+$(EXAMPLES): $(VENV)/.tools $(NATIVE)
+	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[examples]"
+	touch $@
+
 $(READY): $(VENV)/.tools $(NATIVE)
 	$(INSTALL) -c .ci/constraints.txt --no-build-isolation -e ".[triton,test,bench,examples,peers,docs,dev]"
 	$(INSTALL) -c .ci/constraints.txt --no-deps verl
-	touch $@
+	touch $(EXAMPLES) $@

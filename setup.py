@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,12 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 11)
-REINSTALL = "reinstall with: pip install --no-build-isolation fusedpo"
+TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+# --no-cache-dir: pip would take the wheel that it has built before.
+REINSTALL = (
+    f"reinstall with: pip install {shlex.join(TOOLS)}; "
+    "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir fusedpo, or . in its sources"
+)
 
 
 def find_program(*names: str) -> str | None:

@@ -17,6 +17,7 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["cpu_variants"] = words(BUILD_CPU_VARIANTS);
   info["cpu_capability"] = fusedpo::cpu_capability();
+  info["cuda_compiler"] = BUILD_CUDA_COMPILER;
   info["cuda_architectures"] = words(BUILD_CUDA_ARCHITECTURES);
   return info;
 }
@@ -25,6 +26,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info,
-             "What this module was built with (compiler, flags, torch) and for (cpu_variants, cuda_architectures), and "
-             "which of the CPU variants runs here (cpu_capability).");
+             "What this module was built with (compiler, flags, torch, cuda_compiler) and for (cpu_variants, "
+             "cuda_architectures), and which of the CPU variants runs here (cpu_capability).");
 }

@@ -3,11 +3,13 @@
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +21,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 EXTENSION = f"fusedpo/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDPO_") and k != "PYTHONPATH"}
+
+# The top level of the repository. All of it is in the source distribution.
+DIRECTORIES = (".ci", "bench", "csrc", "docs", "examples", "python", "tests", "triton_kernels")
+FILES = ("CHANGELOG.md", "CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
+REQUIRES = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
 
 REPORT = "import fusedpo._C as c; info = c.build_info(); print(c.__file__, info['cpu_capability'], info['torch'])"
 
@@ -36,6 +43,13 @@ def build(hook: str, source: Path, out: Path, *flags: str, **options: Any) -> su
     """Calls a hook of PEP 517 as pip does."""
     call = f"import setuptools.build_meta as backend; backend.{hook}({str(out)!r})"
     return python(*flags, "-c", call, cwd=source, **options)
+
+
+def build_with_command(kind: str, source: Path, out: Path, **environment: str) -> None:
+    """Calls `python -m build`, which also checks that what the build requires is here."""
+    pytest.importorskip("build.__main__", reason="build is not installed (extra [dev])")
+    # From elsewhere: the sources may have a directory of that name.
+    python("-m", "build", "--no-isolation", kind, "--outdir", out, source, cwd=out, **environment)
 
 
 def unpack(wheel_directory: Path) -> Path:
@@ -58,7 +72,7 @@ def files(directory: Path) -> set[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unpacked source distribution. Every wheel here is built from it."""
     out = tmp_path_factory.mktemp("sdist")
-    build("build_sdist", ROOT, out)
+    build_with_command("--sdist", ROOT, out)
     (archive,) = out.glob("fusedpo-*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(out, filter="data")
@@ -71,17 +85,24 @@ def native(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing:
         pytest.skip(f"the installed fusedpo has no native part: {missing}")
     out = tmp_path_factory.mktemp("native")
-    build("build_wheel", source, out, FUSEDPO_NATIVE="1")
+    build_with_command("--wheel", source, out, FUSEDPO_NATIVE="1")
     return unpack(out)
 
 
 def test_source_distribution_is_complete(source: Path) -> None:
     generated = re.compile(r"__pycache__/|_cache/|\.egg-info/|\.so$|/_build\.py$")
-    for directory in ("bench", "csrc", "docs", "python", "tests", "triton_kernels"):
+    for directory in DIRECTORIES:
         expected = {file for file in files(ROOT / directory) if not generated.search(file)}
         assert {file for file in files(source / directory) if ".egg-info/" not in file} == expected
-    for file in ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"):
+    for file in FILES:
         assert (source / file).read_bytes() == (ROOT / file).read_bytes()
+
+
+def test_top_level_of_the_repository() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {file.partition("/")[0] for file in listed.splitlines()} == {*DIRECTORIES, *FILES, ".gitignore"}
 
 
 def test_native_wheel(native: Path) -> None:
@@ -94,6 +115,8 @@ def test_native_wheel(native: Path) -> None:
     assert file == str(native / EXTENSION)
     assert capability in ("portable", "avx2", "avx512", "avx512_bf16")
     assert torch.__version__.startswith(compiled_with)
+    environment = use(native, "-m", "fusedpo", "env").stdout
+    assert re.search(r"^native: cuda_compiler +(none|NVIDIA [\d.]+)$", environment, re.MULTILINE)
 
 
 def test_instruction_sets_share_no_weak_symbols(source: Path, native: Path) -> None:
@@ -121,15 +144,20 @@ def test_cmake_has_the_only_list_of_native_sources() -> None:
 
 
 def test_native_wheel_with_cuda_beside_a_cpu_torch(source: Path, native: Path, tmp_path: Path) -> None:
-    if shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None) is None:
+    nvcc = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+    if nvcc is None:
         pytest.skip("no nvcc")
     build("build_wheel", source, tmp_path, FUSEDPO_NATIVE="1", FUSEDPO_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
     report = (
-        "import fusedpo, torch; from fusedpo import _C, backends; print(_C.build_info()['cuda_architectures'], "
+        "import fusedpo, torch; from fusedpo import _C, backends; info = _C.build_info(); "
+        "print(info['cuda_compiler'], info['cuda_architectures'], "
         "backends.why_not('native', 'policy_loss', 'cuda'), "
         "torch._C._dispatch_has_kernel_for_dispatch_key('fusedpo::policy_loss.native', 'CUDA'))"
     )
-    assert use(unpack(tmp_path), "-c", report).stdout.split() == ["['90-real']", "None", "True"]
+    site = unpack(tmp_path)
+    compiler, version, *rest = use(site, "-c", report).stdout.split()
+    assert f"V{version}" in subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    assert [compiler, *rest] == ["NVIDIA", "['90-real']", "None", "True"]
 
 
 def test_wheel_without_native_part(source: Path, tmp_path: Path) -> None:
@@ -147,6 +175,17 @@ def test_wheel_without_native_part(source: Path, tmp_path: Path) -> None:
     assert use(site, "-c", f"{blocked}; {script}").stdout.strip() == "0.125"
 
 
+def test_an_isolated_build_does_not_download_torch() -> None:
+    assert {re.split(r"\W", requirement)[0] for requirement in REQUIRES} == {"setuptools", "cmake", "ninja", "pybind11"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_pages_install_what_the_build_needs(page: str) -> None:
+    commands = re.findall(r"^pip install .*", (ROOT / page).read_text(), re.MULTILINE)
+    assert shlex.split(commands[0], comments=True)[2:] == REQUIRES
+    assert commands[1].startswith("pip install --no-build-isolation .")
+
+
 def test_isolated_build_says_how_to_get_the_native_part(source: Path, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -158,8 +197,13 @@ def test_isolated_build_says_how_to_get_the_native_part(source: Path, tmp_path: 
     assert EXTENSION not in files(site)
     imported = use(site, "-c", "import fusedpo")
     assert "isolated" in imported.stderr
-    assert "pip install --no-build-isolation fusedpo" in imported.stderr
-    assert "pip install --no-build-isolation fusedpo" in use(site, "-m", "fusedpo", "env").stdout
+    # What an installed copy needs: the tools, and pip made to build it again.
+    advice = (
+        f"pip install {shlex.join(REQUIRES)}; "
+        "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir fusedpo"
+    )
+    assert advice in imported.stderr
+    assert advice in use(site, "-m", "fusedpo", "env").stdout
 
 
 def test_build_without_compiler(source: Path, tmp_path: Path) -> None:

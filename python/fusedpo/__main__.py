@@ -40,7 +40,7 @@ def _environment() -> Iterable[tuple[str, str]]:
         from ._C import build_info
 
         for key, value in build_info().items():
-            yield f"native: {key}", " ".join(value) or "none" if isinstance(value, list) else str(value)
+            yield f"native: {key}", (" ".join(value) if isinstance(value, list) else value) or "none"
     else:
         yield "native", f"missing: {backends.NATIVE_MISSING}"
     for name in sorted(os.environ):

@@ -1,11 +1,12 @@
 // Prints the largest errors of exp and log of cpu/vec_math.h, in units in the last place, and the largest difference,
 // relative to the largest value, between the objective of single floats and that of vectors of them.
+#include "core/objective.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
 
-#include "core/objective.h"
 #include "cpu/vec_math.h"
 
 using namespace fusedpo;
