@@ -84,7 +84,7 @@ struct Exp2Polynomial {
   Vec c[7];
 
   explicit Exp2Polynomial(float factor) {
-    constexpr float kUnit[7] = {1.0f,           0.693147063f,   0.240229085f,  0.0554861836f,
+    constexpr float kUnit[7] = {1.0f,           0.693147063f,   0.240229085f,   0.0554861836f,
                                 0.00967377517f, 0.00124822895f, 0.000215659718f};
     for (int i = 0; i < 7; ++i) c[i] = splat(factor * kUnit[i]);
   }
@@ -106,8 +106,9 @@ inline constexpr bool kExp2TakesInfinity = false;
 // Within 1.6 ulp; results below 2^-126 may be flushed to 0; NaN stays NaN.
 FUSEDPO_INLINE Vec exp2(Vec t, const Exp2Polynomial& polynomial) {
 #if defined(__AVX512F__)
-  const Vec f = (Vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t); 0 for -inf
-  return (Vec)_mm512_scalef_ps((__m512)polynomial(f), (__m512)t);                             // p * 2^floor(t)
+  const Vec f =
+      (Vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t); 0 for -inf
+  return (Vec)_mm512_scalef_ps((__m512)polynomial(f), (__m512)t);                   // p * 2^floor(t)
 #else
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const Vec shifted = (t - 0.5f) + magic;
