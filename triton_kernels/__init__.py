@@ -1,6 +1,7 @@
 """The Triton implementations of the operators. Importing this registers them; the first call of one imports Triton."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -14,11 +15,13 @@ _OPERATORS = {
 }
 
 
-def _launcher(module: str, operator: str) -> Callable[..., Any]:
-    def launch(*args: Any) -> Any:
-        return getattr(import_module(f".{module}", __name__), operator)(*args)
+@cache
+def _find(module: str, operator: str) -> Callable[..., Any]:
+    return getattr(import_module(f".{module}", __name__), operator)
 
-    return launch
+
+def _launcher(module: str, operator: str) -> Callable[..., Any]:
+    return lambda *args: _find(module, operator)(*args)
 
 
 for _module, _names in _OPERATORS.items():

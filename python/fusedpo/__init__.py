@@ -8,6 +8,7 @@ forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantag
 from importlib.metadata import version
 
 from . import advantages, corrections, covariance, nn, objectives, reference
+from ._warmup import warmup
 from .aggregation import aggregate, global_denominator
 from .backends import BackendUnavailable, backend
 from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
@@ -38,4 +39,5 @@ __all__ = [
     "reference",
     "token_logprobs",
     "value_loss",
+    "warmup",
 ]

@@ -76,11 +76,11 @@ _WHOLE_SEQUENCE = 1 << 62
 
 
 def encode(objective: Objective) -> tuple[list[int], list[float]]:
-    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation. The number
-    of a weighted KL is higher by ``len(KL_KINDS)``.
+    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation.
 
-    ``values``: coefficient and clamp of the KL, entropy coefficient, length_norm (0: the longest sequence), and then
-    the fields of the trust region in their order. A bound that is None is infinity.
+    The number of a weighted KL is higher by ``len(KL_KINDS)``. ``values``: coefficient and clamp of the KL, entropy
+    coefficient, length_norm (0: the longest sequence), and then the fields of the trust region in their order. A bound
+    that is None is infinity.
     """
     ratio, region, kl = objective.ratio, objective.trust_region, objective.kl
     back, ahead = (

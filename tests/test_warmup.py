@@ -1,0 +1,81 @@
+"""``warmup`` compiles what training steps need: none of them compiles anything after it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+import torch
+import triton_aot
+
+import fusedpo
+from fusedpo import backends
+from fusedpo import objectives as O
+
+BF16 = torch.bfloat16
+SIZE = 32_000
+
+
+def test_it_runs(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with fusedpo.backend("triton"):
+        fusedpo.warmup(50, [BF16, torch.float32], device="cpu", num_ids=3)
+
+
+def test_nothing_to_compile_where_no_kernel_is_tritons(monkeypatch):
+    monkeypatch.setattr(fusedpo._warmup, "token_logprobs", None)
+    fusedpo.warmup(50, device="cpu")
+
+
+def steps(size: int = SIZE) -> None:
+    """What trainers do: any length, objective, layout and temperature."""
+    for i, (tokens, packed, masked, inplace) in enumerate(itertools.product((1, 2, 16, 33), *[(False, True)] * 3)):
+        batch = {
+            "mask": torch.ones(1, tokens, dtype=torch.bool) if masked else None,
+            "cu_seqlens": torch.tensor([0, tokens]) if packed else None,
+        }
+        zeros = torch.zeros(1, tokens)
+        objective = [
+            O.ppo(),
+            O.nfpo(4, entropy_coef=0.1),
+            O.gspo(),
+            O.dppo_tv(),
+            O.ctpo(),
+            O.nfpo(4, differentiate=True),
+        ][i % 6]
+        logits = torch.zeros(1, tokens, size, dtype=BF16, requires_grad=True)
+        temperature = [1.0, 0.7, torch.full((1, tokens), 0.9)][i % 3]
+        out = fusedpo.policy_loss_from_logits(
+            logits * 1,
+            zeros.int(),
+            zeros,
+            zeros,
+            objective=objective,
+            temperature=temperature,
+            inplace=inplace,
+            **batch,
+        )
+        (3 * out.loss).backward()
+        logp, entropy = fusedpo.token_logprobs(logits * 1, zeros.int(), return_entropy=True, inplace_backward=inplace)
+        fusedpo.policy_loss(logp, zeros, zeros, objective=objective, entropy=entropy, **batch).loss.backward()
+
+
+def count_variants() -> list[int]:
+    backends.why_not = lambda *_: None  # compiled, not run: any device will do
+    backends._forced = "triton"
+
+    def warmup() -> None:
+        fusedpo.warmup(SIZE, [BF16], device="cpu")
+
+    def both() -> None:
+        warmup()
+        steps()
+
+    return [len(triton_aot.variants(launch)) for launch in (steps, warmup, both)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux")
+def test_no_step_compiles_after_it():
+    needed, compiled, together = triton_aot.call(__name__, "count_variants")
+    assert 10 < needed <= compiled == together
