@@ -177,9 +177,13 @@ RowStats reduce(const void* logits, int64_t size, float temperature, bool entrop
                  : reduce_row<false, kFmaRoundsOnce>(row, size, temperature);
 }
 
-// Writes constant * 2^t.
+// Writes constant * 2^t; nan everywhere if the constant is (AVX-512 makes nan * 2^-inf 0).
 template <bool kFused, class T>
 void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> exponents, float constant) {
+  if (constant != constant) {
+    for (int64_t i = 0; i < size; ++i) grad[i] = from_float<T>(constant);
+    return;
+  }
   const Exp2Polynomial times_constant(constant);
   const Vec lowest = splat(kLowest);
   map_chunks(row, grad, size, [&](const T* from, T* to) {
@@ -232,7 +236,8 @@ void gradient_row(const T* row, T* grad, int64_t size, const RowStats& stats, co
     up.scratch[k] = (float)(value / up.temperature);
   }
 
-  const double normaliser = exponents.unshift() / (up.temperature * (1.0 + stats.rest));
+  const double sum = stats.rest > -1 ? 1.0 + stats.rest : NAN;  // a row of -inf has no softmax
+  const double normaliser = exponents.unshift() / (up.temperature * sum);
   if constexpr (kEntropy) {
     const double slope = -up.grad_entropy * kLn2;
     const double constant = -total - up.grad_entropy * (entropy - log_sum) - slope * exponents.shift;
