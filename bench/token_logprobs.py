@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import fusedpo
+from fusedpo import _checks, backends
 
 from .batch import some_rows
 from .harness import Case, Provider, Run, compiled, microseconds, not_installed, one_copy, one_read, relative_error
@@ -33,14 +37,39 @@ def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]
 
 
 def overhead() -> dict[str, float]:
-    """Processor time of one small call in microseconds, on one thread of the CPU."""
+    """Processor time of one small call in microseconds, on one thread of the CPU.
+
+    "by Triton up to its launch": all that a call on an accelerator runs before Triton takes over, on CPU tensors.
+    """
     x, ids = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
     leaf = torch.randn(4, 8, requires_grad=True)
-    return {
-        "token_logprobs, no gradient": microseconds(lambda: fusedpo.token_logprobs(x, ids)),
-        "token_logprobs, with gradient": microseconds(lambda: fusedpo.token_logprobs(leaf, ids)),
-        "log_softmax and gather": microseconds(lambda: eager_without_entropy(leaf, ids)),
+    calls = {
+        "no gradient": lambda: fusedpo.token_logprobs(x, ids),
+        "with gradient": lambda: fusedpo.token_logprobs(leaf, ids),
+        "with gradient and entropy": lambda: fusedpo.token_logprobs(leaf, ids, return_entropy=True),
     }
+    times = {f"token_logprobs, {name}": microseconds(call) for name, call in calls.items()}
+    if not not_installed("triton"):
+        with triton_without_its_launch():
+            for name, call in calls.items():
+                times[f"token_logprobs by Triton up to its launch, {name}"] = microseconds(call)
+    return times | {"log_softmax and gather": microseconds(lambda: eager_without_entropy(leaf, ids))}
+
+
+@contextmanager
+def triton_without_its_launch() -> Iterator[None]:
+    """CPU tensors go the way of a GPU's: through the Triton launcher, values unchecked; but no kernel is launched."""
+    from fusedpo.triton_kernels import logprobs as kernels
+
+    on_cpu = _checks.values_are_free
+    no_kernel = defaultdict(lambda: lambda *arguments, **options: None)  # launched by no_kernel[grid](...)
+    with (
+        mock.patch.dict(backends.IMPLEMENTATIONS["token_logprobs"], triton=("cpu",)),
+        mock.patch.object(_checks, "values_are_free", lambda *tensors: not on_cpu(*tensors)),
+        mock.patch.object(kernels, "_token_logprobs_kernel", no_kernel),
+        fusedpo.backend("triton"),
+    ):
+        yield
 
 
 def fused(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
@@ -66,9 +95,15 @@ def eager_without_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def trl(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+    from trl.trainer.utils import selective_log_softmax_and_entropy
 
-    return selective_log_softmax(logits, ids), entropy_from_logits(logits)
+    return selective_log_softmax_and_entropy(logits, ids)
+
+
+def trl_without_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    from trl.trainer.utils import selective_log_softmax
+
+    return (selective_log_softmax(logits, ids),)
 
 
 def liger(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
@@ -86,6 +121,7 @@ def _functions(device: str) -> Iterator[tuple[str, Function, str]]:
     yield "eager, no entropy", eager_without_entropy, ""
     yield "torch.compile", eager, ""
     yield "trl", trl, not_installed("trl")
+    yield "trl, no entropy", trl_without_entropy, not_installed("trl")
     no_gpu = "" if device == "cuda" else "its Triton kernels need a GPU"
     yield "liger, no entropy", liger, not_installed("liger_kernel") or no_gpu
 
@@ -150,6 +186,10 @@ def _slice_against_next_tokens(tokens: int, vocab: int, device: str) -> Iterator
     logits = torch.randn(4, tokens // 4, vocab, device=device)
     ids = torch.randint(vocab, logits.shape[:-1], device=device)
     target, mask = fusedpo.next_tokens(ids)
+    rows = some_rows(ids.shape[1] - 1, 4).to(device)  # of each sequence: they are compared with float64
+    x = logits[:, rows].double().requires_grad_()
+    exact = torch.log_softmax(x, -1).gather(-1, ids[:, rows + 1].unsqueeze(-1)).squeeze(-1)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), x)
 
     def sliced(x: Tensor) -> Tensor:
         return fusedpo.token_logprobs(x[:, :-1], ids[:, 1:])
@@ -165,9 +205,12 @@ def _slice_against_next_tokens(tokens: int, vocab: int, device: str) -> Iterator
 
         return run
 
+    def error(result: Tensor) -> float:
+        return relative_error(result[:, rows], exact.detach() if result.dim() == 2 else exact_gradient)
+
     functions = {"logits[:, :-1]": sliced, "next_tokens": rolled}
     sizes, size = {"T": tokens, "V": vocab}, logits.numel() * logits.element_size()
-    forward = [Provider(name, lambda f=f: lambda: f(logits)) for name, f in functions.items()]
+    forward = [Provider(name, lambda f=f: lambda: f(logits), error, 1e-4) for name, f in functions.items()]
     yield Case("slice or roll, forward", sizes, forward, "next_tokens", size)
-    backward = [Provider(name, lambda f=f: both(f)) for name, f in functions.items()]
+    backward = [Provider(name, lambda f=f: both(f), error, 1e-4) for name, f in functions.items()]
     yield Case("slice or roll, forward and backward", sizes, backward, "next_tokens", 3 * size)

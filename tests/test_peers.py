@@ -10,13 +10,20 @@ import fusedpo
 ROWS, SIZE = (3, 7), 501
 
 
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Everything here is on this device."""
+    with torch.device(request.param):
+        yield
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def logits(request):
+def logits(request, device):
     return torch.randn(*ROWS, SIZE).mul(3).to(request.param)
 
 
 @pytest.fixture
-def token_ids():
+def token_ids(device):
     return torch.randint(0, SIZE, ROWS)
 
 

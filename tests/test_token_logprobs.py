@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from fusedpo import backends, reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 31, 127, 1000, 4099, 32000, 50257, 128256, 151936]
 EPS = torch.finfo(torch.float32).eps
+ROUNDINGS = 12
+"""Of float32, in a result: 2 for the exponential, 1 for each product, some for a sum, and those of the exponents of the
+probabilities that a sum is made of, which count as often as the exponents are large."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +32,25 @@ def native():
         yield
 
 
-def make_logits(kind: str, rows: int, size: int) -> Tensor:
-    """float64 logits; `kind` names what is difficult about them."""
+KINDS = [
+    "random",
+    "confident",
+    "negative",
+    "large",
+    "shift-300",
+    "shift3e4",
+    "around 1e9",
+    "leading -inf",
+    "leading minimum",
+    "a row of -inf",
+    "a row of the minimum",
+    "rising",
+    "wide",
+]
+
+
+def make_logits(kind: str, rows: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits of which `kind` names what is difficult."""
     x = 2 * torch.randn(rows, size, dtype=torch.float64)
     if kind == "confident":  # p(first column) from 1/2 to 1 - 1e-6
         p = 1 - torch.logspace(math.log10(0.5), -6, rows, dtype=torch.float64)
@@ -39,16 +61,17 @@ def make_logits(kind: str, rows: int, size: int) -> Tensor:
         x = x + 80
     elif kind.startswith("shift"):
         x = x + float(kind.removeprefix("shift"))
-    elif kind == "leading -inf":
-        x[:, : size // 2] = -torch.inf
+    elif kind == "around 1e9":  # neighbours differ by 64 or more; in float16 all are inf
+        x = 1e9 * (1 + torch.finfo(dtype).eps * x.round())
+    elif kind.startswith("leading"):  # more than a block of the kernels
+        x[:, : size // 2] = -torch.inf if kind.endswith("-inf") else torch.finfo(dtype).min
+    elif kind.startswith("a row"):
+        x[1] = -torch.inf if kind.endswith("-inf") else torch.finfo(dtype).min
     elif kind == "rising":  # every block has a new maximum, far above the last one
         x = x + torch.linspace(-300, 300, size, dtype=torch.float64)
     elif kind == "wide":
         x = x * 1e3
-    return x
-
-
-KINDS = ["random", "confident", "negative", "large", "shift-300", "shift3e4", "leading -inf", "rising", "wide"]
+    return x.to(dtype)
 
 
 def run(function, logits: Tensor, upstream: tuple[Tensor, Tensor], **options) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,26 +82,48 @@ def run(function, logits: Tensor, upstream: tuple[Tensor, Tensor], **options) ->
     return tuple(t.detach().double() for t in (*outputs, x.grad))
 
 
+def sum_beside_one(x: Tensor) -> Tensor:
+    """What `x` was rounded as a part of: 1 + `x`, unless one logit dominates; what is beside that is summed apart."""
+    return torch.where(x > 2**-9, 1 + x, x)
+
+
+def terms_of_gradient(logits: Tensor, ids: Tensor, upstream: tuple[Tensor, Tensor], temperature=1.0, mask=None):
+    """For each logit, the terms of its gradient added up as if none had a sign, and |log p|; both in float64."""
+    temperature = torch.as_tensor(temperature, dtype=torch.float64)
+    temperature = temperature.unsqueeze(-1) if temperature.dim() > 0 else temperature
+    logp = torch.log_softmax(logits.double() / temperature, -1).clamp(min=-800)  # exp(-800) is 0
+    p = logp.exp()
+    entropy = -(p * logp).sum(-1, keepdim=True)
+    ids = ids if ids.dim() == logits.dim() else ids.unsqueeze(-1)
+    g, g_entropy = upstream[0].double().abs().reshape(ids.shape), upstream[1].double().abs().unsqueeze(-1)
+    here = torch.zeros_like(p).scatter_add(-1, ids, g)
+    others = g.sum(-1, keepdim=True) - here
+    terms = here * sum_beside_one(-logp.expm1()) + p * (others + g_entropy * (entropy - logp))
+    return terms / temperature * (1 if mask is None else mask.unsqueeze(-1)), -logp
+
+
 def assert_accurate(logits: Tensor, ids: Tensor, **options) -> None:
-    """No further from the float64 truth than PyTorch in the same dtype, beyond a few roundings of the result itself."""
-    options["token_ids"] = ids
+    """Each log-prob, entropy and gradient by itself: the float64 truth, but for the roundings of float32 and the dtype.
+
+    PyTorch in the same dtype is not that close: it rounds logits / temperature, and sums probabilities beside 1.
+    """
     upstream = torch.randn(ids.shape), torch.randn(logits.shape[:-1])
-    truth = run(reference.token_logprobs, logits.double(), upstream, **options)
-    torch_result = run(reference.token_logprobs, logits, upstream, **options)
-    result = run(fusedpo.token_logprobs, logits, upstream, **options)
-    eps = [EPS, EPS, torch.finfo(logits.dtype).eps]
-    for name, got, torchs, want, e in zip(
-        ("logprobs", "entropy", "grad"), result, torch_result, truth, eps, strict=True
-    ):
+    truth = run(reference.token_logprobs, logits.double(), upstream, token_ids=ids, **options)
+    result = run(fusedpo.token_logprobs, logits, upstream, token_ids=ids, **options)
+    terms, exponent = terms_of_gradient(logits, ids, upstream, **options)
+    logprobs, entropy, gradient = (want.abs() for want in truth)
+    allowed = {
+        "logprobs": ROUNDINGS * EPS * sum_beside_one(logprobs),
+        "entropy": ROUNDINGS * EPS * sum_beside_one(entropy),
+        "gradient": (ROUNDINGS + exponent) * EPS * terms + (gradient.to(logits.dtype).double() - gradient).abs(),
+    }
+    for got, want, (name, bound) in zip(result, truth, allowed.items(), strict=True):
         finite = want.isfinite()
         assert torch.equal(got.isfinite(), finite), name
         assert torch.equal(got[~finite].nan_to_num(1), want[~finite].nan_to_num(1)), name
-        got, torchs, want = got[finite], torchs[finite], want[finite]
-        if got.numel() == 0:
-            continue
-        rounding = 4 * EPS + e * want.abs().max()
-        error, allowed = (got - want).abs().max(), (torchs - want).nan_to_num(0).abs().max() + rounding
-        assert error <= allowed, f"{name}: error {error:.2e}, PyTorch's plus rounding {allowed:.2e}"
+        error, bound = (got - want).abs()[finite], bound[finite] + 2**-40  # which float64 loses beside 1
+        far = error > bound
+        assert not far.any(), f"{name}: error {error[far][0]:.2e}, allowed {bound[far][0]:.2e}, {far.sum()} times"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,7 +131,7 @@ def assert_accurate(logits: Tensor, ids: Tensor, **options) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_values_and_gradients(dtype, kind, size):
     rows = 7 if size < 1000 else 3
-    logits = make_logits(kind, rows, size).to(dtype)
+    logits = make_logits(kind, rows, size, dtype)
     ids = torch.randint(0, size, (rows,))
     if kind == "confident":
         ids[:] = 0
@@ -110,39 +155,54 @@ def test_subnormal_logits(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", [torch.inf, torch.nan])
 def test_nan_and_inf_propagate(dtype, special):
+    """Through their rows, forward and backward, and no further."""
     x = torch.randn(4, 5000).to(dtype)
     x[1, 4321] = special
     x[2, 0] = special
-    ids = torch.tensor([7, 7, 7, 7])
-    logp, entropy = fusedpo.token_logprobs(x, ids, return_entropy=True)
-    want = torch.log_softmax(x.float(), -1)[:, 7]
-    torch.testing.assert_close(logp, want, equal_nan=True)
+    x.requires_grad_()
+    logp, entropy = fusedpo.token_logprobs(x, torch.full((4,), 7), return_entropy=True)
+    torch.testing.assert_close(logp, torch.log_softmax(x.float(), -1)[:, 7], equal_nan=True)
     assert entropy.isnan().tolist() == [False, True, True, False]
+    for output in (logp, entropy):
+        (grad,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+        assert grad.isnan().all(-1).tolist() == grad.isnan().any(-1).tolist() == [False, True, True, False]
 
 
-def test_row_of_minus_inf_is_nan():
-    x = torch.full((1, 3000), -torch.inf)
-    logp, entropy = fusedpo.token_logprobs(x, torch.tensor([5]), return_entropy=True)
-    assert logp.isnan().all()
-    assert entropy.isnan().all()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("output", [0, 1], ids=["logprobs", "entropy"])
+def test_minus_inf_in_a_row_that_is_nan(dtype, output):
+    """A column of probability 0 has the gradient NaN too, where its row is -inf throughout or holds a NaN."""
+    x = torch.full((2, 3000), -torch.inf, dtype=dtype)
+    x[1, 2500] = torch.nan
+    x.requires_grad_()
+    outputs = fusedpo.token_logprobs(x, torch.tensor([5, 5]), return_entropy=True)
+    assert outputs[output].isnan().all()
+    outputs[output].sum().backward()
+    assert x.grad.isnan().all()
 
 
 @pytest.mark.parametrize("size", [5, 5000])
 def test_minus_inf_columns(size):
     """Entropy counts them as nothing; a chosen one has log-prob -inf and leaves the other gradients finite."""
-    x = make_logits("random", 6, size).float()
+    x = make_logits("random", 6, size)
     x[:, ::2] = -torch.inf
     assert_accurate(x, torch.tensor([1, 1, 3, 0, 0, 2]))
 
 
-def test_accuracy_at_a_confident_token():
-    """The gradient at a token with p = 1 - 1e-6 is 1 - p, not 0: what a bfloat16 read-modify-write gets wrong."""
-    x = torch.full((1, 1000), -20.0, dtype=torch.bfloat16)
-    x[0, 3] = 0.75
-    p = torch.softmax(x.double(), -1)[0, 3]
+@pytest.mark.parametrize("position", [3, 8500])
+def test_accuracy_at_a_confident_token(position):
+    """Everything about a token with p = 1 - 1e-5 to its last digits, which a sum that holds the 1 does not have."""
+    x = torch.full((1, 9000), -20.0, dtype=torch.bfloat16)
+    x[0, position] = 0.75
+    p = torch.softmax(x.double(), -1)[0, position]
     x.requires_grad_()
-    fusedpo.token_logprobs(x, torch.tensor([3])).sum().backward()
-    torch.testing.assert_close(x.grad[0, 3].double(), 1 - p, rtol=2**-8, atol=0)
+    logp, entropy = fusedpo.token_logprobs(x, torch.tensor([position]), return_entropy=True)
+    logp.sum().backward()
+    torch.testing.assert_close(x.grad[0, position].double(), 1 - p, rtol=2**-8, atol=0)
+    rounded = 20.75 * EPS  # the exponent of all others
+    torch.testing.assert_close(logp[0].double(), p.log(), rtol=rounded, atol=0)
+    everything = torch.distributions.Categorical(logits=x[0].detach().double()).entropy()
+    torch.testing.assert_close(entropy[0].double(), everything, rtol=rounded, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -152,13 +212,37 @@ def test_accuracy_at_a_confident_token():
 @pytest.mark.parametrize("num_ids", [1, 3, 40])
 def test_several_ids_per_row(dtype, num_ids):
     """With repeats, whose gradients add up before they are rounded."""
-    logits = make_logits("random", 5, 30).to(dtype)
+    logits = make_logits("random", 5, 30, dtype)
     assert_accurate(logits, torch.randint(0, 30, (5, num_ids)))
+
+
+LOCKED_ROWS = """
+import ctypes, mmap
+import torch, fusedpo
+rows, size = 6, mmap.PAGESIZE // 4  # a row is a page
+memory = mmap.mmap(-1, rows * mmap.PAGESIZE)
+x = torch.frombuffer(memory, dtype=torch.float32).view(rows, size).normal_().requires_grad_()
+mask = torch.tensor([True, False, True, False, False, True])
+lock = ctypes.CDLL(None, use_errno=True).mprotect
+for row in (~mask).nonzero().flatten().tolist():
+    assert lock(ctypes.c_void_p(x.data_ptr() + row * mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+with fusedpo.backend("native"):
+    outputs = fusedpo.token_logprobs(x, torch.zeros(rows, dtype=torch.int64), mask=mask, return_entropy=True)
+    torch.autograd.backward(outputs, [torch.ones(rows), torch.ones(rows)])
+assert x.grad[mask].all() and not x.grad[~mask].any()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect by its Linux constants")
+def test_masked_rows_are_not_touched():
+    """Their pages may not be read or written: the process would die."""
+    result = subprocess.run([sys.executable, "-c", LOCKED_ROWS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
-def test_masked_rows_are_not_read(ids_dtype, mask_dtype):
+def test_what_masked_rows_hold_does_not_matter(ids_dtype, mask_dtype):
     x = torch.randn(4, 6, 100)
     ids = torch.randint(0, 100, (4, 6), dtype=ids_dtype)
     mask = torch.rand(4, 6) > 0.4
@@ -190,7 +274,7 @@ def test_temperature_per_row_equals_one_at_a_time():
 @pytest.mark.parametrize("temperature", [0.01, 0.6, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_temperature(dtype, temperature):
-    logits = make_logits("random", 5, 5003).to(dtype)
+    logits = make_logits("random", 5, 5003, dtype)
     assert_accurate(logits, torch.randint(0, 5003, (5,)), temperature=temperature)
 
 
@@ -225,6 +309,25 @@ def test_strided_logits(dtype, view):
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+def test_strided_arguments():
+    """Ids, mask, temperature and what comes from above are read where they are, or copied: the same to the bit."""
+    x, ids = torch.randn(3, 5, 40), torch.randint(0, 40, (5, 2, 3))
+    mask, temperature, upstream = torch.rand(5, 3) > 0.3, torch.rand(5, 3) + 0.5, torch.randn(5, 3, 2)
+    upstreams = upstream[0, :, :1].unsqueeze(1).expand(3, 5, 2), upstream[..., 1].T
+    views = ids.permute(2, 0, 1), mask.T, temperature.T, *upstreams
+    results = []
+    for ids, mask, temperature, *upstream in (views, [view.contiguous() for view in views]):
+        leaf = x.clone().requires_grad_()
+        out = fusedpo.token_logprobs(leaf, ids, mask=mask, temperature=temperature, return_entropy=True)
+        torch.autograd.backward(out, upstream)
+        results.append((*out, leaf.grad))
+    assert all(map(torch.equal, *results))
+
+
+def test_more_rows_than_a_grid_dimension():
+    assert_accurate(torch.randn(70_001, 5), torch.randint(0, 5, (70_001,)))
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_shapes_strides_and_masks(data):
@@ -251,36 +354,40 @@ def test_no_rows(shape):
 # ----------------------------------------------------------------------------------------------------- bit for bit
 
 
+def everything(x: Tensor, ids: Tensor, upstream: tuple[Tensor, Tensor], rows: Tensor | slice) -> list[Tensor]:
+    """Results and gradient of these rows."""
+    leaf = x[rows].clone().requires_grad_()
+    out = fusedpo.token_logprobs(leaf, ids[rows], return_entropy=True)
+    torch.autograd.backward(out, [u[rows] for u in upstream])
+    return [*(o.detach() for o in out), leaf.grad]
+
+
 def test_rows_do_not_depend_on_each_other():
-    """Bitwise: alone or in a batch, in any order, with or without gradients, on one thread or two."""
+    """Bitwise: alone or in a batch, in any order, with or without gradients."""
     x, ids = torch.randn(24, 4099), torch.randint(0, 4099, (24,))
     upstream = torch.randn(24), torch.randn(24)
-
-    def everything(rows):
-        leaf = x[rows].clone().requires_grad_()
-        out = fusedpo.token_logprobs(leaf, ids[rows], return_entropy=True)
-        torch.autograd.backward(out, [u[rows] for u in upstream])
-        return *(o.detach() for o in out), leaf.grad
-
-    full = everything(torch.arange(24))
-    shuffled = torch.randperm(24)
-    for got, want in zip(everything(shuffled), full, strict=True):
-        assert torch.equal(got, want[shuffled])
-    for got, want in zip(everything(torch.tensor([5])), full, strict=True):
-        assert torch.equal(got, want[5:6])
+    full = everything(x, ids, upstream, slice(None))
+    for rows in (torch.randperm(24), torch.tensor([5])):
+        for got, want in zip(everything(x, ids, upstream, rows), full, strict=True):
+            assert torch.equal(got, want[rows])
     with torch.no_grad():
         for got, want in zip(fusedpo.token_logprobs(x, ids, return_entropy=True), full, strict=False):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_are_bitwise(dtype):
+    """Whatever the number of threads."""
+    x, ids = make_logits("random", 25, 4099, dtype), torch.randint(0, 4099, (25,))
+    upstream = torch.randn(25), torch.randn(25)
     threads = torch.get_num_threads()
+    full = everything(x, ids, upstream, slice(None))
     try:
-        torch.set_num_threads(1)
-        for got, want in zip(everything(torch.arange(24)), full, strict=True):
-            assert torch.equal(got, want)
+        for number in (1, 2, 3, 7, 7):
+            torch.set_num_threads(number)
+            assert all(map(torch.equal, everything(x, ids, upstream, slice(None)), full)), number
     finally:
         torch.set_num_threads(threads)
-    for _ in range(4):
-        for got, want in zip(everything(torch.arange(24)), full, strict=True):
-            assert torch.equal(got, want)
 
 
 def test_entropy_does_not_change_the_logprobs():

@@ -51,14 +51,19 @@ CASES: dict[str, Callable[[], None]] = {
     "forward, bf16": lambda: forward(BF16, 151_936, entropy=True, mask=True),
     "forward, fp16, unaligned": lambda: forward(FP16, 50_257, entropy=False),
     "forward, fp32": lambda: forward(FP32, 128_256, entropy=False, mask=True),
-    "forward, short rows": lambda: forward(BF16, 1000, entropy=True, num_ids=4),
+    "forward, bf16, short rows": lambda: forward(BF16, 1000, entropy=True, num_ids=4),
+    "forward, fp16, short rows, unaligned": lambda: forward(FP16, 1023, entropy=False, mask=True),
+    "forward, fp32, short rows": lambda: forward(FP32, 1024, entropy=True),
     "backward, bf16": lambda: backward(BF16, 151_936, entropy=True, mask=True),
     "backward, fp16, unaligned": lambda: backward(FP16, 50_257),
     "backward, fp32": lambda: backward(FP32, 128_256, num_ids=4),
-    "backward, short rows": lambda: backward(BF16, 1000, logprobs=False, entropy=True),
+    "backward, bf16, short rows, of entropy alone": lambda: backward(BF16, 1000, logprobs=False, entropy=True),
+    "backward, fp16, short rows, unaligned": lambda: backward(FP16, 1023, num_ids=4),
+    "backward, fp32, short rows": lambda: backward(FP32, 1024, entropy=True, mask=True),
 }
-ALIGNED = [case for case in CASES if "unaligned" not in case and "short" not in case]
 UNALIGNED = [case for case in CASES if "unaligned" in case]
+ALIGNED = [case for case in CASES if case not in UNALIGNED]
+CHOSEN_GRADIENT = [case for case in CASES if case.startswith("backward") and "alone" not in case]
 
 
 def compile_cases() -> list[dict]:
@@ -89,26 +94,37 @@ def test_nothing_is_spilled(compiled, case, target, record_property):
     assert result["registers"] <= (128 if target.startswith("sm_") else 256)
 
 
-@pytest.mark.parametrize("case", [*ALIGNED, *UNALIGNED])
+@pytest.mark.parametrize("case", [case for case in CASES if "short" in case])
+def test_short_rows_share_a_program(compiled, case):
+    """Of up to 1024 logits, whatever their dtype."""
+    assert compiled[case, "sm_90"]["ROWS"] > 1
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_one_exponential_per_element(compiled, case):
-    """In each of two copies of the sweep, over complete blocks and the last; and one for the row (forward: two)."""
+    """In each of two copies of the sweep, over complete blocks and the last.
+
+    Beside them, forward one in each copy for every row; backward one for the chosen columns.
+    """
     result = compiled[case, "sm_90"]
-    expected = 2 * elements_per_thread(result) + (2 if case.startswith("forward") else 1)
-    assert result["asm"].count("ex2.approx") == expected
+    others = 2 * result["ROWS"] if case.startswith("forward") else int(case in CHOSEN_GRADIENT)
+    assert result["asm"].count("ex2.approx") == 2 * elements_per_thread(result) + others
 
 
-def sweep_accesses(result: dict) -> dict[str, list[str]]:
-    """Widths of the loads and stores of the sweeps; the loads carry a hint, the store of single columns comes last."""
+def sweep_accesses(result: dict) -> list[list[str]]:
+    """Widths of the loads and stores of the sweeps; the loads carry a hint, the store of chosen columns comes last."""
     loads = re.findall(r"ld\.global\.L1::evict_first\.L2::cache_hint\.(\S+)", result["asm"])
+    if result["case"].startswith("forward"):
+        return [loads]
     stores = re.findall(r"st\.global\.(\S+)", result["asm"])
-    return {"load": loads, "store": stores[:-1]} if "backward" in result["kernel"] else {"load": loads}
+    return [loads, stores[:-1] if result["case"] in CHOSEN_GRADIENT else stores]
 
 
 @pytest.mark.parametrize("case", ALIGNED)
 def test_aligned_rows_are_accessed_16_bytes_at_a_time(compiled, case):
     result = compiled[case, "sm_90"]
     itemsize = 4 if "fp32" in case else 2
-    for widths in sweep_accesses(result).values():
+    for widths in sweep_accesses(result):
         assert widths == ["v4.b32"] * (2 * elements_per_thread(result) * itemsize // 16)
 
 
@@ -116,7 +132,7 @@ def test_aligned_rows_are_accessed_16_bytes_at_a_time(compiled, case):
 def test_unaligned_rows_are_accessed_by_element(compiled, case):
     """Neighbouring threads access neighbouring elements: the layout is [1 element] x [32 threads]."""
     result = compiled[case, "sm_90"]
-    for widths in sweep_accesses(result).values():
+    for widths in sweep_accesses(result):
         assert widths == ["b16"] * (2 * elements_per_thread(result))
 
 
@@ -129,7 +145,7 @@ def test_offsets_of_rows_have_64_bits(compiled, case):
     assert all("i64" in kind for kind in rows)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("backward") and "short" not in case])
+@pytest.mark.parametrize("case", CHOSEN_GRADIENT)
 def test_chosen_columns_are_read_before_the_sweep_and_written_after_it(compiled, case):
     """Barriers in between: in place, threads would otherwise read each other's gradients as logits."""
     operations = re.findall(r"(bar\.sync|ld\.global\.L1|ld\.global|st\.global)", compiled[case, "sm_90"]["asm"])

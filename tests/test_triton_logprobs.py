@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_token_logprobs import DTYPES, KINDS, SIZES, STRIDED, assert_accurate, make_logits
+from test_operators import PARTS
+from test_token_logprobs import DTYPES, KINDS, SIZES, STRIDED, assert_accurate, everything, make_logits
 
 import fusedpo
 from fusedpo import _checks, backends, reference
@@ -54,12 +55,12 @@ def backend(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("kind", "size"),
-    # 9001 is more than a block in every dtype, 127 less; 1024 has no incomplete block, 1000 nothing else
-    [(kind, size) for kind in KINDS for size in (127, 9001)]
-    + [("random", size) for size in (1, 2, 31, 1000, 1024, 4099)],
+    # 9001 is more than a block in every dtype, and half of 50257 too; 1024 has no incomplete block, 1000 nothing else
+    [(kind, size) for kind in KINDS for size in (127, 1000, 9001, 50257)]
+    + [(kind, size) for kind in ("random", "confident") for size in (1, 2, 31, 1024, 4099, 32000, 128256, 151936)],
 )
 def test_values_and_gradients(dtype, kind, size):
-    logits = make_logits(kind, 3, size).to(dtype)
+    logits = make_logits(kind, 3, size, dtype)
     ids = torch.zeros(3, dtype=torch.int64) if kind == "confident" else torch.randint(0, size, (3,))
     assert_accurate(logits, ids)
 
@@ -70,6 +71,13 @@ def test_values_and_gradients(dtype, kind, size):
 def test_values_and_gradients_of_all_sizes(dtype, kind):
     for size in [*SIZES, 152064, 262144]:
         test_values_and_gradients(dtype, kind, size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [5, 1100])
+def test_more_rows_than_a_grid_dimension(size):
+    """Several rows to a program, and one."""
+    assert_accurate(torch.randn(70_001, size), torch.randint(0, size, (70_001,)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,18 +98,26 @@ def test_nan_and_inf_propagate(dtype, special):
     logp, entropy = fusedpo.token_logprobs(x, ids, return_entropy=True)
     torch.testing.assert_close(logp, torch.log_softmax(x.float(), -1)[:, 7], equal_nan=True)
     assert entropy.isnan().tolist() == [False, True, True, False]
-    logp.sum().backward()
-    assert x.grad.isnan().all(-1).tolist() == x.grad.isnan().any(-1).tolist() == [False, True, True, False]
+    for output in (logp, entropy):
+        (grad,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+        assert grad.isnan().all(-1).tolist() == grad.isnan().any(-1).tolist() == [False, True, True, False]
 
 
-def test_row_of_minus_inf_is_nan():
-    outputs = fusedpo.token_logprobs(torch.full((1, 3000), -torch.inf), torch.tensor([5]), return_entropy=True)
-    assert all(output.isnan().all() for output in outputs)
+@pytest.mark.parametrize("output", [0, 1], ids=["logprobs", "entropy"])
+def test_minus_inf_in_a_row_that_is_nan(output):
+    """A column of probability 0 has the gradient NaN too, where its row is -inf throughout or holds a NaN."""
+    x = torch.full((2, 9000), -torch.inf)
+    x[1, 8500] = torch.nan
+    x.requires_grad_()
+    outputs = fusedpo.token_logprobs(x, torch.tensor([5, 5]), return_entropy=True)
+    assert outputs[output].isnan().all()
+    outputs[output].sum().backward()
+    assert x.grad.isnan().all()
 
 
 @pytest.mark.parametrize("size", [5, 9000])
 def test_minus_inf_columns(size):
-    x = make_logits("random", 6, size).float()
+    x = make_logits("random", 6, size)
     x[:, ::2] = -torch.inf
     assert_accurate(x, torch.tensor([1, 1, 3, 0, 0, 2]))
 
@@ -128,7 +144,7 @@ def test_accuracy_at_a_confident_token(position):
 @pytest.mark.parametrize("num_ids", [1, 3, 40])
 def test_several_ids_per_row(dtype, num_ids):
     """With repeats, whose gradients add up before they are rounded."""
-    assert_accurate(make_logits("random", 5, 30).to(dtype), torch.randint(0, 30, (5, num_ids)))
+    assert_accurate(make_logits("random", 5, 30, dtype), torch.randint(0, 30, (5, num_ids)))
 
 
 def test_no_ids():
@@ -174,7 +190,38 @@ def test_temperature_per_row_equals_one_at_a_time():
 @pytest.mark.parametrize("temperature", [0.01, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_temperature(dtype, temperature):
-    assert_accurate(make_logits("random", 3, 5003).to(dtype), torch.randint(0, 5003, (3,)), temperature=temperature)
+    assert_accurate(make_logits("random", 3, 5003, dtype), torch.randint(0, 5003, (3,)), temperature=temperature)
+
+
+@pytest.mark.parametrize("size", [40, 9000])
+def test_strided_arguments(size):
+    """Ids, mask, temperature and what comes from above may have any strides: the same to the bit."""
+    x, ids = torch.randn(2, 3, size), torch.randint(0, size, (3, 2, 2))
+    mask = torch.tensor([[True, False], [True, True], [False, True]])
+    temperature, upstream = torch.rand(3, 2) + 0.5, torch.randn(3, 2, 2)
+    upstreams = upstream[0, :, :1].unsqueeze(1).expand(2, 3, 2), upstream[..., 1].T
+    views = ids.permute(2, 0, 1), mask.T, temperature.T, *upstreams
+    results = []
+    for ids, mask, temperature, *upstream in (views, [view.contiguous() for view in views]):
+        leaf = x.clone().requires_grad_()
+        out = fusedpo.token_logprobs(leaf, ids, mask=mask, temperature=temperature, return_entropy=True)
+        torch.autograd.backward(out, upstream)
+        results.append((*out, leaf.grad))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_slices_are_not_copied(part, monkeypatch):
+    """Neither forward nor backward makes them contiguous."""
+    x = PARTS[part](torch.randn(2, 3, 300)).requires_grad_()
+
+    def contiguous(tensor):
+        assert tensor.is_contiguous()
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    outputs = fusedpo.token_logprobs(x, torch.zeros(x.shape[:-1], dtype=torch.int64), return_entropy=True)
+    torch.autograd.grad(outputs, x, [torch.ones_like(output) for output in outputs])
 
 
 VIEWS = STRIDED | {
@@ -292,20 +339,21 @@ def test_rows_do_not_depend_on_each_other(size):
     """Bitwise: alone or in a batch, in any order, with or without gradients."""
     x, ids = torch.randn(5, size), torch.randint(0, size, (5,))
     upstream = torch.randn(5), torch.randn(5)
-
-    def everything(rows):
-        leaf = x[rows].clone().requires_grad_()
-        out = fusedpo.token_logprobs(leaf, ids[rows], return_entropy=True)
-        torch.autograd.backward(out, [u[rows] for u in upstream])
-        return *(o.detach() for o in out), leaf.grad
-
-    full = everything(torch.arange(5))
+    full = everything(x, ids, upstream, slice(None))
     for rows in (torch.tensor([4, 2, 0, 1, 3]), torch.tensor([3])):
-        for got, want in zip(everything(rows), full, strict=True):
+        for got, want in zip(everything(x, ids, upstream, rows), full, strict=True):
             assert torch.equal(got, want[rows])
     with torch.no_grad():
         for got, want in zip(fusedpo.token_logprobs(x, ids, return_entropy=True), full, strict=False):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_are_bitwise(dtype):
+    x, ids = make_logits("random", 3, 9001, dtype), torch.randint(0, 9001, (3,))
+    upstream = torch.randn(3), torch.randn(3)
+    first, second = (everything(x, ids, upstream, slice(None)) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -392,6 +440,30 @@ def test_more_than_2_31_elements():
     alone.sum().backward()
     assert torch.equal(logp[-2:], alone)
     assert torch.equal(x.grad[-2:], last.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", PARTS)
+def test_memory(part):
+    """A few numbers per row forward, and backward the gradient, which in place costs nothing; slices are not copied."""
+
+    def peak_extra_bytes(function) -> int:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result.append(function())
+        return torch.cuda.max_memory_allocated() - before
+
+    result = []
+    x = PARTS[part](torch.randn(2, 33, 20_000)).requires_grad_()
+    rows, ids, ones = x.shape[:-1].numel(), torch.randint(0, x.shape[-1], x.shape[:-1]), torch.ones(x.shape[:-1])
+    few, gradient = 64 * rows + 8192, x.numel() * x.element_size()
+    for inplace, ceiling in ((False, gradient + 2**20), (True, 0)):  # blocks may be 1 MB larger than asked for
+        forward = peak_extra_bytes(
+            lambda inplace=inplace: fusedpo.token_logprobs(x, ids, return_entropy=True, inplace_backward=inplace)
+        )
+        assert 0 < forward <= few
+        outputs = result[-1]
+        assert peak_extra_bytes(lambda outputs=outputs: torch.autograd.grad(outputs, x, [ones, ones])) <= ceiling + few
 
 
 @pytest.mark.gpu

@@ -13,7 +13,9 @@ nor on the place of a row among them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from fusedpo import _checks
 
-from .common import kernel, launch
+from .common import cdiv, kernel, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -273,6 +275,8 @@ class _Layout(NamedTuple):
 
 def _layout(tensor: Tensor) -> _Layout | None:
     """None where V is strided, or the leading dimensions need more than two strides."""
+    if tensor.is_contiguous():
+        return _Layout(tensor.shape[:-1].numel(), 0, tensor.shape[-1])
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return None
     dims: list[tuple[int, int]] = []  # (size, stride), innermost first
@@ -301,18 +305,22 @@ def _width(tensor: Tensor, layout: _Layout) -> int:
 
     One is what V = 50,257 gets. Neighbouring threads still access neighbouring elements: that costs no bytes.
     """
-    width = 16 // tensor.element_size()
-    extents = (tensor.shape[-1], layout.outer_stride, layout.inner_stride)
-    return width if tensor.data_ptr() % 16 == 0 and all(extent % width == 0 for extent in extents) else 1
+    itemsize = tensor.element_size()
+    step = itemsize * math.gcd(tensor.shape[-1], layout.outer_stride, layout.inner_stride)
+    return 16 // itemsize if step % 16 == 0 and tensor.data_ptr() % 16 == 0 else 1
 
 
+@lru_cache
 def _tile(vocab_size: int, num_ids: int, itemsize: int, width: int) -> dict[str, int]:
-    """A tile: 16 KB of a long row, or 4 KB of short ones; 64 bytes for each thread, or 32 where loads are narrow."""
-    block = max(128, min(triton.next_power_of_2(vocab_size), 16384 // itemsize))
+    """A tile: 16 KB of a long row, or 2048 logits of up to four short ones.
+
+    A thread has 64 bytes of it, or 8 logits where loads are narrow.
+    """
+    block = max(512, min(triton.next_power_of_2(vocab_size), 16384 // itemsize))
     ids = triton.next_power_of_2(max(1, num_ids))
     row_bytes = max(block * itemsize, ids * 16)  # an id comes with its column, two sums and its gradient
-    rows = max(1, 4096 // row_bytes)
-    num_warps = min(16, rows * row_bytes // (2048 if width > 1 else 1024))
+    rows = max(1, 2048 * itemsize // row_bytes)
+    num_warps = min(16, rows * row_bytes // (2048 if width > 1 else 256 * itemsize))
     return {"ROWS": rows, "BLOCK": block, "IDS": ids, "WIDTH": width, "num_warps": num_warps}
 
 
@@ -340,20 +348,20 @@ def token_logprobs(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``fusedpo::token_logprobs``; its third result is (reference, rest, weighted) of every row."""
-    shape, vocab_size = logits.shape[:-1], logits.shape[-1]
+    *shape, vocab_size = logits.shape
     if _checks.values_are_free(token_ids):
         _check_values(vocab_size, token_ids, temperature, mask)
-    logprobs = logits.new_empty(token_ids.shape, dtype=torch.float32)
-    entropy = logits.new_empty(shape if return_entropy else (0,), dtype=torch.float32)
-    stats = logits.new_empty((*shape, 3), dtype=torch.float32)
-    num_rows = shape.numel()
+    logprobs = torch.empty_like(token_ids, dtype=torch.float32, memory_format=torch.contiguous_format)
+    entropy = logprobs.new_empty(shape if return_entropy else 0)
+    stats = logprobs.new_empty(*shape, 3)
+    num_rows = math.prod(shape)
     if num_rows > 0:
         logits, layout = _with_layout(logits)
         num_ids = token_ids.numel() // num_rows
         tile = _tile(vocab_size, num_ids, logits.element_size(), _width(logits, layout))
         launch(
             _token_logprobs_kernel,
-            triton.cdiv(num_rows, tile["ROWS"]),
+            cdiv(num_rows, tile["ROWS"]),
             logits.device,
             logits,
             token_ids.contiguous(),
@@ -391,7 +399,7 @@ def _backward(
     tile = _tile(vocab_size, num_ids, logits.element_size(), width)
     launch(
         _token_logprobs_backward_kernel,
-        triton.cdiv(num_rows, tile["ROWS"]),
+        cdiv(num_rows, tile["ROWS"]),
         logits.device,
         _contiguous(grad_logprobs),
         _contiguous(grad_entropy),
