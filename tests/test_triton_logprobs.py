@@ -417,12 +417,6 @@ def test_forced_on_the_cpu_it_needs_the_interpreter(monkeypatch):
         backends.choose("token_logprobs", "cpu")
 
 
-def test_warmup():
-    from fusedpo.triton_kernels.logprobs import warmup
-
-    warmup(50, [torch.bfloat16], DEVICE)
-
-
 # ------------------------------------------------------------------------------------------------------------------ GPU
 
 

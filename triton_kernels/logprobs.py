@@ -14,7 +14,6 @@ nor on the place of a row among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -455,16 +454,3 @@ def token_logprobs_backward_(
         logits.copy_(token_logprobs_backward(grad_logprobs, grad_entropy, logits, *others))
     else:
         _backward(grad_logprobs, grad_entropy, logits, layout, logits, layout, *others)
-
-
-def warmup(vocab_size: int, dtypes: Iterable[torch.dtype], device: torch.device | str, num_ids: int = 1) -> None:
-    """Compiles all variants for contiguous logits ``[..., vocab_size]``, so that no training step waits for one."""
-    for dtype in dtypes:
-        logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
-        token_ids = torch.zeros(1, num_ids, dtype=torch.int64, device=device)
-        temperature, g = torch.ones((), device=device), torch.ones(1, num_ids, device=device)
-        for mask in (None, torch.ones(1, dtype=torch.bool, device=device)):
-            for return_entropy in (False, True):
-                _, _, stats = token_logprobs(logits, token_ids, temperature, mask, return_entropy)
-            for upstream in ((g, None), (None, g[:, 0]), (g, g[:, 0])):
-                token_logprobs_backward(*upstream, logits, token_ids, temperature, mask, stats)
