@@ -384,6 +384,24 @@ def test_number_of_segments(monkeypatch):
     assert _num_segments(device, 5, 1 << 30) == 1
 
 
+def test_what_was_read_last_is_read_first_again(monkeypatch):
+    """The end of a row is in the cache, should the row be too large for it."""
+    if DEVICE != "cpu":
+        pytest.skip("only the interpreter shows the order of loads")
+    from triton.runtime.interpreter import interpreter_builder
+
+    starts, load = [], interpreter_builder.create_masked_load
+
+    def watched(pointers, *args):
+        if pointers.data.size == 128:  # a block of logits
+            starts.append(int(pointers.data.min()))
+        return load(pointers, *args)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", watched)
+    run(make_batch((1,), 300, kept=1), O.ppo())
+    assert [start - starts[0] for start in starts] == [0, 4 * 128, 4 * 256, 4 * 256, 4 * 128, 0]
+
+
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -424,6 +442,16 @@ def test_rows_without_a_coefficient_are_exactly_zero():
     assert gradient.any(-1).tolist() == [True, False, True, False, False, True]
     _, _, gradient = run(batch, O.ppo(entropy_coef=0.1))
     assert gradient.any(-1).tolist() == [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_of_zeros_are_filled_not_computed(inplace):
+    """A logit makes the softmax of the row nan."""
+    batch = make_batch((4,), 300, kept=1) | {"old_logprobs": None}
+    batch["advantages"][1] = 0.0
+    batch["logits"][1] = INF
+    _, _, gradient = run(batch, O.reinforce(), inplace=inplace)
+    assert gradient.any(-1).tolist() == [True, False, True, True]
 
 
 @pytest.mark.parametrize("inplace", [False, True])

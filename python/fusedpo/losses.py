@@ -109,13 +109,21 @@ def policy_loss_from_logits(
 ) -> PolicyLossOutput:
     """:func:`policy_loss` of the log-probs of ``token_ids`` under ``softmax(logits / temperature)``.
 
+    The gradient is computed with the loss, in one pass over the logits, where that of a token depends on no token
+    before it and on at most 256 behind it. Otherwise a second pass, in the backward, computes it: for a
+    ``SequenceRatio``, a trace that looks back, further ahead or is differentiated, ``LogClip``, ``CPPO`` and ``GMPO``;
+    for float16 with a number of at most 1 as ``loss_scale``; and under ``torch.compile`` and functorch.
+
     Args:
         logits: ``[B, T, V]``, or packed ``[T, V]`` or ``[1, T, V]``; floating-point, rows may be strided.
         token_ids: ``[B, T]``, or ``[T]`` or ``[1, T]``, int32 or int64: the token that each row predicts
             (:func:`fusedpo.next_tokens`). Neither ids nor logits of masked tokens are read.
         temperature: positive number, or a tensor of one value per token.
-        inplace: let the gradient overwrite ``logits``, which saves a tensor of their size. A use of the logits that was
-            saved before raises then; reading them afterwards gives the gradient, undetected.
+        loss_scale: as in :func:`policy_loss`. The value of a tensor is not read: with float16 logits it has to be the
+            factor of the GradScaler, or the gradient is rounded, and may underflow, before that factor comes.
+        inplace: let the gradient overwrite ``logits``, in the backward where it takes two passes, which saves a tensor
+            of their size. A use of the logits that was saved before raises then; reading them afterwards gives the
+            gradient, undetected. Ignored by the reference, under ``torch.compile`` and where rows share memory.
         Others as in :func:`policy_loss`.
 
     Returns:
@@ -171,9 +179,8 @@ def policy_loss_from_hidden(
 ) -> PolicyLossOutput:
     """:func:`policy_loss_from_logits` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.
 
-    Where no ratio looks at tokens before its own (a mean over the sequence does), the gradients are computed with the
-    loss, by three matrix products. Otherwise, and for float16 without a ``loss_scale``, the logits are computed again
-    in the backward.
+    Where :func:`policy_loss_from_logits` takes one pass, the gradients are computed with the loss, by three matrix
+    products; where it takes two, the logits are computed again in the backward.
 
     Only tokens on which the loss or its gradient depends are evaluated; the others cost nothing. Those are the kept
     tokens, without the ones whose advantage is 0 if the loss has neither KL nor entropy part and no ratio of another
@@ -281,7 +288,7 @@ def _one_pass_backend(
         return None
     if not ops_one_pass.is_possible(objective) or ops_hidden.must_be_functional():
         return None
-    if torch.float16 in (dtype, *(x.dtype for x in tensors)) and not isinstance(loss_scale, Tensor) and loss_scale == 1:
+    if torch.float16 in (dtype, *(x.dtype for x in tensors)) and not isinstance(loss_scale, Tensor) and loss_scale <= 1:
         return None  # a GradScaler's factor comes with the upstream gradient: before it, gradients may be too small
     return backends.kernel_for("one_pass", tensors[0].device.type, dtype)
 

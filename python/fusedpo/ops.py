@@ -104,6 +104,17 @@ def once_differentiable(name: str, gradient: Tensor, *sources: Tensor | None) ->
     return gradient
 
 
+def may_overlap(x: Tensor) -> bool:
+    """Whether elements may share memory: some stride is shorter than what lies below it, or 0 as in expanded views."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -163,8 +174,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy by the kernels of ``backend``; arguments as the operator's schema has them."""
     if logits.requires_grad and torch.is_grad_enabled():
-        shares_rows = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
-        inplace_backward = inplace_backward and not torch.compiler.is_compiling() and not shares_rows
+        inplace_backward = inplace_backward and not torch.compiler.is_compiling() and not may_overlap(logits)
         args = (logits, token_ids, temperature, mask, return_entropy, inplace_backward, backend)
         logprobs, entropy, _ = apply(_TokenLogprobs, *args)
     else:

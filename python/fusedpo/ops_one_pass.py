@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import objectives, ops_policy_loss
 from .objectives import Objective
-from .ops import apply, define, once_differentiable
+from .ops import apply, define, may_overlap, once_differentiable
 from .ops_policy_loss import TokenArguments
 
 _ARGUMENTS = (
@@ -141,5 +141,4 @@ def policy_loss_from_logits(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, log-probs and entropy by the kernels of ``backend``; the gradient is computed on the way."""
-    shares_rows = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
-    return apply(_OnePass, logits, token_ids, temperature, a, objective, inplace and not shares_rows, backend)
+    return apply(_OnePass, logits, token_ids, temperature, a, objective, inplace and not may_overlap(logits), backend)
