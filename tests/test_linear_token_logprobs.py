@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_operators import peak_extra_bytes, total
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -257,8 +258,8 @@ def ids() -> Tensor:
     return torch.randint(0, V, (T,))
 
 
-def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    return total(fusedpo.linear_token_logprobs(hidden, weight, ids, chunk_tokens=5))
+def call(hidden: Tensor, weight: Tensor, ids: Tensor, chunk_tokens: int | None = 5) -> Tensor:
+    return total(fusedpo.linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens))
 
 
 def assert_gradients(leaves: list[Tensor], wanted: list[Tensor]) -> None:
@@ -317,21 +318,24 @@ def test_changed_weight_is_noticed(leaves, ids):
 
 
 def test_functional_gradient(leaves, ids):
-    def loss(hidden, weight):
-        return total(fusedpo.linear_token_logprobs(hidden, weight, ids))
-
     with fusedpo.backend("auto"):  # which leaves it to the reference
-        got = torch.func.grad(loss, argnums=(0, 1))(*(x.detach() for x in leaves))
+        got = torch.func.grad(call, argnums=(0, 1))(*(x.detach() for x in leaves), ids)
     torch.testing.assert_close(list(got), expected_gradients(*leaves, ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_compile_without_graph_break(leaves, ids):
+def test_compile_without_graph_break(monkeypatch):
+    """Chunks are of the budget, and how many there are is part of the graph: those of two chunks share one."""
+    monkeypatch.setitem(ops_hidden.WORKSPACE_BYTES, "cpu", 8 * V * 4)
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-    with fusedpo.backend("auto"):  # which leaves it to the reference
-        compiled(*leaves, ids).backward()
-    assert_gradients(leaves, expected_gradients(*leaves, ids))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (13, 11, 15, 9):
+        leaves, ids = [x.requires_grad_() for x in inputs(tokens)[:2]], torch.randint(V, (tokens,))
+        with fusedpo.backend("auto"):  # which leaves it to the reference
+            compiled(*leaves, ids, None).backward()
+        assert_gradients(leaves, expected_gradients(*leaves, ids))
+    assert counter.frame_count <= 2
 
 
 def test_autocast_is_that_of_linear(leaves, ids):
@@ -381,7 +385,7 @@ def test_float64_runs_on_the_reference(leaves, ids):
 
 @pytest.fixture
 def sharded() -> Tensor:
-    """A weight that FSDP2 has split over two ranks."""
+    """A parameter that FSDP2 has split over two ranks."""
     from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -390,15 +394,16 @@ def sharded() -> Tensor:
     torch.distributed.destroy_process_group()
 
 
-def test_sharded_weights_raise(sharded, ids):
+def test_shards_raise(sharded, ids):
     hidden = inputs()[0]
     arguments = {"old_logprobs": None, "advantages": torch.ones(T), "objective": fusedpo.objectives.ppo()}
     zero3 = torch.nn.Parameter(torch.empty(0))  # what ZeRO-3 leaves of a parameter outside its module's forward
-    for weight, message in ((sharded, r"DTensor.*full_tensor"), (zero3, r"empty.*GatheredParameters")):
-        with pytest.raises(TypeError, match=message):
-            fusedpo.linear_token_logprobs(hidden, weight, ids)
-        with pytest.raises(TypeError, match=message):
-            fusedpo.policy_loss_from_hidden(hidden, weight, ids, **arguments)
+    for shard, message in ((sharded, r"DTensor.*{}\.full_tensor"), (zero3, r"empty.*GatheredParameters")):
+        for name, (weight, bias) in (("weight", (shard, None)), ("bias", (inputs()[1], shard))):
+            with pytest.raises(TypeError, match=f"^{name} must be a whole.*{message.format(name)}"):
+                fusedpo.linear_token_logprobs(hidden, weight, ids, bias=bias)
+            with pytest.raises(TypeError, match=f"^{name} must be a whole.*{message.format(name)}"):
+                fusedpo.policy_loss_from_hidden(hidden, weight, ids, bias=bias, **arguments)
 
 
 @pytest.mark.parametrize(

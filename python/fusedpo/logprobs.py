@@ -54,7 +54,7 @@ def token_logprobs(
         return_entropy: return the entropy as well.
         inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves a tensor of their
             size. A use of the logits that was saved before raises then; reading them afterwards gives the gradient,
-            undetected. Ignored by the reference, under ``torch.compile`` and for expanded logits.
+            undetected. Ignored by the reference, under ``torch.compile`` and where rows share memory.
 
     Returns:
         ``logprobs`` in nats, shaped like ``token_ids``, float32; with ``return_entropy`` a tuple with the entropy
@@ -113,15 +113,17 @@ def linear_token_logprobs(
         softcap: ``softcap * tanh(logits / softcap)`` (Gemma). ``logit_scale``: multiplies the logits (Cohere). The
             order is matrix product, bias, ``logit_scale``, ``softcap``, ``temperature``.
         chunk_tokens: rows per chunk. None: as many as fit into a workspace of 256 MB (on accelerators 1 GB). The
-            reference and ``torch.compile`` take all rows at a time then.
+            reference and ``torch.compile`` hold a chunk's logits up to six times, in float32; compiled code depends on
+            the number of chunks. functorch transforms, which do not recompute, take all rows at a time.
         token_ids, temperature, mask, return_entropy: as in :func:`token_logprobs`.
 
     Returns as :func:`token_logprobs`; differentiable with respect to ``hidden``, ``weight`` and ``bias``, once. The
-    gradient of ``weight`` is summed in float32 and rounded to its dtype at the end; one that does not require gradients
-    is not computed.
+    gradient of ``weight`` is summed in float32 and rounded to its dtype at the end (on the CPU in bfloat16, the product
+    of each chunk is rounded before it is added); one that does not require gradients is not computed.
 
     Raises:
-        TypeError: dtypes; ``weight`` is a DTensor or empty (a shard): gather it once per step, before the call.
+        TypeError: dtypes; ``weight`` or ``bias`` is a DTensor or empty (a shard): gather it once per step, before the
+            call.
         ValueError: as :func:`token_logprobs`.
     """
     check_linear_token_logprobs(
@@ -130,6 +132,9 @@ def linear_token_logprobs(
     dtype = ops_hidden.compute_dtype(hidden)
     backend = ops_hidden.choose(hidden.device.type, dtype)
     if backend == "reference":
+        if chunk_tokens is None:
+            row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
+            chunk_tokens = ops_hidden.chunk_rows(hidden.shape[:-1].numel(), row_bytes, hidden.device.type)
         return reference.linear_token_logprobs(
             hidden,
             weight,
@@ -267,11 +272,7 @@ def check_linear_token_logprobs(
 def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _checks.floating("hidden", hidden)
     _checks.floating("weight", weight)
-    if type(weight).__name__ == "DTensor" or weight.numel() == 0:
-        raise TypeError(
-            f"weight must be a whole plain tensor, got {'a DTensor' if weight.numel() else 'an empty tensor'}: gather "
-            "it once per step before the call (FSDP2: weight.full_tensor(); ZeRO-3: deepspeed.zero.GatheredParameters)"
-        )
+    _check_whole("weight", weight)
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
@@ -281,8 +282,18 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, outside autocast, got {weight.dtype}")
     if bias is not None:
         _checks.floating("bias", bias)
+        _check_whole("bias", bias)
         _checks.shape("bias", bias, (weight.shape[0],), "one value per row of weight")
         _checks.same_device("bias", bias, "hidden", hidden)
+
+
+def _check_whole(name: str, parameter: Tensor) -> None:
+    if type(parameter).__name__ == "DTensor" or parameter.numel() == 0:
+        raise TypeError(
+            f"{name} must be a whole plain tensor, got {'a DTensor' if parameter.numel() else 'an empty tensor'}: "
+            f"gather it once per step before the call (FSDP2: {name}.full_tensor(); ZeRO-3: "
+            "deepspeed.zero.GatheredParameters)"
+        )
 
 
 def _check_options(*, softcap: float | None, logit_scale: float, chunk_tokens: int | None) -> None:

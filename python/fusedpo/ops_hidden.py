@@ -63,6 +63,13 @@ def choose(device: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
+def chunk_rows(rows: int, row_bytes: int, device: str) -> int:
+    """How many of the ``rows`` make a chunk: as few chunks as the workspace allows, of equal size."""
+    most = max(1, WORKSPACE_BYTES.get(device, OTHER_WORKSPACE_BYTES) // row_bytes)
+    chunks = -(-rows // most)
+    return -(-rows // chunks) if chunks > 1 else rows
+
+
 def evaluated_tokens(a: TokenArguments, token_ids: Tensor, objective: Objective) -> Tensor | None:
     """The mask of the tokens on which the loss or its gradient depends: ``a.mask`` itself where these are all it keeps.
 
@@ -126,9 +133,7 @@ class _Head:
         chunk = options.chunk_tokens
         if chunk is None:
             buffers = 2 if self.capped and gradients else 1
-            memory = WORKSPACE_BYTES.get(hidden.device.type, OTHER_WORKSPACE_BYTES)
-            most = max(1, memory // (buffers * size * dtype.itemsize))
-            chunk = -(-rows.numel() // max(1, -(-rows.numel() // most)))  # chunks of equal size
+            chunk = chunk_rows(rows.numel(), buffers * size * dtype.itemsize, hidden.device.type)
         chunk = max(1, min(chunk, rows.numel()))
         self.chunks = [slice(first, first + chunk) for first in range(0, rows.numel(), chunk)]
         self._workspace = weight.new_empty((chunk, size), dtype=dtype)
@@ -155,7 +160,7 @@ class _Head:
 
 
 class _Gradients:
-    """Of hidden states, weight and bias, as far as ``needed``: summed in float32 over the chunks, then rounded once."""
+    """Of hidden states, weight and bias, as far as ``needed``: summed in float32 over the chunks, then rounded."""
 
     def __init__(self, head: _Head, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.head, self.inputs = head, (hidden, weight, bias)

@@ -61,8 +61,8 @@ def linear_token_logprobs(
 
     ``hidden``: ``[..., H]``, ``weight``: ``[V, H]``, ``bias``: ``[V]``. The product is in the dtype of ``hidden`` and
     ``weight``, what follows in float32. Scale before cap before temperature, as in TRL. ``chunk_tokens``: rows whose
-    logits are alive at a time, in the forward and, recomputed, in the backward; ``None`` for all. Differentiable in
-    ``hidden``, ``weight`` and ``bias``.
+    logits are alive at a time, in the forward and, recomputed, in the backward; ``None`` for all, and all under
+    functorch, which does not recompute. Differentiable in ``hidden``, ``weight`` and ``bias``.
     """
 
     def rows(
@@ -76,10 +76,11 @@ def linear_token_logprobs(
             logits = softcap * torch.tanh(logits / softcap)
         return token_logprobs(logits, token_ids, temperature=temperature, mask=mask, return_entropy=return_entropy)
 
-    if chunk_tokens is None:
+    leading = hidden.shape[:-1]
+    # functorch lets no checkpoint save what it needs
+    if chunk_tokens is None or chunk_tokens >= leading.numel() or torch._C._are_functorch_transforms_active():
         return rows(hidden, token_ids, temperature, mask)
 
-    leading = hidden.shape[:-1]
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(leading)
     per_row = (hidden, token_ids, temperature, mask)
@@ -87,11 +88,11 @@ def linear_token_logprobs(
     chunks = [
         checkpoint(
             rows,
-            *(x[start : start + chunk_tokens] if isinstance(x, Tensor) else x for x in flat),
+            *(x[i * chunk_tokens : (i + 1) * chunk_tokens] if isinstance(x, Tensor) else x for x in flat),
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for start in range(0, max(leading.numel(), 1), chunk_tokens)
+        for i in range(-(-leading.numel() // chunk_tokens))
     ]
     if not return_entropy:
         return torch.cat(chunks).reshape(token_ids.shape)
