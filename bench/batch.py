@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import fusedpo
-from fusedpo import Objective, objectives
+from fusedpo import Objective, backends, objectives
 
 OBJECTIVES: dict[str, tuple[Objective, int]] = {
     "PPO": (objectives.ppo(), 1),
     "NFPO N=4": (objectives.nfpo(4), 4),
 }
 SEQUENCES = 4
+
+Loss = Callable[..., Tensor]
 
 
 class Batch(NamedTuple):
@@ -48,6 +51,20 @@ def plain_loss(logprobs: Tensor, batch: Batch, n: int) -> Tensor:
         log_trace = sum(ahead[:, k : k + width] for k in range(1, n))
         surrogate = surrogate * log_trace.clamp(-20, 20).exp()
     return torch.where(batch.mask, surrogate, 0).sum() / batch.mask.sum().clamp(min=1)
+
+
+def on_gpu(loss: Loss, operator: str, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Loss, str]]:
+    """The backends that a GPU has a choice between: name, ``loss`` by that one, and why it is missing."""
+
+    def by(backend: str) -> Loss:
+        def forced(*inputs: Tensor) -> Tensor:
+            with fusedpo.backend(backend):
+                return loss(*inputs)
+
+        return forced
+
+    for backend in ("native", "triton") if device == "cuda" else ():
+        yield backend, by(backend), backends.why_not(backend, operator, device, dtype) or ""
 
 
 def exact_coefficients(logprobs: Tensor, batch: Batch, objective: Objective) -> Tensor:

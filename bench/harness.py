@@ -82,16 +82,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Effort:
-    """Each provider is measured ``repeats`` times, or at least three times until ``seconds`` are used up."""
+    """Each provider is measured until its ``seconds`` are used up: ``least`` times at least, ``most`` times at most.
 
-    repeats: int
+    What is fast, as ceilings are, gets many turns: its median must not depend on a moment of the machine. Of a call
+    that takes longer than ``seconds``, the one that measures its memory counts, too, unless it compiles.
+    """
+
+    most: int
     seconds: float
+    least: int = 2
 
 
 EFFORT = {
-    ("cpu", False): Effort(9, 6.0),
-    ("cpu", True): Effort(5, 0.5),
-    ("cuda", False): Effort(50, 2.0),
+    ("cpu", False): Effort(50, 1.0),
+    ("cpu", True): Effort(20, 0.5),
+    ("cuda", False): Effort(50, 1.0),
     ("cuda", True): Effort(20, 0.5),
 }
 
@@ -104,19 +109,19 @@ class _Call:
     reset: Callable[[], object] | None
     repeats: int = 1
     times: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # used up, with all that is not timed
 
 
 def measure(case: Case, device: str, effort: Effort) -> list[Row]:
     """One row per provider, in their order."""
-    gc.collect()
-    gc.freeze()  # what is there already need not be searched before each call
+    torch._dynamo.reset()  # once: it takes from every provider what that has compiled
     rows = {p.name: Row(case.name, case.group, case.sizes, p.name, note=p.missing) for p in case.providers}
     calls: dict[str, _Call] = {}
     for provider in case.providers:
         if provider.missing:
             continue
         try:
-            call = _first_call(provider, rows[provider.name], device)
+            call = _first_calls(provider, rows[provider.name], device, effort)
             if call is not None and case.count_launches:
                 rows[provider.name].launches = launches(call.run, device) or None
         except Exception as error:  # somebody else's code: their failure is a result, not the end of the run
@@ -127,15 +132,19 @@ def measure(case: Case, device: str, effort: Effort) -> list[Row]:
                 calls[provider.name] = call
 
     clock = _cuda_milliseconds if device == "cuda" else _cpu_milliseconds
+    gc.collect()
+    gc.freeze()  # what is there already need not be searched before each call
     shuffled = random.Random(0)  # who follows a large release of memory pays for its pages: not always the same one
-    for turn in range(effort.repeats):
+    for _ in range(effort.most):
         for call in shuffled.sample(list(calls.values()), len(calls)):
-            if turn >= 3 and sum(call.times) * call.repeats > effort.seconds * 1e3:
+            if len(call.times) >= effort.least and call.seconds > effort.seconds:
                 continue
+            started = time.perf_counter()
             if call.reset is not None:
                 call.reset()
             gc.collect()
             call.times.append(clock(call.run, call.repeats))
+            call.seconds += time.perf_counter() - started
     gc.unfreeze()
 
     for name, call in calls.items():
@@ -148,7 +157,7 @@ def measure(case: Case, device: str, effort: Effort) -> list[Row]:
     return list(rows.values())
 
 
-def _first_call(provider: Provider, row: Row, device: str) -> _Call | None:
+def _first_calls(provider: Provider, row: Row, device: str, effort: Effort) -> _Call | None:
     """Compiles, checks, and measures memory; None if the result is wrong."""
     started = time.perf_counter()
     run = provider.prepare()
@@ -164,9 +173,12 @@ def _first_call(provider: Provider, row: Row, device: str) -> _Call | None:
             row.note = f"wrong: error {row.error:.1e}, allowed {provider.allowed:.1e}"
             return None
     del result
-    row.peak_extra_megabytes = peak_extra_bytes(run, device) / 1e6
+    times: list[float] = []
+    row.peak_extra_megabytes = peak_extra_bytes(lambda: times.append(_cpu_milliseconds(run, 1)), device) / 1e6
     if provider.reset is not None:
         return _Call(run, provider.reset)
+    if times[0] > effort.seconds * 1e3 and not provider.compiles:  # those are not yet warm
+        return _Call(run, None, times=times, seconds=times[0] / 1e3)
     started = time.perf_counter()
     run()
     _synchronize(device)
@@ -300,6 +312,5 @@ def not_installed(package: str) -> str:
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """By torch.compile from scratch, for these shapes alone."""
-    torch._dynamo.reset()
+    """By torch.compile, for these shapes alone; from scratch, for :func:`measure` forgets what other cases compiled."""
     return torch.compile(function, dynamic=False, **options)

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 import fusedpo
 
-from .batch import OBJECTIVES, SEQUENCES, exact_coefficients, make_batch, plain_loss, some_rows
+from .batch import OBJECTIVES, SEQUENCES, Loss, exact_coefficients, make_batch, on_gpu, plain_loss, some_rows
 from .harness import Case, Provider, Run, compiled, not_installed, relative_error
 
 SIZES = {
-    ("cpu", False): [(256, 1024, 151_936), (256, 896, 32_000)],
+    ("cpu", False): [(512, 1024, 151_936), (256, 896, 32_000)],
     ("cpu", True): [(64, 256, 32_000)],
     ("cuda", False): [(8192, 4096, 151_936), (2048, 4096, 151_936), (8192, 4096, 32_000)],
     ("cuda", True): [(8192, 4096, 151_936)],
 }
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
 
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    sizes = SIZES[device, quick]
     for dtype in dtypes:
-        for tokens, width, vocab in SIZES[device, quick]:
-            yield _case(dtype, tokens, width, vocab, device)
+        for size in sizes:
+            yield _case(dtype, *size, device)
+        if not quick:
+            yield _case(dtype, *sizes[-1], device, masked=0.5)
 
 
-def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str) -> Case:
+def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str, *, masked: float = 0.0) -> Case:
     objective, n = OBJECTIVES["PPO"]
     hidden = torch.randn(SEQUENCES, tokens // SEQUENCES, width, device=device).to(dtype)
     weight = (torch.randn(vocab, width, device=device) * 3 * width**-0.5).to(dtype)
     ids = torch.randint(vocab, hidden.shape[:-1], device=device)
     exact = _Exact(hidden, weight, ids)
-    batch = make_batch(exact.logprobs.float(), ids)
+    batch = make_batch(exact.logprobs.float(), ids, masked=masked)
     truth = exact.gradients(exact_coefficients(exact.logprobs, batch, objective))
 
     def error(gradients: tuple[Tensor, Tensor]) -> float:
@@ -51,9 +52,15 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str) 
 
         return run
 
-    def provider(name: str, loss: Loss, *, compiles: bool = False, missing: str = "") -> Provider:
+    def provider(
+        name: str, loss: Loss, *, compile: bool = False, compiles: bool = False, missing: str = ""
+    ) -> Provider:
         """``compiles``: it calls torch.compile itself."""
-        return Provider(name, lambda: gradients(loss), error, ALLOWED[dtype], compiles, missing)
+
+        def prepare() -> Run:
+            return gradients(compiled(loss) if compile else loss)
+
+        return Provider(name, prepare, error, ALLOWED[dtype], compile or compiles, missing)
 
     def fused(h: Tensor, w: Tensor) -> Tensor:
         options = {"objective": objective, "mask": batch.mask}
@@ -62,6 +69,26 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str) 
     def eager(h: Tensor, w: Tensor) -> Tensor:
         logprobs = torch.log_softmax((h @ w.T).float(), -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         return plain_loss(logprobs, batch, n)
+
+    def trl(h: Tensor, w: Tensor) -> Tensor:
+        """As its fused head calls it: where Triton runs, with the kept tokens alone."""
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+        scored = batch.mask if device == "cuda" else torch.ones_like(batch.mask)
+        arguments = (h[scored], w, None, ids[scored], 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+        logprobs = ChunkedLogProbFunction.apply(*arguments)[0]
+        return plain_loss(torch.zeros_like(batch.old_logprobs).masked_scatter(scored, logprobs), batch, n)
+
+    def verl(h: Tensor, w: Tensor) -> Tensor:
+        from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+        return plain_loss(FusedLinearForPPO()(h, w, ids)[0], batch, n)
+
+    def verl_by_triton(h: Tensor, w: Tensor) -> Tensor:
+        from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+        return plain_loss(linear_cross_entropy(h, w, ids)[0].view(ids.shape), batch, n)
 
     def cut_cross_entropy(h: Tensor, w: Tensor) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
@@ -75,14 +102,23 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str) 
         loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
         return loss(h, w, ids, batch.mask.int(), batch.advantages, old_per_token_logps=batch.old_logprobs)[0]
 
+    no_gpu = "" if device == "cuda" else "its Triton kernels need a GPU"
     return Case(
-        group=f"PPO, loss and gradients, {str(dtype).removeprefix('torch.')}",
+        group=f"PPO, loss and gradients, {str(dtype).removeprefix('torch.')}" + (", half masked" if masked else ""),
         sizes={"T": tokens, "H": width, "V": vocab},
         providers=[
             _three_products(hidden, weight, batch.mask),
             provider("fusedpo", fused),
+            provider("fusedpo, torch.compile", fused, compile=True),
+            *(
+                provider(f"fusedpo, {backend}", loss, missing=missing)
+                for backend, loss, missing in on_gpu(fused, "linear_token_logprobs", device, dtype)
+            ),
             provider("eager", eager),
-            Provider("torch.compile", lambda: gradients(compiled(eager)), error, ALLOWED[dtype], compiles=True),
+            provider("torch.compile", eager, compile=True),
+            provider("trl", trl, missing=not_installed("trl")),
+            provider("verl", verl, missing=not_installed("verl")),
+            provider("verl, Triton", verl_by_triton, missing=not_installed("verl") or no_gpu),
             provider("liger", liger, compiles=True, missing=not_installed("liger_kernel")),
             provider("cut-cross-entropy", cut_cross_entropy, compiles=True, missing=not_installed("cut_cross_entropy")),
         ],

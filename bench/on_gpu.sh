@@ -4,7 +4,8 @@
 #     bench/on_gpu.sh --out DIR [--only build|test|bench|ncu] [--pack]
 #
 # build   the extension, for this GPU alone
-# test    the tests marked gpu; `python -m fusedpo verify`; both CUDA sanitizers on small kernels, where they work
+# test    the tests marked gpu, and all of the log-probs in Triton; `python -m fusedpo verify`; both CUDA sanitizers on
+#         small kernels, where they work
 # bench   every operator; --only bench takes all sizes in bfloat16, the whole run one size
 # ncu     what the profiler says of the row kernels in one call, where it works
 #
@@ -20,7 +21,7 @@ while (($#)); do
         --out) out=$2 && shift 2 ;;
         --only) only=$2 && shift 2 ;;
         --pack) pack=1 && shift ;;
-        *) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 2 ;;
+        *) sed -n '2,14s/^# \{0,1\}//p' "$0" && exit 2 ;;
     esac
 done
 [[ -n $out && $only =~ ^(build|test|bench|ncu)?$ ]] || { echo "usage: $0 --out DIR [--only build|test|bench|ncu]" >&2; exit 2; }
@@ -80,8 +81,9 @@ if wanted build || { [[ $device == cuda ]] && ! built 2>/dev/null; }; then build
 if wanted test; then
     step verify 90 "$python" -m fusedpo verify --device "$device" --out "$results/verify.json"
     step test 150 "$python" -m pytest -m gpu -q --continue-on-collection-errors --junit-xml "$results/test.xml"
+    step test-logprobs 120 "$python" -m pytest tests/test_triton_logprobs.py -m "not gpu" -q --junit-xml "$results/test-logprobs.xml"
     for tool in memcheck racecheck; do
-        optional "sanitizer-$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 3 "$python" bench/small.py "$device"
+        optional "sanitizer-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 3 "$python" bench/small.py "$device"
     done
 fi
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 import fusedpo
 from fusedpo import Objective
 
-from .batch import OBJECTIVES, SEQUENCES, Batch, exact_coefficients, make_batch, plain_loss, some_rows
+from .batch import OBJECTIVES, SEQUENCES, Batch, Loss, exact_coefficients, make_batch, on_gpu, plain_loss, some_rows
 from .harness import Case, Provider, Run, compiled, not_installed, one_copy, relative_error
 
 SIZES = {
@@ -19,9 +20,11 @@ SIZES = {
     ("cuda", False): [(8192, 151_936), (1024, 151_936), (8192, 32_000), (8192, 262_144)],
     ("cuda", True): [(8192, 151_936)],
 }
-ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # bfloat16: trainers that round the log-probs are not wrong
-
-Loss = Callable[[Tensor], Tensor]
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Trainers that round log-probs to the dtype of the logits are not wrong: 16 +- 1/32 in bfloat16, and up to four add up.
+ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 3e-1, torch.float16: 4e-2}
+# What a GradScaler multiplies the loss by. This library takes it for a gradient that is stored while the row is read.
+SCALE = {torch.float16: 1024.0}
 
 
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
@@ -34,6 +37,8 @@ def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]
         yield _case("NFPO N=4", dtype, *first, device, masked=0.5)
         for tokens, vocab in others:
             yield _case("NFPO N=4", dtype, tokens, vocab, device)
+    if not quick and torch.float16 not in dtypes:
+        yield _case("NFPO N=4", torch.float16, *first, device)
 
 
 def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str, *, masked: float = 0.0) -> Case:
@@ -44,25 +49,48 @@ def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str, *
     batch = make_batch(exact.float(), ids, masked=masked)
     rows, truth = _exact_gradient(logits, exact, batch, objective)
     overwritten = logits.clone()
+    scale = SCALE.get(dtype, 1.0)
 
     def error(gradient: Tensor) -> float:
-        return relative_error(gradient.view(-1, vocab)[rows], truth)
+        return relative_error(gradient.view(-1, vocab)[rows], truth * scale)
 
-    def gradient(loss: Loss, source: Tensor = logits) -> Run:
+    def gradient(loss: Loss, source: Tensor, factor: float) -> Run:
+        """``factor``: the upstream gradient of the loss."""
+        upstream = torch.tensor(factor, device=device)
+
         def run() -> Tensor:
             x = source.detach().requires_grad_()
-            loss(x).backward()
+            loss(x).backward(upstream)
             return x.grad
 
         return run
 
-    def provider(name: str, loss: Loss, *, compile: bool = False, missing: str = "") -> Provider:
-        prepare = (lambda: gradient(compiled(loss))) if compile else lambda: gradient(loss)
-        return Provider(name, prepare, error, ALLOWED[dtype], compile, missing)
+    def provider(
+        name: str,
+        loss: Loss,
+        *,
+        factor: float = scale,
+        allowed: float = ALLOWED[dtype],
+        compile: bool = False,
+        missing: str = "",
+    ) -> Provider:
+        def prepare() -> Run:
+            return gradient(compiled(loss) if compile else loss, logits, factor)
 
-    def fused(x: Tensor, inplace: bool = False) -> Tensor:
-        options = {"objective": objective, "mask": batch.mask, "inplace": inplace}
+        return Provider(name, prepare, error, allowed, compile, missing)
+
+    def fused(x: Tensor, **options: Any) -> Tensor:
+        options |= {"objective": objective, "mask": batch.mask}
         return fusedpo.policy_loss_from_logits(x, *batch[:3], **options).loss
+
+    def scaled(x: Tensor) -> Tensor:
+        return fused(x, loss_scale=scale)
+
+    def in_place(name: str, *, factor: float = scale, **options: Any) -> Provider:
+        def prepare() -> Run:
+            return gradient(lambda x: fused(x, inplace=True, **options), overwritten, factor)
+
+        return Provider(name, prepare, error, ALLOWED[dtype], reset=lambda: overwritten.copy_(logits))
 
     def two_passes(x: Tensor) -> Tensor:
         logprobs, entropy = fusedpo.token_logprobs(x, ids, mask=batch.mask, return_entropy=True)
@@ -78,25 +106,30 @@ def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str, *
 
         return plain_loss(selective_log_softmax(x, ids).float(), batch, n)
 
-    in_place = Provider(
-        "fusedpo, in place",
-        lambda: gradient(lambda x: fused(x, inplace=True), overwritten),
-        error,
-        ALLOWED[dtype],
-        reset=lambda: overwritten.copy_(logits),
-    )
+    def verl(x: Tensor) -> Tensor:
+        from verl.utils.torch_functional import logprobs_from_logits
+
+        return plain_loss(logprobs_from_logits(x, ids, inplace_backward=False).float(), batch, n)
+
+    ours = [provider("fusedpo", fused), in_place("fusedpo, in place")]
+    if scale != 1:  # float16: without a loss_scale it takes two passes
+        ours.append(provider("fusedpo, loss_scale", scaled, factor=1.0))
+        ours.append(in_place("fusedpo, in place, loss_scale", factor=1.0, loss_scale=scale))
+    ours.append(in_place("fusedpo, in place, scaled afterwards", factor=0.5, loss_scale=2 * scale))
+    ours.append(provider("fusedpo, two passes", two_passes))
+    ours.append(provider("fusedpo, torch.compile", fused, compile=True))
+    for backend, loss, missing in on_gpu(scaled, "one_pass", device, dtype):
+        ours.append(provider(f"fusedpo, {backend}", loss, factor=1.0, missing=missing))
     return Case(
         group=f"{name}, loss and gradient, {str(dtype).removeprefix('torch.')}" + (", half masked" if masked else ""),
         sizes={"T": tokens, "V": vocab},
         providers=[
             one_copy(logits),
-            provider("fusedpo", fused),
-            in_place,
-            provider("fusedpo, two passes", two_passes),
-            provider("fusedpo, torch.compile", fused, compile=True),
+            *ours,
             provider("eager", eager),
             provider("torch.compile", eager, compile=True),
-            provider("trl", trl, missing=not_installed("trl")),
+            provider("trl", trl, allowed=ROUNDED[dtype], missing=not_installed("trl")),
+            provider("verl", verl, allowed=ROUNDED[dtype], missing=not_installed("verl")),
             provider("liger", lambda x: _liger(x, batch), missing=_why_no_liger(n, device)),
             Provider("cut-cross-entropy", lambda: lambda: None, missing="starts from hidden states: see hidden"),
         ],

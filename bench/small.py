@@ -7,7 +7,9 @@ import sys
 import torch
 
 import fusedpo
-from fusedpo import advantages, objectives
+from fusedpo import advantages, backends, objectives
+
+CLUSTER_VOCAB = 151_936  # a row in bfloat16 takes the shared memory of two blocks
 
 
 def main(device: str, rows: int, vocab: int) -> None:
@@ -18,6 +20,18 @@ def main(device: str, rows: int, vocab: int) -> None:
     mask = torch.rand(ids.shape, device=device) < 0.7
     rewards = torch.randn(64, device=device)
     old = fusedpo.token_logprobs(logits, ids).detach()
+    wide = torch.randn(2, rows // 2, CLUSTER_VOCAB, device=device).bfloat16()
+    no_clusters = backends.why_not("native", "one_pass", device, wide.dtype)
+    if no_clusters:
+        print(f"without the native one_pass: {no_clusters}")
+
+    def fused(source: torch.Tensor, inplace: bool) -> None:
+        x = source.clone().requires_grad_()
+        fusedpo.policy_loss_from_logits(
+            x, ids, old, adv, objective=objective, mask=mask, inplace=inplace
+        ).loss.backward()
+        assert torch.isfinite(x.grad).all()
+
     for _ in range(2):
         adv = advantages.maxpo(rewards, k=4, group_size=16)[:2]
         advantages.maxpo(rewards, k=4, group_ids=torch.arange(64, device=device) % 5)
@@ -26,10 +40,10 @@ def main(device: str, rows: int, vocab: int) -> None:
         logprobs, entropy = fusedpo.token_logprobs(x, ids, mask=mask, return_entropy=True)
         fusedpo.policy_loss(logprobs, old, adv, objective=objective, mask=mask, entropy=entropy).loss.backward()
         for inplace in (False, True):
-            x = logits.clone().requires_grad_()
-            fusedpo.policy_loss_from_logits(
-                x, ids, old, adv, objective=objective, mask=mask, inplace=inplace
-            ).loss.backward()
+            fused(logits, inplace)
+            if not no_clusters:
+                with fusedpo.backend("native"):
+                    fused(wide, inplace)
         hidden = torch.randn(2, rows // 2, 64, device=device).bfloat16().requires_grad_()
         weight = torch.randn(vocab, 64, device=device).bfloat16().requires_grad_()
         fusedpo.policy_loss_from_hidden(hidden, weight, ids, old, adv, objective=objective, mask=mask).loss.backward()

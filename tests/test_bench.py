@@ -17,12 +17,13 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fusedpo.bench import OPERATORS, cli, compare, report
-from fusedpo.bench.harness import Case, Effort, Provider, Row, measure, peak_extra_bytes, relative_error
+from fusedpo.bench import OPERATORS, batch, cli, compare, report
+from fusedpo.bench.harness import Case, Effort, Provider, Row, compiled, measure, peak_extra_bytes, relative_error
 
+from fusedpo import backends
 from fusedpo.__main__ import main
 
-ONCE = Effort(3, 0.0)
+ONCE = Effort(most=3, seconds=1.0, least=3)
 
 
 def case(*providers: Provider, **options: Any) -> Case:
@@ -70,6 +71,39 @@ def test_times_and_rates() -> None:
     assert slow.teraflops == pytest.approx(4e6 / slow.median / 1e9)
     assert floor.of_ceiling == 1
     assert slow.samples == 3
+
+
+def test_what_is_fast_gets_more_turns_than_what_is_slow() -> None:
+    slow = Provider("slow", lambda: lambda: time.sleep(0.2))
+    rows = {row.provider: row for row in measure(case(slow), "cpu", Effort(most=9, seconds=0.3))}
+    assert rows["slow"].samples == 2
+    assert rows["slow"].p20 <= rows["slow"].median <= rows["slow"].p80
+    assert 2 < rows["floor"].samples <= 9
+
+
+def test_what_compiles_does_so_once_per_case() -> None:
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def double(x):
+        return 2 * x
+
+    def square(x):
+        return x * x
+
+    def provider(function) -> Provider:
+        def prepare():
+            call = compiled(function, backend=compiler)
+            return lambda: call(torch.ones(2))
+
+        return Provider(function.__name__, prepare, compiles=True)
+
+    for cases in (1, 2):
+        rows_of(case(provider(double), provider(square)))
+        assert len(graphs) == 2 * cases
 
 
 def test_a_reset_restores_what_a_call_overwrites() -> None:
@@ -141,6 +175,38 @@ def test_every_operator_is_measured(operator, tmp_path, monkeypatch, capsys) -> 
         assert row["case"] in markdown
         assert row["provider"] in markdown
         assert row["group"].split(",")[0] in shown
+
+
+@pytest.mark.parametrize("operator", ["one_pass", "hidden"])
+def test_all_cases_are_right_and_name_every_peer(operator, monkeypatch) -> None:
+    """The whole run, for small sizes: no other makes half-masked and float16 cases."""
+    module = importlib.import_module(f"fusedpo.bench.{operator}")
+    monkeypatch.setattr(module, "SIZES", {("cpu", False): SMALL[operator][("cpu", True)]})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    groups = set()
+    for each in module.cases("cpu", False, [torch.float32, torch.bfloat16]):
+        groups.add(each.group)
+        names = {provider.name.partition(",")[0] for provider in each.providers}
+        assert names >= {"fusedpo", "eager", "torch.compile", "trl", "verl", "liger", "cut-cross-entropy"}
+        for row in measure(cli.select(each, ["fusedpo"]), "cpu", ONCE):
+            assert row.median is not None, row
+            assert row.error is not None or row.provider == each.ceiling
+    for part in ("half masked", "float16") if operator == "one_pass" else ("half masked",):
+        assert any(part in group for group in groups)
+
+
+def test_a_gpu_has_a_choice_of_backends() -> None:
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        names.append(backends.forced())
+        return x
+
+    names: list[str | None] = []
+    assert not list(batch.on_gpu(loss, "one_pass", "cpu", torch.bfloat16))
+    for name, function, missing in batch.on_gpu(loss, "one_pass", "cuda", torch.bfloat16):
+        assert isinstance(missing, str)
+        function(torch.ones(()))
+        assert names[-1] == name
+    assert names == ["native", "triton"]
 
 
 def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch) -> None:
