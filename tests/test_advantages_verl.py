@@ -218,6 +218,27 @@ def test_optimal_token_baseline(with_is_weights):
     torch.testing.assert_close(alone, advantages.reward_to_go(rewards[:1]))
 
 
+def test_optimal_token_baseline_of_a_token_alone():
+    """Its baseline is 0 here, where verl compares it with itself; verl finds the tail of the longest by counts."""
+    rewards, _ = token_batch()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [1, 0, 1, 1, 0]], dtype=torch.bool)
+    rewards, old, squares = rewards[:3, :5], *torch.rand(2, 3, 5, dtype=torch.float64)
+    expected = verl.compute_optimal_token_baseline_advantage(
+        rewards, mask.double(), np.zeros(3), old_log_probs=old.log(), sum_pi_squared=squares
+    )[0]
+    result = advantages.optimal_token_baseline(
+        rewards, old_logprobs=old.log(), sum_pi_squared=squares, mask=mask, group_size=3
+    )
+    returns = advantages.reward_to_go(rewards, mask=mask)
+    alone, counted = torch.zeros(2, 3, 5, dtype=torch.bool)
+    alone[0, [1, 4]] = counted[0, 3:] = True
+    torch.testing.assert_close(result[alone], returns[alone])
+    torch.testing.assert_close(expected[counted], returns[counted])
+    assert abs(expected[0, 1]) < 1e-6
+    both = ~alone & ~counted
+    torch.testing.assert_close(result[both], expected[both], **CLOSE)
+
+
 def test_whiten():
     rewards, _ = token_batch()
     check(advantages.whiten(rewards, mask=MASK), verl_F.masked_whiten(rewards, MASK.double()))

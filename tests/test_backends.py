@@ -47,6 +47,7 @@ def test_float64_runs_on_the_reference(calls):
     assert calls == []
 
 
+@native
 def test_forced_backend_never_falls_back():
     with fusedpo.backend("native"), pytest.raises(fusedpo.BackendUnavailable, match=r"'native' was forced.*float64"):
         fusedpo.token_logprobs(X.double(), IDS)

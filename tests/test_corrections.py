@@ -320,3 +320,46 @@ def test_compiles_without_a_break():
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arrays), loss(*arrays))
+
+
+# ----------------------------------------------------------------------------------------------------------------- verl
+
+
+@pytest.fixture
+def verl():
+    return pytest.importorskip(
+        "verl.trainer.ppo.rollout_corr_helper", reason="verl is not installed", exc_type=ImportError
+    )
+
+
+def log_ratios_with_outliers():
+    """Beyond the clamp at two tokens; one sequence is masked."""
+    old, rollout, mask = random_logprobs(rows=12, seed=3, spread=0.4)
+    mask[:2, :2] = True
+    log_ratio = (old - rollout).float()
+    log_ratio[0, 0], log_ratio[1, 1] = 50, -60
+    return log_ratio, mask
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(("threshold", "mode", "low"), [(2.0, "truncate", None), ("0.5_2.0", "mask", 0.5)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_weights_are_verls(verl, level, threshold, mode, low, normalise):
+    log_ratio, mask = log_ratios_with_outliers()
+    expected, _ = verl.compute_rollout_correction_weights(log_ratio, mask.float(), level, threshold, normalise)
+    options = {"level": level, "mode": mode, "low": low, "high": 2.0, "normalise": normalise}
+    weights, _ = importance_weights(log_ratio, torch.zeros_like(log_ratio), mask=mask, **options)
+    assert expected.any()
+    torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_rejections_are_verls(verl, name):
+    assert set(CRITERIA) == verl.SUPPORTED_ROLLOUT_RS_OPTIONS
+    log_ratio, mask = log_ratios_with_outliers()
+    pairs = [(2.0, 2.0), ("0.5_3.0", (0.5, 3.0))] if name.endswith("k1") else [(0.5, 0.5)]
+    for threshold, bounds in pairs:
+        expected, _ = verl.compute_rollout_rejection_mask(log_ratio, mask.float(), name, threshold)
+        passed = rejection_mask(log_ratio, torch.zeros_like(log_ratio), {name: bounds}, mask=mask)
+        assert 0 < passed.sum() < mask.sum()
+        torch.testing.assert_close(passed, expected.bool())

@@ -406,6 +406,21 @@ def test_slime_reads_no_logits_of_masked_tokens(mpu):
     assert garbage.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("garbage", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("key", ["log_probs", "ref_log_probs", "advantages"])
+def test_slime_garbage_at_masked_tokens(mpu, key, garbage):
+    batch, logits = slime_batch()
+    args = slime_args(use_kl_loss=True, kl_loss_coef=0.1)
+
+    def loss_log_gradient():
+        loss, log = slime.policy_loss(args, batch, logits, slime_reducer(batch))
+        return loss, log, torch.autograd.grad(loss, logits)[0]
+
+    clean = loss_log_gradient()
+    batch[key][0][1] = garbage  # the tool's token
+    torch.testing.assert_close(loss_log_gradient(), clean)
+
+
 def test_slime_on_policy_without_old_logprobs(mpu):
     batch, logits = slime_batch()
     del batch["log_probs"]
@@ -418,9 +433,12 @@ def test_slime_on_policy_without_old_logprobs(mpu):
 
 def test_slime_refuses(mpu):
     batch, logits = slime_batch()
-    for option in ("use_opsm", "use_tis", "use_score_centering", "use_unbiased_kl"):
+    for option in ("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering", "use_unbiased_kl"):
         with pytest.raises(NotImplementedError, match=f"{option}=True"):
             slime.policy_loss(slime_args(**{option: True}), batch, logits, slime_reducer(batch))
+    args = slime_args(custom_pg_loss_reducer_function_path="my.reducer")
+    with pytest.raises(NotImplementedError, match=r"custom_pg_loss_reducer_function_path='my\.reducer'"):
+        slime.policy_loss(args, batch, logits, slime_reducer(batch))
     with pytest.raises(NotImplementedError, match="rollout_top_p=0.9"):
         slime.policy_loss(slime_args(rollout_top_p=0.9), batch, logits, slime_reducer(batch))
     with pytest.raises(NotImplementedError, match="eps_clip_c=3.0 with CISPO"):
@@ -430,6 +448,8 @@ def test_slime_refuses(mpu):
         with pytest.raises(NotImplementedError, match=f"{axis}.*parallel_size of 2"):
             slime.policy_loss(slime_args(), batch, logits, slime_reducer(batch))
         setattr(mpu, axis, 1)
+    with pytest.raises(NotImplementedError, match="kl_coef=0.1"):
+        slime.advantages(slime_args(kl_coef=0.1), {"rewards": [1.0], "loss_masks": [torch.ones(2)]})
     mpu.data = 4
     with pytest.raises(NotImplementedError, match="data_parallel_size of 4"):
         slime.advantages(slime_args(), {"rewards": [1.0], "loss_masks": [torch.ones(2)]})
@@ -472,6 +492,9 @@ def test_slime_tis():
     assert same_masks is masks
     torch.testing.assert_close(metrics["tis"], ratio)
     torch.testing.assert_close(metrics["tis_clipfrac"], torch.tensor([1.0, 0.0, 1.0]))
+    rollout[0][0], masks[0][0] = torch.nan, 0
+    loss, _, _ = slime.tis(args, pg_loss=pg_loss, train_log_probs=old, rollout_log_probs=rollout, loss_masks=masks)
+    torch.testing.assert_close(loss, pg_loss * torch.tensor([0.0, *ratio[1:].clamp(0.5, 2.0)]))
 
 
 @pytest.mark.parametrize("dual", [None, 1.5])
@@ -721,6 +744,27 @@ def test_nemo_rl_kl(batch, interfaces, kind, token_level):
     assert metrics["kl_penalty"] == pytest.approx(nemo_mean(kl, token_level).item(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("garbage", [float("nan"), float("-inf"), 1e4])
+@pytest.mark.parametrize("key", ["prev_logprobs", "generation_logprobs", "reference_policy_logprobs", "logprobs"])
+def test_nemo_rl_garbage_at_masked_tokens(batch, interfaces, key, garbage):
+    """``where(mask, exp(x), 0)`` has the gradient nan where x overflows."""
+    loss_fn = nemo_rl.ClippedPGLossFn({**NEMO, "reference_policy_kl_penalty": 0.2})
+    data, logprobs = nemo_data(batch), batch.logprobs.detach()
+    masked = data["token_mask"] * SAMPLE_MASK[:, None] == 0
+
+    def loss_metrics_gradient():
+        leaf = logprobs.clone().requires_grad_()
+        loss, metrics = loss_fn(leaf, data, torch.tensor(10.0), torch.tensor(40.0))
+        return loss, torch.tensor(list(metrics.values())), torch.autograd.grad(loss, leaf)[0]
+
+    clean = loss_metrics_gradient()
+    if key == "logprobs":
+        logprobs = logprobs.masked_fill(masked[:, 1:], garbage)
+    else:
+        data[key] = data[key].masked_fill(masked, garbage)
+    torch.testing.assert_close(loss_metrics_gradient(), clean)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -736,6 +780,24 @@ def test_nemo_rl_kl(batch, interfaces, kind, token_level):
 )
 def test_nemo_rl_refuses(interfaces, flags, message):
     with pytest.raises(NotImplementedError, match=message):
+        nemo_rl.ClippedPGLossFn({**NEMO, **flags})
+
+
+@pytest.mark.parametrize(
+    ("kind", "correct", "bound", "message"),
+    [
+        ("tis", False, 2.0, "'tis' needs use_importance_sampling_correction"),
+        ("icepop", True, None, "'icepop' needs .*truncated_importance_sampling_ratio$"),
+        ("clip", True, 2.0, "must be None, 'tis' or 'icepop', got 'clip'"),
+    ],
+)
+def test_nemo_rl_truncates_nothing_in_silence(interfaces, kind, correct, bound, message):
+    flags = {
+        "truncated_importance_sampling_type": kind,
+        "use_importance_sampling_correction": correct,
+        "truncated_importance_sampling_ratio": bound,
+    }
+    with pytest.raises(ValueError, match=message):
         nemo_rl.ClippedPGLossFn({**NEMO, **flags})
 
 

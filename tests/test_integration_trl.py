@@ -450,7 +450,8 @@ def test_kl_of_an_objective_is_that_of_beta(build: Build, tmp_path: Path) -> Non
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     config = {"beta": 0.1}
     for weighted in (False, True):
-        trainer = build(FusedGRPOTrainer, policy, fused={"objective": "nfpo"}, use_bias_correction_kl=weighted, **config)
+        config["use_bias_correction_kl"] = weighted
+        trainer = build(FusedGRPOTrainer, policy, fused={"objective": "nfpo"}, **config)
         assert trainer.objective == objectives.nfpo(kl=objectives.KL("k3", 0.1, weighted=weighted))
     own = objectives.ppo(kl=objectives.KL("k2", 0.1))
     assert build(FusedGRPOTrainer, policy, fused={"objective": own}, **config).objective is own

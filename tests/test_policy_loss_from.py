@@ -46,9 +46,10 @@ def test_from_logits_is_the_loss_of_the_logprobs(objective, packed):
 
     leaf = logits.clone().requires_grad_()
     out = fusedpo.policy_loss_from_logits(
-        leaf, ids.masked_fill(~batch["mask"], -100), **batch, temperature=0.7, **options
+        leaf, ids.masked_fill(~batch["mask"], -100), **batch, temperature=0.7, inplace=True, **options
     )
     out.loss.backward()
+    assert torch.equal(leaf, logits)  # the reference overwrites nothing
 
     other = logits.clone().requires_grad_()
     logp = (other / 0.7).log_softmax(-1)

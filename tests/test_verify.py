@@ -16,7 +16,9 @@ CHEAP = ("group_advantages", "token_advantages", "step_advantages", "whiten", "l
 
 
 @pytest.mark.slow
-def test_everything_is_right_here(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("missing", [pytest.param(backends.NATIVE_MISSING, id="here"), "no compiler"])
+def test_everything_is_right(missing, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(backends, "NATIVE_MISSING", missing)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter takes minutes
     monkeypatch.setattr(verify, "VOCABULARIES", verify.VOCABULARIES[:3])
     assert verify.main(["cpu"], tmp_path / "verify.json") == 0
@@ -24,6 +26,8 @@ def test_everything_is_right_here(tmp_path, monkeypatch, capsys) -> None:
     document = json.loads((tmp_path / "verify.json").read_text())
     found = {r["operator"] for r in document["results"] if r["comparisons"]}
     assert found == set(verify.CHECKS) - {"no_sync"}
+    implementations = {r["implementation"] for r in document["results"] if r["comparisons"]}
+    assert implementations == {"auto", "reference" if missing else "native"}
     assert all(name in shown for name in found)
     assert "all right" in shown
 
@@ -41,6 +45,12 @@ def test_the_error_of_what_is_not_a_number() -> None:
     assert verify.error(one, torch.ones(3)) == math.inf
     assert verify.error(torch.tensor([2.0, 4.4]), torch.tensor([2.0, 4.0])) == pytest.approx(0.1)
     assert verify.error(torch.tensor([0.1]), torch.tensor([0.0]), at_least=1.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("bound", "right"), [(verify.FLOAT32, True), (0.0, False)], ids=["rounding", "bits"])
+def test_the_bound_of_the_reference_is_its_own(bound, right, monkeypatch) -> None:
+    monkeypatch.setitem(verify.CHECKS, "whiten", lambda device: iter([verify.Finding("sum", 2e-5, bound)]))
+    assert [verify.check("whiten", "cpu", name)[0].ok for name in ("auto", "reference")] == [False, right]
 
 
 def is_reference() -> bool:

@@ -25,6 +25,11 @@ def values_are_free(*tensors: Tensor) -> bool:
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a whole plain tensor, got a DTensor: gather it before the call ({name}.full_tensor(); "
+            "parameters of FSDP2 once per step)"
+        )
 
 
 def floating(name: str, tensor: Tensor) -> None:

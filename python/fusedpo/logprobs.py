@@ -288,11 +288,10 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_whole(name: str, parameter: Tensor) -> None:
-    if type(parameter).__name__ == "DTensor" or parameter.numel() == 0:
+    if parameter.numel() == 0:
         raise TypeError(
-            f"{name} must be a whole plain tensor, got {'a DTensor' if parameter.numel() else 'an empty tensor'}: "
-            f"gather it once per step before the call (FSDP2: {name}.full_tensor(); ZeRO-3: "
-            "deepspeed.zero.GatheredParameters)"
+            f"{name} must be a whole plain tensor, got an empty tensor: gather it once per step before the call "
+            f"(FSDP2: {name}.full_tensor(); ZeRO-3: deepspeed.zero.GatheredParameters)"
         )
 
 

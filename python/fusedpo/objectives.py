@@ -2,7 +2,8 @@
 
 An :class:`Objective` says how one token's log-prob should move. Its parts are independent, so a new algorithm is a new
 combination. Notation of the formulas: ``lp`` current log-prob, ``olp`` old one, ``A`` advantage, ``sg`` stop-gradient,
-``rho = exp(lp - olp)``, ``F`` the trace (1 without one), ``M`` a mask of 0 and 1. Losses are minimised.
+``x = clamp(lp - olp, -20, 20)``, ``rho = exp(x)``, ``F`` the trace (1 without one), ``M`` a mask of 0 and 1. Losses are
+minimised.
 
 An :class:`Objective` can be built inside a function that ``torch.compile`` traces, where a value that is formatted
 before an error needs it would break the graph.
@@ -86,9 +87,9 @@ class TokenRatio:
 
 @dataclass(frozen=True)
 class SequenceRatio:
-    """GSPO: every token of a sequence carries ``s = exp(mean_t (lp - olp))``, with the gradient of its own ``lp``.
+    """GSPO: every token of a sequence carries ``s = exp(mean_t x_t)``, with the gradient of its own ``lp``.
 
-    The token's ratio is ``exp(min(lp - sg(lp) + sg(log s), 10))``.
+    The token's ratio is ``exp(min(x - sg(x) + sg(log s), 10))``, where ``x = clamp(lp - olp, -20, 20)``.
     """
 
 
@@ -297,10 +298,10 @@ class VESPO:
 
 @dataclass(frozen=True)
 class GMPO:
-    """``-A exp(mean_t x_t)``, where ``x`` are the token log-ratios clipped before their mean is taken.
+    """``-A exp(mean_t x'_t)``, where ``x'`` are the token log-ratios clipped before their mean is taken.
 
-    ``x = min(lp - olp, high)`` where ``A > 0`` and ``max(lp - olp, -low)`` where ``A < 0``. As with
-    :class:`SequenceRatio`, which it needs, each token carries the gradient of its own ``x``.
+    With ``x = clamp(lp - olp, -20, 20)``: ``x' = min(x, high)`` where ``A > 0`` and ``max(x, -low)`` where ``A < 0``.
+    As with :class:`SequenceRatio`, which it needs, each token carries the gradient of its own ``x'``.
     """
 
     low: float = 0.4
@@ -526,7 +527,7 @@ def ctpo(low: float = 0.025, high: float = 0.05, *, dual: float | None = 0.05, p
 
 
 def cispo(low: float = 10.0, high: float = 0.2) -> Objective:
-    """CISPO: the clipped ratio as a detached weight; the default has no lower clip."""
+    """CISPO: the clipped ratio as a detached weight; the default, of verl's example, has no lower clip."""
     return Objective(TokenRatio(), CISPO(low, high))
 
 
@@ -538,7 +539,7 @@ def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
 def dppo_tv(
     low: float = 0.15, high: float = 0.15, *, cap: float | None = 20.0, length_norm: float | None = None
 ) -> Objective:
-    """DPPO with the total-variation mask (2602.04879)."""
+    """DPPO with the total-variation mask (2602.04879). The thresholds are those of verl's example."""
     return Objective(
         TokenRatio(), BinaryTV(low, high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
     )
@@ -547,7 +548,7 @@ def dppo_tv(
 def dppo_kl(
     low: float = 0.05, high: float = 0.05, *, cap: float | None = 20.0, length_norm: float | None = None
 ) -> Objective:
-    """DPPO with the binary KL mask (2602.04879)."""
+    """DPPO with the binary KL mask (2602.04879). The thresholds are those of verl's example."""
     return Objective(
         TokenRatio(), BinaryKL(low, high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
     )
@@ -560,11 +561,10 @@ def cppo(
     min_weight: float = 0.8,
     length_norm: float | None = None,
 ) -> Objective:
-    """CPPO (2606.10968, eqs 8-11) with binary total variation.
+    """CPPO (2606.10968) with binary total variation.
 
-    The defaults are the paper's for a dense, post-trained model; a mixture of experts had the threshold 0.2. Its
-    experiments estimate the divergence from the 20 most likely tokens, and for base models adapt the budget to each
-    sequence: neither is done here.
+    The paper has the threshold 0.15 for dense models and 0.2 for mixtures of experts, and the least weight 0.8. Its
+    ``budget`` is not known to us: the default is our own.
     """
     return Objective(
         TokenRatio(),

@@ -1,7 +1,7 @@
 """``python -m fusedpo verify``: the kernels that run here against the reference in float64, on awkward inputs.
 
 It needs neither the tests nor anything but torch. The bounds are roundings: of float32 arithmetic, and one of the dtype
-of a gradient that is stored.
+of a gradient that is stored. Where no kernel runs, the reference in float32 is compared with itself in float64.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Result(NamedTuple):
 
 
 FLOAT32 = 1e-5
+# Of the reference, which divides by the temperature before it subtracts the maximum: a logit of -300 over 0.7 is
+# rounded by up to 1.5e-5, and an eager sum over the vocabulary adds to it.
+EAGER_FLOAT32 = 1e-4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (1, 31, 1000, 50_257)
 
@@ -374,6 +377,8 @@ def check(operator: str, device: str, implementation: str) -> list[Result]:
         with backends.backend(implementation), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for finding in CHECKS[operator](device):
+                if implementation == "reference" and finding.bound > 0:
+                    finding = finding._replace(bound=max(finding.bound, EAGER_FLOAT32))
                 findings.setdefault(finding.what, []).append(finding)
     except Exception as raised:  # a kernel that does not run has failed; the others are still checked
         reason = (str(raised).strip() or "no message").splitlines()[0]

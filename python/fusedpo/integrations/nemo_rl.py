@@ -38,7 +38,8 @@ class ClippedPGLossFn:
             (``use_cispo``), GSPO (``sequence_level_importance_ratios``) or REINFORCE (``disable_ppo_ratio``).
 
     Raises ``NotImplementedError`` for ``seq-mask-tis``, importance weights per sequence,
-    ``use_on_policy_kl_approximation`` and ``positive_example_nll_weight``.
+    ``use_on_policy_kl_approximation`` and ``positive_example_nll_weight``; ``ValueError`` for importance weights that
+    are truncated without a bound, or without ``use_importance_sampling_correction``.
     """
 
     def __init__(
@@ -71,6 +72,15 @@ class ClippedPGLossFn:
             "low": get("truncated_importance_sampling_ratio_min", None) or None,
             "high": get("truncated_importance_sampling_ratio", None),
         }
+        if self.truncation not in (None, "tis", "icepop"):
+            raise ValueError(
+                f"truncated_importance_sampling_type must be None, 'tis' or 'icepop', got {self.truncation!r}"
+            )
+        if self.truncation is not None and (not self.correct or self.bounds["high"] is None):
+            raise ValueError(
+                f"truncated_importance_sampling_type={self.truncation!r} needs use_importance_sampling_correction=True "
+                "and truncated_importance_sampling_ratio"
+            )
         self.force_on_policy_ratio = get("force_on_policy_ratio", False)
         self.kl_coef = 0.0 if get("use_kl_in_reward", False) else get("reference_policy_kl_penalty", 0.01)
         self.kl_kind = get("reference_policy_kl_type", "k3")
@@ -120,10 +130,11 @@ class ClippedPGLossFn:
         )
         loss, kl = out.loss, lp.new_zeros(())
         if self.kl_coef != 0:
+            # Masked before exp: what is cut afterwards still has the gradient 0 * inf.
+            kept, ref = (x.masked_fill(mask == 0, 0) for x in (lp, data["reference_policy_logprobs"][:, 1:]))
             # The weight has value 1: it adds the gradient through the probability of having sampled the token.
-            weight = torch.exp(lp - lp.detach())
-            ref = data["reference_policy_logprobs"][:, 1:]
-            tokens = weight * _common.kl_per_token(self.kl_kind, lp, ref, **self.kl_clamps)
+            weight = torch.exp(kept - kept.detach())
+            tokens = weight * _common.kl_per_token(self.kl_kind, kept, ref, **self.kl_clamps)
             kl = aggregate(tokens, self.objective.aggregation, mask=mask, denominator=count)
             loss = loss + self.kl_coef * kl
         return loss, self._metrics(loss, kl, out.metrics, lp, old, generation, mask, data, global_valid_toks)

@@ -61,7 +61,10 @@ def policy_loss(
         sum_of_sample_mean: slime's reduction of ``[sum_i R_i]``.
     """
     _refuse_parallel()
-    refused = ("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering", "use_unbiased_kl")
+    refused = (
+        *("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering", "use_unbiased_kl"),
+        "custom_pg_loss_reducer_function_path",
+    )
     _common.refuse("slime", **{name: getattr(args, name, None) for name in refused})
     _common.refuse("slime", rollout_top_p=None if getattr(args, "rollout_top_p", 1.0) == 1.0 else args.rollout_top_p)
 
@@ -71,8 +74,14 @@ def policy_loss(
         logits[0], token_ids, temperature=getattr(args, "rollout_temperature", 1.0), mask=mask, return_entropy=True
     )
     lp, entropies = lp[rows], entropies[rows]
+    kept = mask[rows]
+
+    def response(key: str) -> Tensor:
+        """0 at masked tokens: ``sum_of_sample_mean`` multiplies by the mask, and 0 * nan is nan."""
+        return torch.cat(batch[key]).masked_fill(~kept, 0)
+
     key = "rollout_log_probs" if getattr(args, "use_rollout_logprobs", False) else "log_probs"
-    old = torch.cat(batch[key]) if batch.get(key) else None
+    old = response(key) if batch.get(key) else None
     ends = torch.tensor([0, *lengths], device=logits.device).cumsum(0)
     objective = _common.with_dual_clip("slime", _objective(args), eps_clip_c=getattr(args, "eps_clip_c", None))
     out = losses.policy_loss(
@@ -80,7 +89,7 @@ def policy_loss(
         old,
         torch.cat(batch["advantages"]),
         objective=objective,
-        mask=torch.cat(batch["loss_masks"]),
+        mask=kept,
         cu_seqlens=ends,
         reduction="none",
     )
@@ -90,7 +99,7 @@ def policy_loss(
     log["ppo_kl"] = sum_of_sample_mean(lp.detach() * 0 if old is None else old - lp.detach())
     log["pg_clipfrac"] = out.metrics["clip_frac"] * sum_of_sample_mean(torch.ones_like(lp))
     if args.use_kl_loss:
-        log["kl_loss"] = sum_of_sample_mean(_kl(args.kl_loss_type, lp, torch.cat(batch["ref_log_probs"])))
+        log["kl_loss"] = sum_of_sample_mean(_kl(args.kl_loss_type, lp, response("ref_log_probs")))
         loss = loss + args.kl_loss_coef * log["kl_loss"]
     return loss, {"loss": loss.detach().clone(), **{name: value.detach().clone() for name, value in log.items()}}
 
@@ -136,9 +145,9 @@ def tis(
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """A custom TIS, for slime's own losses: ``pg_loss`` times the ratio clipped to ``[tis_clip_low, tis_clip]``."""
     old, rollout = torch.cat(train_log_probs), torch.cat(rollout_log_probs)
-    low = getattr(args, "tis_clip_low", 0) or None
-    weights, _ = importance_weights(old, rollout, low=low, high=args.tis_clip)
-    ratio, _ = importance_weights(old, rollout, high=None)
+    low, mask = getattr(args, "tis_clip_low", 0) or None, torch.cat(loss_masks)
+    weights, _ = importance_weights(old, rollout, mask=mask, low=low, high=args.tis_clip)
+    ratio, _ = importance_weights(old, rollout, mask=mask, high=None)
     metrics = {"tis": ratio, "tis_clipfrac": (weights != ratio).float(), "tis_abs": (ratio - 1).abs()}
     return pg_loss * weights, loss_masks, metrics
 
