@@ -429,19 +429,14 @@ def test_nan_leaves_the_gradient_of_other_tokens_alone():
 # ---------------------------------------------------------------------------------------------------------------- empty
 
 
+# shape and cu_seqlens of batches without a token
+EMPTY = [((0, 3), None), ((2, 0), None), ((0,), None), ((0,), [0]), ((0,), [0, 0, 0]), ((1, 0), [0, 0])]
+
+
 @every_combination
 @pytest.mark.parametrize(
     ("shape", "cu_seqlens"),
-    [
-        ((2, 3), None),
-        ((0, 3), None),
-        ((2, 0), None),
-        ((0,), None),
-        ((0,), [0]),
-        ((0,), [0, 0, 0]),
-        ((1, 0), [0, 0]),
-        ((4,), [0, 0, 3, 3, 4]),
-    ],
+    [((2, 3), None), *EMPTY, ((4,), [0, 0, 3, 3, 4])],
 )
 def test_nothing_to_learn_from_is_a_connected_zero(objective, shape, cu_seqlens):
     lp, entropy = (torch.full(shape, NAN, requires_grad=True) for _ in range(2))

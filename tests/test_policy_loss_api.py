@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_policy_loss import AGGREGATIONS, COMBINATIONS, every_combination, pack, random_batch
+from test_policy_loss import AGGREGATIONS, COMBINATIONS, EMPTY, every_combination, pack, random_batch
 
 import fusedpo
 from fusedpo import backends
@@ -180,14 +180,6 @@ def test_loss_scale(loss_scale, reduction):
 
 # ---------------------------------------------------------------------------------------------------------------- empty
 
-EMPTY = [
-    ((0, 3), None),
-    ((2, 0), None),
-    ((0,), None),
-    ((0,), [0]),
-    ((0,), [0, 0, 0]),
-    ((1, 0), [0, 0]),
-]
 MASKED = [
     ((2, 3), None),
     ((3,), [0, 0, 2, 3]),

@@ -309,11 +309,9 @@ def test_strided_logits(dtype, view):
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_strided_arguments():
-    """Ids, mask, temperature and what comes from above are read where they are, or copied: the same to the bit."""
-    x, ids = torch.randn(3, 5, 40), torch.randint(0, 40, (5, 2, 3))
-    mask, temperature, upstream = torch.rand(5, 3) > 0.3, torch.rand(5, 3) + 0.5, torch.randn(5, 3, 2)
-    upstreams = upstream[0, :, :1].unsqueeze(1).expand(3, 5, 2), upstream[..., 1].T
+def check_strided_arguments(x: Tensor, ids: Tensor, mask: Tensor, temperature: Tensor, upstream: Tensor) -> None:
+    """Of logits ``[B, T, V]``: ``[T, K, B]`` ids, ``[T, B]`` mask and temperature, ``[T, B, 2]`` upstream, transposed."""
+    upstreams = upstream[0, :, :1].unsqueeze(1).expand(x.shape[0], x.shape[1], ids.shape[1]), upstream[..., 1].T
     views = ids.permute(2, 0, 1), mask.T, temperature.T, *upstreams
     results = []
     for ids, mask, temperature, *upstream in (views, [view.contiguous() for view in views]):
@@ -322,6 +320,12 @@ def test_strided_arguments():
         torch.autograd.backward(out, upstream)
         results.append((*out, leaf.grad))
     assert all(map(torch.equal, *results))
+
+
+def test_strided_arguments():
+    """Ids, mask, temperature and what comes from above are read where they are, or copied: the same to the bit."""
+    x, ids = torch.randn(3, 5, 40), torch.randint(0, 40, (5, 2, 3))
+    check_strided_arguments(x, ids, torch.rand(5, 3) > 0.3, torch.rand(5, 3) + 0.5, torch.randn(5, 3, 2))
 
 
 def test_more_rows_than_a_grid_dimension():

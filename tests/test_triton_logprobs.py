@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_operators import PARTS
-from test_token_logprobs import DTYPES, KINDS, SIZES, STRIDED, assert_accurate, everything, make_logits
+from test_token_logprobs import (
+    DTYPES,
+    KINDS,
+    SIZES,
+    STRIDED,
+    assert_accurate,
+    check_strided_arguments,
+    everything,
+    make_logits,
+)
 
 import fusedpo
 from fusedpo import _checks, backends, reference
@@ -198,16 +207,7 @@ def test_strided_arguments(size):
     """Ids, mask, temperature and what comes from above may have any strides: the same to the bit."""
     x, ids = torch.randn(2, 3, size), torch.randint(0, size, (3, 2, 2))
     mask = torch.tensor([[True, False], [True, True], [False, True]])
-    temperature, upstream = torch.rand(3, 2) + 0.5, torch.randn(3, 2, 2)
-    upstreams = upstream[0, :, :1].unsqueeze(1).expand(2, 3, 2), upstream[..., 1].T
-    views = ids.permute(2, 0, 1), mask.T, temperature.T, *upstreams
-    results = []
-    for ids, mask, temperature, *upstream in (views, [view.contiguous() for view in views]):
-        leaf = x.clone().requires_grad_()
-        out = fusedpo.token_logprobs(leaf, ids, mask=mask, temperature=temperature, return_entropy=True)
-        torch.autograd.backward(out, upstream)
-        results.append((*out, leaf.grad))
-    assert all(map(torch.equal, *results))
+    check_strided_arguments(x, ids, mask, torch.rand(3, 2) + 0.5, torch.randn(3, 2, 2))
 
 
 @pytest.mark.parametrize("part", PARTS)

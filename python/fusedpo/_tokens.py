@@ -72,5 +72,5 @@ def check_number(argument: str, value: float | Tensor, name: str, source: Tensor
     if isinstance(value, Tensor):
         _checks.shape(argument, value, (), "a number or a 0-d tensor")
         _checks.same_device(argument, value, name, source)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{argument} must be a number or a 0-d tensor, got {type(value).__name__}")
+    else:
+        _checks.number(argument, value, "a number or a 0-d tensor")
