@@ -310,7 +310,7 @@ def test_strided_logits(dtype, view):
 
 
 def check_strided_arguments(x: Tensor, ids: Tensor, mask: Tensor, temperature: Tensor, upstream: Tensor) -> None:
-    """Of logits ``[B, T, V]``: ``[T, K, B]`` ids, ``[T, B]`` mask and temperature, ``[T, B, 2]`` upstream, transposed."""
+    """The others come transposed: ids ``[T, K, B]``, upstream gradients ``[T, B, 2]``, the rest ``[T, B]``."""
     upstreams = upstream[0, :, :1].unsqueeze(1).expand(x.shape[0], x.shape[1], ids.shape[1]), upstream[..., 1].T
     views = ids.permute(2, 0, 1), mask.T, temperature.T, *upstreams
     results = []
