@@ -17,8 +17,12 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLowest = -200.0f;  // 2^-200 is 0; -inf is moved here so that 0 * -inf never arises
 constexpr float kMove = 8.0f;
-constexpr int64_t kBlock = 64 * kChunk;  // 64 additions in float32 per lane, then sums are carried on in float64
+constexpr int64_t kBlock = 64 * kChunk;  // up to 128 additions in float32, then sums are carried on in float64
 constexpr float kInfinity = __builtin_inff();
+
+// The degree of the exponential that is rounded to T.
+template <class T>
+constexpr int kDegree = sizeof(T) == 4 ? 6 : 4;
 
 // A copy of the last, incomplete chunk of a row; the missing elements are -inf and contribute exactly nothing.
 template <class T>
@@ -59,9 +63,9 @@ template <class T>
 float maximum(const T* row, int64_t size) {
   Vec top = splat(-kInfinity);
   for_each_chunk(row, size, [&](const T* chunk) {
-    Vec a, b;
-    load2(chunk, a, b);
-    top = max(b, max(a, top));
+    Vecs x;
+    load(chunk, x);
+    for (const Vec& v : x) top = max(v, top);
   });
   return reduce_max(top);
 }
@@ -98,33 +102,28 @@ struct BlockSums {
 // a dominant logit keeps its digits.
 template <bool kEntropy, bool kHoldsReference, bool kFused, class T>
 BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFused> exponents) {
-  Vec sum_a{}, sum_b{}, weighted_a{}, weighted_b{}, at_reference{}, top = splat(-kInfinity);
-  const Exp2Polynomial polynomial(1.0f);
+  Vec sum[2]{}, weighted[2]{}, at_reference{}, top = splat(-kInfinity);
+  const Exp2Polynomial<6> polynomial(1.0f);
   const Vec itself = exponents(splat(reference)), lowest = splat(kLowest), zero{}, one = splat(1.0f);
   for_each_chunk(row, size, [&](const T* chunk) {
-    Vec a, b;
-    load2(chunk, a, b);
-    a = exponents(a);
-    b = exponents(b);
-    top = max(b, max(a, top));
-    if constexpr (kEntropy || !kExp2TakesInfinity) {
-      a = max(lowest, a);
-      b = max(lowest, b);
+    Vecs t, e;
+    load(chunk, t);
+    for (Vec& x : t) {
+      x = exponents(x);
+      top = max(x, top);
+      if constexpr (kEntropy || !kExp2TakesInfinity) x = max(lowest, x);
     }
-    Vec ea = exp2(a, polynomial), eb = exp2(b, polynomial);
-    if constexpr (kHoldsReference) {
-      at_reference += (a == itself ? one : zero) + (b == itself ? one : zero);
-      ea = a == itself ? zero : ea;
-      eb = b == itself ? zero : eb;
-    }
-    sum_a += ea;
-    sum_b += eb;
-    if constexpr (kEntropy) {
-      weighted_a = fma(ea, a, weighted_a);
-      weighted_b = fma(eb, b, weighted_b);
+    exp2(t, polynomial, e);
+    for (int k = 0; k < kVecs; ++k) {
+      if constexpr (kHoldsReference) {
+        at_reference += t[k] == itself ? one : zero;
+        e[k] = t[k] == itself ? zero : e[k];
+      }
+      sum[k % 2] += e[k];
+      if constexpr (kEntropy) weighted[k % 2] = fma(e[k], t[k], weighted[k % 2]);
     }
   });
-  return {reduce_add(sum_a + sum_b), kEntropy ? reduce_add(weighted_a + weighted_b) : 0.0f, reduce_max(top),
+  return {reduce_add(sum[0] + sum[1]), kEntropy ? reduce_add(weighted[0] + weighted[1]) : 0.0f, reduce_max(top),
           kHoldsReference ? reduce_add(at_reference) : 0.0f};
 }
 
@@ -184,32 +183,32 @@ void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> expon
     for (int64_t i = 0; i < size; ++i) grad[i] = from_float<T>(constant);
     return;
   }
-  const Exp2Polynomial times_constant(constant);
+  const Exp2Polynomial<kDegree<T>> times_constant(constant);
   const Vec lowest = splat(kLowest);
   map_chunks(row, grad, size, [&](const T* from, T* to) {
-    Vec a, b;
-    load2(from, a, b);
-    a = exponents(a);
-    b = exponents(b);
-    if constexpr (!kExp2TakesInfinity) {
-      a = max(lowest, a);
-      b = max(lowest, b);
+    Vecs t, e;
+    load(from, t);
+    for (Vec& x : t) {
+      x = exponents(x);
+      if constexpr (!kExp2TakesInfinity) x = max(lowest, x);
     }
-    store2(to, exp2(a, times_constant), exp2(b, times_constant));
+    exp2(t, times_constant, e);
+    store(to, e);
   });
 }
 
 // Writes (constant + slope * t) * 2^t.
 template <bool kFused, class T>
 void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> exponents, float constant_, float slope_) {
-  const Exp2Polynomial polynomial(1.0f);
+  const Exp2Polynomial<kDegree<T>> polynomial(1.0f);
   const Vec constant = splat(constant_), slope = splat(slope_), lowest = splat(kLowest);
   map_chunks(row, grad, size, [&](const T* from, T* to) {
-    Vec a, b;
-    load2(from, a, b);
-    a = max(lowest, exponents(a));
-    b = max(lowest, exponents(b));
-    store2(to, exp2(a, polynomial) * fma(slope, a, constant), exp2(b, polynomial) * fma(slope, b, constant));
+    Vecs t, e;
+    load(from, t);
+    for (Vec& x : t) x = max(lowest, exponents(x));
+    exp2(t, polynomial, e);
+    for (int k = 0; k < kVecs; ++k) e[k] *= fma(slope, t[k], constant);
+    store(to, e);
   });
 }
 
@@ -267,9 +266,10 @@ template <class T>
 void scale(void* elements, int64_t size, float factor) {
   T* row = static_cast<T*>(elements);
   map_chunks(row, row, size, [&](const T* from, T* to) {
-    Vec a, b;
-    load2(from, a, b);
-    store2(to, a * factor, b * factor);
+    Vecs x;
+    load(from, x);
+    for (Vec& v : x) v *= factor;
+    store(to, x);
   });
 }
 

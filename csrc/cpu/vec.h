@@ -26,11 +26,20 @@ inline constexpr int kBytes = 32;
 inline constexpr int kBytes = 16;
 #endif
 inline constexpr int kLanes = kBytes / 4;
-inline constexpr int kChunk = 2 * kLanes;  // elements that one load2 brings in
 
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef int32_t Int __attribute__((vector_size(kBytes)));
 typedef uint32_t UInt __attribute__((vector_size(kBytes)));
+
+// What one step of a row kernel holds: as many vectors as there are registers for. They go through every operation side
+// by side, for the chain of multiply-adds of a single one is longer than a processor looks ahead.
+#if defined(__AVX512F__)
+inline constexpr int kVecs = 4;
+#else
+inline constexpr int kVecs = 2;
+#endif
+inline constexpr int kChunk = kVecs * kLanes;
+typedef Vec Vecs[kVecs];
 
 #define FUSEDPO_INLINE static inline __attribute__((always_inline))
 
@@ -78,21 +87,18 @@ FUSEDPO_INLINE float reduce_max(Vec v) {
   return m;
 }
 
-// factor * 2^f for f in [0, 1]: the minimax polynomial with constant term 1, whose relative error is 2.1e-9 before
-// rounding.
+// factor * 2^f for f in [0, 1]: the minimax polynomial with constant term 1. Its relative error before rounding is 2.1e-9
+// at degree 6, which float32 needs, and 2.9e-6 at degree 4, for results that are rounded to 11 bits or fewer.
+template <int kDegree>
 struct Exp2Polynomial {
-  Vec c[7];
+  Vec c[kDegree + 1];
 
   explicit Exp2Polynomial(float factor) {
-    constexpr float kUnit[7] = {1.0f,           0.693147063f,   0.240229085f,   0.0554861836f,
-                                0.00967377517f, 0.00124822895f, 0.000215659718f};
-    for (int i = 0; i < 7; ++i) c[i] = splat(factor * kUnit[i]);
-  }
-
-  inline __attribute__((always_inline)) Vec operator()(Vec f) const {
-    Vec p = c[6];
-    for (int i = 5; i >= 0; --i) p = fma(p, f, c[i]);
-    return p;
+    static_assert(kDegree == 4 || kDegree == 6);
+    constexpr float kUnit[2][7] = {
+        {1.0f, 0.693044841f, 0.241280198f, 0.0522424728f, 0.0134266838f},
+        {1.0f, 0.693147063f, 0.240229085f, 0.0554861836f, 0.00967377517f, 0.00124822895f, 0.000215659718f}};
+    for (int i = 0; i <= kDegree; ++i) c[i] = splat(factor * kUnit[kDegree == 6][i]);
   }
 };
 
@@ -103,24 +109,37 @@ inline constexpr bool kExp2TakesInfinity = false;
 #endif
 
 // factor * 2^t, the factor being that of the polynomial, for -200 <= t <= 64, or any t <= 64 where kExp2TakesInfinity.
-// Within 1.6 ulp; results below 2^-126 may be flushed to 0; NaN stays NaN.
-FUSEDPO_INLINE Vec exp2(Vec t, const Exp2Polynomial& polynomial) {
+// Within 1.6 ulp at degree 6; results below 2^-126 may be flushed to 0; NaN stays NaN.
+template <int kDegree>
+FUSEDPO_INLINE void exp2(const Vecs& t, const Exp2Polynomial<kDegree>& polynomial, Vecs& result) {
+  Vecs f, p;
 #if defined(__AVX512F__)
-  const Vec f =
-      (Vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t); 0 for -inf
-  return (Vec)_mm512_scalef_ps((__m512)polynomial(f), (__m512)t);                   // p * 2^floor(t)
+  for (int k = 0; k < kVecs; ++k)  // t - floor(t); 0 for -inf
+    f[k] = (Vec)_mm512_reduce_ps((__m512)t[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  const Vec shifted = (t - 0.5f) + magic;
-  const Vec n = shifted - magic;  // floor(t), or the integer below where t is one: then f = 1
-  const Int biased = (Int)shifted - (Int)magic + 127;
-  const Int exponent = biased > 0 ? biased : Int{};  // 2^n below the normal range becomes 0
-  return polynomial(t - n) * (Vec)(exponent << 23);
+  Int biased[kVecs];
+  for (int k = 0; k < kVecs; ++k) {
+    const Vec shifted = (t[k] - 0.5f) + magic;
+    f[k] = t[k] - (shifted - magic);  // shifted - magic: floor(t), or the integer below where t is one: then f = 1
+    biased[k] = (Int)shifted - (Int)magic + 127;
+  }
 #endif
+  for (int k = 0; k < kVecs; ++k) p[k] = polynomial.c[kDegree];
+  for (int i = kDegree - 1; i >= 0; --i)
+    for (int k = 0; k < kVecs; ++k) p[k] = fma(p[k], f[k], polynomial.c[i]);
+  for (int k = 0; k < kVecs; ++k) {
+#if defined(__AVX512F__)
+    result[k] = (Vec)_mm512_scalef_ps((__m512)p[k], (__m512)t[k]);  // p * 2^floor(t)
+#else
+    const Int exponent = biased[k] > 0 ? biased[k] : Int{};  // 2^n below the normal range becomes 0
+    result[k] = p[k] * (Vec)(exponent << 23);
+#endif
+  }
 }
 
 // ---------------------------------------------------------------------------------- storage types
-// load2 and store2 move one chunk. Which lane holds which element is theirs to choose: the row
+// load2 and store2 move two vectors, load and store a chunk. Which lane holds which element is theirs to choose: the row
 // kernels only ever combine lanes with symmetric reductions and write a lane back where it was read.
 
 struct BFloat16 {
@@ -238,6 +257,16 @@ FUSEDPO_INLINE void store2(Half* p, Vec a, Vec b) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<Half>(a[i]), p[kLanes + i] = from_float<Half>(b[i]);
 #endif
+}
+
+template <class T>
+FUSEDPO_INLINE void load(const T* p, Vecs& x) {
+  for (int k = 0; k < kVecs; k += 2) load2(p + k * kLanes, x[k], x[k + 1]);
+}
+
+template <class T>
+FUSEDPO_INLINE void store(T* p, const Vecs& x) {
+  for (int k = 0; k < kVecs; k += 2) store2(p + k * kLanes, x[k], x[k + 1]);
 }
 
 }  // namespace fusedpo::FUSEDPO_ISA
