@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 # A CUDA build brings the Triton that it needs. A CPU build brings none; the tests run Triton's interpreter and its compiler.
 TRITON ?= "triton==3.9.0; sys_platform == 'linux'"
 
+# The files of tests are spread over so many processes; each uses two threads, for a part of the time.
+WORKERS ?= 2
+
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 EXAMPLES := $(VENV)/.examples
@@ -23,7 +26,7 @@ demo: $(EXAMPLES)
 	$(PY) examples/train_with_trl.py --out out
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 bench: $(READY)
 	$(PY) -m fusedpo bench --out out/bench

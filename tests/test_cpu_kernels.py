@@ -31,7 +31,9 @@ BUILDS = [
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_error_of_the_exponential(build, tmp_path):
-    """At most 2 units in the last place, or 1/160 of one of float16, sampled over every binade in use."""
+    """At most 2 units in the last place; for 16-bit logits 3 in the sums, and 2^-18 in the gradient, of which float16
+    keeps 11 bits. Sampled over every binade in use.
+    """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -40,10 +42,11 @@ def test_error_of_the_exponential(build, tmp_path):
     flags = ["-std=c++17", "-O3", "-w", "-ffp-contract=off", *FLAGS[build]]
     subprocess.run([compiler, *flags, *source, "-o", str(program)], check=True)
     output = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
-    ulps, relative, corners = map(float, output.split())
+    ulps, of_sums, relative, corners = map(float, output.split())
     assert corners == 1
     assert ulps <= 2.0
-    assert relative <= torch.finfo(torch.float16).eps / 320
+    assert of_sums <= 3.0
+    assert relative <= 2**-18
 
 
 @pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))

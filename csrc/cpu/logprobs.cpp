@@ -20,9 +20,11 @@ constexpr float kMove = 8.0f;
 constexpr int64_t kBlock = 64 * kChunk;  // up to 128 additions in float32, then sums are carried on in float64
 constexpr float kInfinity = __builtin_inff();
 
-// The degree of the exponential that is rounded to T.
+// The degrees of the exponentials that are summed, where the logits are T, and of those that are rounded to T.
 template <class T>
-constexpr int kDegree = sizeof(T) == 4 ? 6 : 4;
+constexpr int kDegreeOfSum = sizeof(T) == 4 ? 6 : 5;
+template <class T>
+constexpr int kDegreeOfGradient = sizeof(T) == 4 ? 6 : 4;
 
 // A copy of the last, incomplete chunk of a row; the missing elements are -inf and contribute exactly nothing.
 template <class T>
@@ -99,11 +101,11 @@ struct BlockSums {
 };
 
 // Sums 2^t, and 2^t t. In the block that holds the reference, elements equal to it are counted apart: what lies beside
-// a dominant logit keeps its digits.
-template <bool kEntropy, bool kHoldsReference, bool kFused, class T>
+// a dominant logit keeps its digits. Exponents are moved up to kLowest where kClamp.
+template <bool kEntropy, bool kHoldsReference, bool kClamp, bool kFused, class T>
 BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFused> exponents) {
   Vec sum[2]{}, weighted[2]{}, at_reference{}, top = splat(-kInfinity);
-  const Exp2Polynomial<6> polynomial(1.0f);
+  const Exp2Polynomial<kDegreeOfSum<T>> polynomial(1.0f);
   const Vec itself = exponents(splat(reference)), lowest = splat(kLowest), zero{}, one = splat(1.0f);
   for_each_chunk(row, size, [&](const T* chunk) {
     Vecs t, e;
@@ -111,7 +113,7 @@ BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFuse
     for (Vec& x : t) {
       x = exponents(x);
       top = max(x, top);
-      if constexpr (kEntropy || !kExp2TakesInfinity) x = max(lowest, x);
+      if constexpr (kClamp) x = max(lowest, x);
     }
     exp2(t, polynomial, e);
     for (int k = 0; k < kVecs; ++k) {
@@ -127,6 +129,17 @@ BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFuse
           kHoldsReference ? reduce_add(at_reference) : 0.0f};
 }
 
+// Clamps where that is needed: 0 * -inf is NaN, and once a block has shown that, the rest of the row is clamped.
+template <bool kEntropy, bool kHoldsReference, bool kFused, class T>
+BlockSums sums_of(const T* block, int64_t size, float reference, Exponents<kFused> exponents, bool& clamp) {
+  if (kExp2TakesInfinity && !clamp) {
+    const BlockSums sums = sum_block<kEntropy, kHoldsReference, false>(block, size, reference, exponents);
+    clamp = sums.weighted != sums.weighted;
+    if (!clamp) return sums;
+  }
+  return sum_block<kEntropy, kHoldsReference, true>(block, size, reference, exponents);
+}
+
 // The reference of a block: its maximum, or 0 where that is -inf (then every exponential is 0, and a NaN still shows).
 template <class T>
 float block_reference(const T* row, int64_t size) {
@@ -138,13 +151,14 @@ template <bool kEntropy, bool kFused, class T>
 RowStats reduce_row(const T* row, int64_t size, float temperature) {
   float reference = 0;
   Exponents<kFused> exponents(reference, temperature);
+  bool clamp = false;
   double at_reference = 0, sum = 0, weighted = 0;  // of blocks: their order of summation costs no accuracy
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const T* block = row + begin;
     const int64_t count = size - begin < kBlock ? size - begin : kBlock;
     const bool nothing_yet = at_reference + sum == 0;
     BlockSums sums{};
-    if (!nothing_yet) sums = sum_block<kEntropy, false>(block, count, reference, exponents);
+    if (!nothing_yet) sums = sums_of<kEntropy, false>(block, count, reference, exponents, clamp);
     if (nothing_yet || sums.top > kMove) {
       const Exponents<kFused> before = exponents;
       reference = block_reference(block, count);
@@ -158,7 +172,7 @@ RowStats reduce_row(const T* row, int64_t size, float temperature) {
         sum *= factor;
         at_reference = 0;
       }
-      sums = sum_block<kEntropy, true>(block, count, reference, exponents);
+      sums = sums_of<kEntropy, true>(block, count, reference, exponents, clamp);
     }
     at_reference += sums.at_reference;
     sum += sums.sum;
@@ -183,7 +197,7 @@ void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> expon
     for (int64_t i = 0; i < size; ++i) grad[i] = from_float<T>(constant);
     return;
   }
-  const Exp2Polynomial<kDegree<T>> times_constant(constant);
+  const Exp2Polynomial<kDegreeOfGradient<T>> times_constant(constant);
   const Vec lowest = splat(kLowest);
   map_chunks(row, grad, size, [&](const T* from, T* to) {
     Vecs t, e;
@@ -200,7 +214,7 @@ void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> expon
 // Writes (constant + slope * t) * 2^t.
 template <bool kFused, class T>
 void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> exponents, float constant_, float slope_) {
-  const Exp2Polynomial<kDegree<T>> polynomial(1.0f);
+  const Exp2Polynomial<kDegreeOfGradient<T>> polynomial(1.0f);
   const Vec constant = splat(constant_), slope = splat(slope_), lowest = splat(kLowest);
   map_chunks(row, grad, size, [&](const T* from, T* to) {
     Vecs t, e;

@@ -87,18 +87,19 @@ FUSEDPO_INLINE float reduce_max(Vec v) {
   return m;
 }
 
-// factor * 2^f for f in [0, 1]: the minimax polynomial with constant term 1. Its relative error before rounding is 2.1e-9
-// at degree 6, which float32 needs, and 2.9e-6 at degree 4, for results that are rounded to 11 bits or fewer.
+// factor * 2^f for f in [0, 1]: the minimax polynomial with constant term 1. Its relative error before rounding
+// is 2.1e-9 at degree 6, 8.5e-8 at degree 5, and 2.9e-6 at degree 4, for results that are rounded to 11 bits or fewer.
 template <int kDegree>
 struct Exp2Polynomial {
   Vec c[kDegree + 1];
 
   explicit Exp2Polynomial(float factor) {
-    static_assert(kDegree == 4 || kDegree == 6);
-    constexpr float kUnit[2][7] = {
+    static_assert(kDegree >= 4 && kDegree <= 6);
+    constexpr float kUnit[3][7] = {
         {1.0f, 0.693044841f, 0.241280198f, 0.0522424728f, 0.0134266838f},
+        {1.0f, 0.693151295f, 0.240164474f, 0.0557999089f, 0.00901703071f, 0.00186713005f},
         {1.0f, 0.693147063f, 0.240229085f, 0.0554861836f, 0.00967377517f, 0.00124822895f, 0.000215659718f}};
-    for (int i = 0; i <= kDegree; ++i) c[i] = splat(factor * kUnit[kDegree == 6][i]);
+    for (int i = 0; i <= kDegree; ++i) c[i] = splat(factor * kUnit[kDegree - 4][i]);
   }
 };
 
@@ -109,7 +110,7 @@ inline constexpr bool kExp2TakesInfinity = false;
 #endif
 
 // factor * 2^t, the factor being that of the polynomial, for -200 <= t <= 64, or any t <= 64 where kExp2TakesInfinity.
-// Within 1.6 ulp at degree 6; results below 2^-126 may be flushed to 0; NaN stays NaN.
+// Within 1.6 ulp at degree 6, 3 at degree 5; results below 2^-126 may be flushed to 0; NaN stays NaN.
 template <int kDegree>
 FUSEDPO_INLINE void exp2(const Vecs& t, const Exp2Polynomial<kDegree>& polynomial, Vecs& result) {
   Vecs f, p;
@@ -139,8 +140,8 @@ FUSEDPO_INLINE void exp2(const Vecs& t, const Exp2Polynomial<kDegree>& polynomia
 }
 
 // ---------------------------------------------------------------------------------- storage types
-// load2 and store2 move two vectors, load and store a chunk. Which lane holds which element is theirs to choose: the row
-// kernels only ever combine lanes with symmetric reductions and write a lane back where it was read.
+// load2 and store2 move two vectors, load and store a chunk. Which lane holds which element is theirs to choose: the
+// row kernels only ever combine lanes with symmetric reductions and write a lane back where it was read.
 
 struct BFloat16 {
   uint16_t bits;
