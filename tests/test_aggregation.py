@@ -279,6 +279,7 @@ def test_packed_values():
         (ValueError, "old_values", {"old_values": torch.zeros(2)}),
         (ValueError, "old_values", {"old_values": None}),
         (ValueError, "returns", {"returns": torch.zeros(3, 2)}),
+        (TypeError, "clip", {"clip": "0.2"}),
         (ValueError, "clip", {"clip": -0.1}),
         (ValueError, "clip", {"clip": math.nan}),
         (ValueError, "Objective: length_norm", {"length_norm": 3.0}),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_policy_loss import NAN, REGIONS
+from test_policy_loss import INF, NAN, REGIONS
 
 import fusedpo
 from fusedpo import objectives as O
@@ -79,11 +79,14 @@ WRONG = [
     (ValueError, "denominator", {"denominator": zeros(device="meta")}),
     (ValueError, "denominator", {"denominator": -1.0}),
     (ValueError, "denominator", {"denominator": NAN}),
+    (ValueError, "denominator", {"denominator": INF}),
     (ValueError, "denominator", {"denominator": torch.tensor(-1.0)}),
     (ValueError, "denominator", {"denominator": 8, "objective": O.ppo(aggregation="token-sum")}),
     (ValueError, "denominator", {"denominator": 8, "reduction": "none"}),
     (TypeError, "loss_scale", {"loss_scale": None}),
     (ValueError, "loss_scale", {"loss_scale": zeros(2)}),
+    (ValueError, "loss_scale", {"loss_scale": NAN}),
+    (ValueError, "loss_scale", {"loss_scale": -INF}),
     (ValueError, "reduction", {"reduction": "sum"}),
     (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 6])}),
 ]

@@ -49,8 +49,8 @@ def number(name: str, value: object, expected: str = "a float") -> None:
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
 
-def finite(name: str, value: float) -> None:
-    number(name, value)
+def finite(name: str, value: float, expected: str = "a float") -> None:
+    number(name, value, expected)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
 

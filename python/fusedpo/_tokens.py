@@ -73,4 +73,4 @@ def check_number(argument: str, value: float | Tensor, name: str, source: Tensor
         _checks.shape(argument, value, (), "a number or a 0-d tensor")
         _checks.same_device(argument, value, name, source)
     else:
-        _checks.number(argument, value, "a number or a 0-d tensor")
+        _checks.finite(argument, value, "a number or a 0-d tensor")

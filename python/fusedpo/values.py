@@ -62,6 +62,7 @@ def value_loss(
     if old_values is not None:
         _tokens.check_per_token("old_values", old_values, "values", values)
     if clip is not None:
+        _checks.number("clip", clip, "a float or None")
         if not clip >= 0:
             raise ValueError(f"clip must be >= 0 or None, got {clip}")
         if old_values is None:
