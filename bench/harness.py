@@ -1,8 +1,8 @@
 """What every benchmark shares: timing that compares providers fairly, ceilings, memory, launches and errors.
 
-Providers of one case take turns, so that whatever else the machine does falls on all of them; a ratio within one run
-means something, an absolute time on another machine does not. The ceiling of a case, such as one copy of its logits, is
-one of those who take turns. A row whose output is wrong has no time.
+Providers of one case take turns, those of each spread over the whole case, so that whatever else the machine does falls
+on all of them; a ratio within one run means something, an absolute time on another machine does not. The ceiling of a
+case, such as one copy of its logits, is one of those who take turns. A row whose output is wrong has no time.
 """
 
 from __future__ import annotations
@@ -110,6 +110,12 @@ class _Call:
     repeats: int = 1
     times: list[float] = field(default_factory=list)
     seconds: float = 0.0  # used up, with all that is not timed
+    due: float = 0.0  # when its next turn comes, in shares of the case
+
+    def done(self, effort: Effort) -> float:
+        """The share of its turns that it has had; all of them from 1 on."""
+        turns = len(self.times)
+        return max(turns / effort.most, min(turns / effort.least, self.seconds / effort.seconds))
 
 
 def measure(case: Case, device: str, effort: Effort) -> list[Row]:
@@ -134,17 +140,19 @@ def measure(case: Case, device: str, effort: Effort) -> list[Row]:
     clock = _cuda_milliseconds if device == "cuda" else _cpu_milliseconds
     gc.collect()
     gc.freeze()  # what is there already need not be searched before each call
-    shuffled = random.Random(0)  # who follows a large release of memory pays for its pages: not always the same one
-    for _ in range(effort.most):
-        for call in shuffled.sample(list(calls.values()), len(calls)):
-            if len(call.times) >= effort.least and call.seconds > effort.seconds:
-                continue
-            started = time.perf_counter()
-            if call.reset is not None:
-                call.reset()
-            gc.collect()
-            call.times.append(clock(call.run, call.repeats))
-            call.seconds += time.perf_counter() - started
+    chance = random.Random(0)  # who follows a large release of memory pays for its pages: not always the same one
+    waiting = list(calls.values())
+    while waiting:
+        call = min(waiting, key=lambda call: call.due)
+        before, started = call.done(effort), time.perf_counter()
+        if call.reset is not None:
+            call.reset()
+        gc.collect()
+        call.times.append(clock(call.run, call.repeats))
+        call.seconds += time.perf_counter() - started
+        done = call.done(effort)
+        call.due = done + chance.random() * (done - before)
+        waiting = [call for call in waiting if call.done(effort) < 1]
     gc.unfreeze()
 
     for name, call in calls.items():

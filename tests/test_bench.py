@@ -81,6 +81,20 @@ def test_what_is_fast_gets_more_turns_than_what_is_slow() -> None:
     assert 2 < rows["floor"].samples <= 9
 
 
+def test_the_turns_of_each_are_spread_over_the_case() -> None:
+    turns = []
+
+    def provider(name: str, seconds: float) -> Provider:
+        return Provider(name, lambda: lambda: (turns.append(name), time.sleep(seconds)))
+
+    providers = [provider("slow", 0.1), provider("fast", 1e-3)]
+    measure(case(*providers), "cpu", Effort(most=30, seconds=0.5, least=4))
+    last = len(turns) - 1 - turns[::-1].index("slow")
+    timed = turns[turns.index("slow", turns.index("fast")) :]  # after the first calls of both
+    assert timed.count("slow") >= 4
+    assert turns[last:].count("fast") < timed.count("fast") / 2
+
+
 def test_what_compiles_does_so_once_per_case() -> None:
     graphs = []
 
