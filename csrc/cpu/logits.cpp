@@ -1,7 +1,12 @@
 #include "logits.h"
 
+#include <cstring>
+
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace fusedpo::cpu {
@@ -22,6 +27,21 @@ void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
   const uintptr_t last = (begin + tensor.numel() * tensor.element_size()) / page * page;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+
+void clear(char* row, size_t bytes) {
+#if defined(__SSE2__)
+  constexpr size_t kLine = 64, kLong = 32768;
+  if (bytes >= kLong) {
+    const size_t head = -reinterpret_cast<uintptr_t>(row) % kLine;
+    std::memset(row, 0, head);
+    row += head, bytes -= head;
+    for (; bytes >= kLine; row += kLine, bytes -= kLine)
+      for (size_t i = 0; i < kLine; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(row + i), _mm_setzero_si128());
+    _mm_sfence();  // before another thread may see the row
+  }
+#endif
+  std::memset(row, 0, bytes);
 }
 
 }  // namespace fusedpo::cpu

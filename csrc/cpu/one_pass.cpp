@@ -66,7 +66,7 @@ struct Walk : BatchArguments {
       }
     });
     const auto dead = rows_where(token_of.empty() ? from.count : 0, [&](int64_t row) { return !is_kept(row); });
-    for_each_row(dead, from.size, 0, [&](int64_t row, float*) { std::memset(to[row], 0, to.bytes_per_row()); });
+    for_each_row(dead, from.size, 0, [&](int64_t row, float*) { clear(to[row], to.bytes_per_row()); });
   }
 
  private:
@@ -145,7 +145,7 @@ struct Walk : BatchArguments {
     token_kernels().evaluate(objective, tokens, {t, t + 1, sequence, offsets[sequence], end}, scale[t], out);
     float scratch;
     if (grad_logprobs[t] == 0 && grad_entropy[t] == 0)
-      std::memset(to[row], 0, to.bytes_per_row());
+      clear(to[row], to.bytes_per_row());
     else
       kernels.gradient(from[row], to[row], from.size, stats[row],
                        {token_ids + t, &grad_logprobs[t], &scratch, 1, grad_entropy[t], temperatures[t]});

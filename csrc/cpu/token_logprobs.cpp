@@ -62,7 +62,7 @@ void gradient(const std::optional<Tensor>& grad_logprobs_, const std::optional<T
                      {ids + row * num_ids, upstream(row), scratch, num_ids, upstream_entropy(row), temperatures[row]});
   });
   const auto dead = rows_where(from.count, [&](int64_t row) { return !live(row); });
-  for_each_row(dead, from.size, 0, [&](int64_t row, float*) { std::memset(to[row], 0, to.bytes_per_row()); });
+  for_each_row(dead, from.size, 0, [&](int64_t row, float*) { clear(to[row], to.bytes_per_row()); });
 }
 
 }  // namespace
