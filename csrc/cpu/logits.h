@@ -21,7 +21,7 @@ const RowKernels& row_kernels_for(torch::headeronly::ScalarType dtype);
 // A fresh buffer of hundreds of megabytes costs more in page faults than in arithmetic, with pages of 4 KiB.
 void ask_for_huge_pages(const Tensor& tensor);
 
-// Zeros. Those of a long row go past the caches: nobody reads it soon, and no line is read only to be overwritten.
+// Zeros in a row that is not in the cache. Those of a long row go past it: no line is read only to be overwritten.
 void clear(char* row, size_t bytes);
 
 // Where the rows of a tensor [..., V] start: leading dimensions of any strides, unit stride along V.

@@ -17,8 +17,7 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLowest = -200.0f;  // 2^-200 is 0; -inf is moved here so that 0 * -inf never arises
 constexpr float kMove = 8.0f;
-template <class T>
-constexpr int64_t kBlock = 64 * kChunk<T>;  // up to 128 additions in float32, then sums are carried on in float64
+constexpr int64_t kBlock = 64 * kChunk;  // up to 128 additions in float32, then sums are carried on in float64
 constexpr float kInfinity = __builtin_inff();
 
 // The degrees of the exponentials that are summed, where the logits are T, and of those that are rounded to T.
@@ -30,11 +29,11 @@ constexpr int kDegreeOfGradient = sizeof(T) == 4 ? 6 : 4;
 // A copy of the last, incomplete chunk of a row; the missing elements are -inf and contribute exactly nothing.
 template <class T>
 struct Tail {
-  T element[kChunk<T>];
+  T element[kChunk];
 
   Tail(const T* row, int64_t count) {
     const T filler = from_float<T>(-kInfinity);
-    for (int64_t i = 0; i < kChunk<T>; ++i) element[i] = i < count ? row[i] : filler;
+    for (int64_t i = 0; i < kChunk; ++i) element[i] = i < count ? row[i] : filler;
   }
 };
 
@@ -42,7 +41,7 @@ struct Tail {
 template <class T, class Visit>
 FUSEDPO_INLINE void for_each_chunk(const T* row, int64_t size, Visit visit) {
   int64_t i = 0;
-  for (; i + kChunk<T> <= size; i += kChunk<T>) visit(row + i);
+  for (; i + kChunk <= size; i += kChunk) visit(row + i);
   if (i < size) {
     const Tail<T> tail(row + i, size - i);
     visit(tail.element);
@@ -54,7 +53,7 @@ FUSEDPO_INLINE void for_each_chunk(const T* row, int64_t size, Visit visit) {
 template <class T, class Step>
 FUSEDPO_INLINE void map_chunks(const T* from, T* to, int64_t size, Step step) {
   int64_t i = 0;
-  for (; i + kChunk<T> <= size; i += kChunk<T>) step(from + i, to + i);
+  for (; i + kChunk <= size; i += kChunk) step(from + i, to + i);
   if (i < size) {
     Tail<T> tail(from + i, size - i);
     step(tail.element, tail.element);
@@ -66,7 +65,7 @@ template <class T>
 float maximum(const T* row, int64_t size) {
   Vec top = splat(-kInfinity);
   for_each_chunk(row, size, [&](const T* chunk) {
-    Vecs<T> x;
+    Vecs x;
     load(chunk, x);
     for (const Vec& v : x) top = max(v, top);
   });
@@ -109,7 +108,7 @@ BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFuse
   const Exp2Polynomial<kDegreeOfSum<T>> polynomial(1.0f);
   const Vec itself = exponents(splat(reference)), lowest = splat(kLowest), zero{}, one = splat(1.0f);
   for_each_chunk(row, size, [&](const T* chunk) {
-    Vecs<T> t, e;
+    Vecs t, e;
     load(chunk, t);
     for (Vec& x : t) {
       x = exponents(x);
@@ -117,7 +116,7 @@ BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFuse
       if constexpr (kClamp) x = max(lowest, x);
     }
     exp2(t, polynomial, e);
-    for (int k = 0; k < kVecs<T>; ++k) {
+    for (int k = 0; k < kVecs; ++k) {
       if constexpr (kHoldsReference) {
         at_reference += t[k] == itself ? one : zero;
         e[k] = t[k] == itself ? zero : e[k];
@@ -154,9 +153,9 @@ RowStats reduce_row(const T* row, int64_t size, float temperature) {
   Exponents<kFused> exponents(reference, temperature);
   bool clamp = false;
   double at_reference = 0, sum = 0, weighted = 0;  // of blocks: their order of summation costs no accuracy
-  for (int64_t begin = 0; begin < size; begin += kBlock<T>) {
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
     const T* block = row + begin;
-    const int64_t count = size - begin < kBlock<T> ? size - begin : kBlock<T>;
+    const int64_t count = size - begin < kBlock ? size - begin : kBlock;
     const bool nothing_yet = at_reference + sum == 0;
     BlockSums sums{};
     if (!nothing_yet) sums = sums_of<kEntropy, false>(block, count, reference, exponents, clamp);
@@ -201,7 +200,7 @@ void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> expon
   const Exp2Polynomial<kDegreeOfGradient<T>> times_constant(constant);
   const Vec lowest = splat(kLowest);
   map_chunks(row, grad, size, [&](const T* from, T* to) {
-    Vecs<T> t, e;
+    Vecs t, e;
     load(from, t);
     for (Vec& x : t) {
       x = exponents(x);
@@ -218,11 +217,11 @@ void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> expon
   const Exp2Polynomial<kDegreeOfGradient<T>> polynomial(1.0f);
   const Vec constant = splat(constant_), slope = splat(slope_), lowest = splat(kLowest);
   map_chunks(row, grad, size, [&](const T* from, T* to) {
-    Vecs<T> t, e;
+    Vecs t, e;
     load(from, t);
     for (Vec& x : t) x = max(lowest, exponents(x));
     exp2(t, polynomial, e);
-    for (int k = 0; k < kVecs<T>; ++k) e[k] *= fma(slope, t[k], constant);
+    for (int k = 0; k < kVecs; ++k) e[k] *= fma(slope, t[k], constant);
     store(to, e);
   });
 }
@@ -281,7 +280,7 @@ template <class T>
 void scale(void* elements, int64_t size, float factor) {
   T* row = static_cast<T*>(elements);
   map_chunks(row, row, size, [&](const T* from, T* to) {
-    Vecs<T> x;
+    Vecs x;
     load(from, x);
     for (Vec& v : x) v *= factor;
     store(to, x);

@@ -145,7 +145,7 @@ struct Walk : BatchArguments {
     token_kernels().evaluate(objective, tokens, {t, t + 1, sequence, offsets[sequence], end}, scale[t], out);
     float scratch;
     if (grad_logprobs[t] == 0 && grad_entropy[t] == 0)
-      clear(to[row], to.bytes_per_row());
+      std::memset(to[row], 0, to.bytes_per_row());  // in the cache, where the row was just read
     else
       kernels.gradient(from[row], to[row], from.size, stats[row],
                        {token_ids + t, &grad_logprobs[t], &scratch, 1, grad_entropy[t], temperatures[t]});

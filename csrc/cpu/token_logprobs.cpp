@@ -1,7 +1,6 @@
 #include "token_logprobs.h"
 
 #include <atomic>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 

@@ -31,15 +31,15 @@ typedef float Vec __attribute__((vector_size(kBytes)));
 typedef int32_t Int __attribute__((vector_size(kBytes)));
 typedef uint32_t UInt __attribute__((vector_size(kBytes)));
 
-// What one step of a row kernel holds: two cache lines of T. The vectors go through every operation side by side, for
-// the chain of multiply-adds of a single one is longer than a processor looks ahead. (Without AVX-512 there are
-// registers for two vectors only.)
-template <class T>
-inline constexpr int kVecs = kBytes == 64 && sizeof(T) == 2 ? 4 : 2;
-template <class T>
-inline constexpr int kChunk = kVecs<T> * kLanes;
-template <class T>
-using Vecs = Vec[kVecs<T>];
+// What one step of a row kernel holds: as many vectors as there are registers for. They go through every operation side
+// by side, for the chain of multiply-adds of a single one is longer than a processor looks ahead.
+#if defined(__AVX512F__)
+inline constexpr int kVecs = 4;
+#else
+inline constexpr int kVecs = 2;
+#endif
+inline constexpr int kChunk = kVecs * kLanes;
+typedef Vec Vecs[kVecs];
 
 #define FUSEDPO_INLINE static inline __attribute__((always_inline))
 
@@ -111,9 +111,9 @@ inline constexpr bool kExp2TakesInfinity = false;
 
 // factor * 2^t, the factor being that of the polynomial, for -200 <= t <= 64, or any t <= 64 where kExp2TakesInfinity.
 // Within 1.6 ulp at degree 6, 3 at degree 5; results below 2^-126 may be flushed to 0; NaN stays NaN.
-template <int kVecs, int kDegree>
-FUSEDPO_INLINE void exp2(const Vec (&t)[kVecs], const Exp2Polynomial<kDegree>& polynomial, Vec (&result)[kVecs]) {
-  Vec f[kVecs], p[kVecs];
+template <int kDegree>
+FUSEDPO_INLINE void exp2(const Vecs& t, const Exp2Polynomial<kDegree>& polynomial, Vecs& result) {
+  Vecs f, p;
 #if defined(__AVX512F__)
   for (int k = 0; k < kVecs; ++k)  // t - floor(t); 0 for -inf
     f[k] = (Vec)_mm512_reduce_ps((__m512)t[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -261,13 +261,13 @@ FUSEDPO_INLINE void store2(Half* p, Vec a, Vec b) {
 }
 
 template <class T>
-FUSEDPO_INLINE void load(const T* p, Vecs<T>& x) {
-  for (int k = 0; k < kVecs<T>; k += 2) load2(p + k * kLanes, x[k], x[k + 1]);
+FUSEDPO_INLINE void load(const T* p, Vecs& x) {
+  for (int k = 0; k < kVecs; k += 2) load2(p + k * kLanes, x[k], x[k + 1]);
 }
 
 template <class T>
-FUSEDPO_INLINE void store(T* p, const Vecs<T>& x) {
-  for (int k = 0; k < kVecs<T>; k += 2) store2(p + k * kLanes, x[k], x[k + 1]);
+FUSEDPO_INLINE void store(T* p, const Vecs& x) {
+  for (int k = 0; k < kVecs; k += 2) store2(p + k * kLanes, x[k], x[k + 1]);
 }
 
 }  // namespace fusedpo::FUSEDPO_ISA

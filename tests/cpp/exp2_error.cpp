@@ -19,12 +19,12 @@ Errors errors() {
   Errors worst;
   const Exp2Polynomial<kDegree> one(1.0f), other(0.3f);
   const auto visit = [&](float low, float high, uint32_t step) {  // floats of one sign, by their bits
-    for (uint32_t bits = float_to_bits(low); bits <= float_to_bits(high); bits += step * kChunk<BFloat16>) {
-      Vecs<BFloat16> t, got;
-      for (int i = 0; i < kChunk<BFloat16>; ++i) t[i / kLanes][i % kLanes] = bits_to_float(bits + step * i);
+    for (uint32_t bits = float_to_bits(low); bits <= float_to_bits(high); bits += step * kChunk) {
+      Vecs t, got;
+      for (int i = 0; i < kChunk; ++i) t[i / kLanes][i % kLanes] = bits_to_float(bits + step * i);
       for (const Exp2Polynomial<kDegree>& polynomial : {one, other}) {
         fusedpo::FUSEDPO_ISA::exp2(t, polynomial, got);
-        for (int i = 0; i < kChunk<BFloat16>; ++i) {
+        for (int i = 0; i < kChunk; ++i) {
           const double want = polynomial.c[0][0] * std::exp2((double)t[i / kLanes][i % kLanes]);
           if (want < 1.2e-38) continue;
           const double error = std::fabs(got[i / kLanes][i % kLanes] - want);
@@ -37,10 +37,10 @@ Errors errors() {
   visit(0.0f, 63.9f, 509);
   visit(-0.0f, -125.9f, 509);
   const auto value = [&](float x) {
-    Vecs<BFloat16> t, result;
+    Vecs t, result;
     for (Vec& v : t) v = splat(x);
     fusedpo::FUSEDPO_ISA::exp2(t, one, result);
-    return result[kVecs<BFloat16> - 1][kLanes - 1];
+    return result[kVecs - 1][kLanes - 1];
   };
   worst.corners = value(0) == 1 && std::fabs(value(1) - 2) <= 1e-5 && std::fabs(value(-1) - 0.5) <= 3e-6 &&
                   value(-200) == 0 && std::isnan(value(NAN));
