@@ -88,9 +88,15 @@ if wanted test; then
 fi
 
 if wanted bench; then
-    if [[ -z $only ]]; then sizes=(--quick) limit=60; else sizes=(--dtype bfloat16) limit=110; fi
-    for operator in one_pass token_logprobs policy_loss advantages hidden; do
-        step "bench-$operator" $limit "$python" -m fusedpo bench --op $operator --device "$device" --out "$results" "${sizes[@]}"
+    # Seconds at most; what an operator has measured until then is written.
+    if [[ -z $only ]]; then
+        sizes=(--quick) limits=(one_pass=60 token_logprobs=60 policy_loss=60 advantages=60 hidden=60)
+    else
+        sizes=(--dtype bfloat16) limits=(one_pass=200 hidden=140 token_logprobs=110 policy_loss=60 advantages=40)
+    fi
+    for limit in "${limits[@]}"; do
+        operator=${limit%=*}
+        step "bench-$operator" "${limit#*=}" "$python" -m fusedpo bench --op "$operator" --device "$device" --out "$results" "${sizes[@]}"
     done
 fi
 
