@@ -36,7 +36,7 @@ LOWEST = tl.constexpr(-200.0)  # 2^-200 is 0 in float32; t = -inf is moved here 
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) for x = -1 and x >= 0, with all digits of a small x."""
     s = x / (2 + x)
     square = s * s
@@ -77,7 +77,7 @@ def _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS: tl.constexpr):
 
 
 @triton.jit
-def _add_block(x, top, ones, rest, weighted, scale, ENTROPY: tl.constexpr):
+def add_block(x, top, ones, rest, weighted, scale, ENTROPY: tl.constexpr):
     """Adds a block [ROWS, BLOCK] to the sums of its rows: `ones` elements at the maximum `top`, `rest` of others."""
     block_top = tl.max(x, 1)
     new_top = tl.maximum(top, block_top)
@@ -139,16 +139,16 @@ def _token_logprobs_kernel(
     full = size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         x = tl.load(row + (start + columns), mask=kept[:, None], other=MINUS_INF, eviction_policy="evict_first")
-        top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
+        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
     if full < size:
         inside = kept[:, None] & tl.max_constancy(full + columns < size, [1, WIDTH])
         x = tl.load(row + (full + columns), mask=inside, other=MINUS_INF, eviction_policy="evict_first")
-        top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
+        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
 
     reference = tl.where(top == MINUS_INF, 0.0, top)
     rest = ones - 1 + rest
     weighted *= LN2
-    log_sum = _log1p(rest)
+    log_sum = log1p(rest)
     logprob = tl.div_rn(chosen - reference[:, None], T[:, None]) - log_sum[:, None]
     tl.store(logprobs + places, tl.where(kept[:, None], logprob, 0.0), mask=exists[:, None] & is_id)
     if ENTROPY:
@@ -159,7 +159,7 @@ def _token_logprobs_kernel(
 
 
 @triton.jit
-def _gradient(x, reference, scale, constant, slope, ENTROPY: tl.constexpr):
+def gradient_of(x, reference, scale, constant, slope, ENTROPY: tl.constexpr):
     """exp(t) (constant + slope t) of a block [ROWS, BLOCK]."""
     t = (x.to(tl.float32) - reference[:, None]) * scale[:, None]
     weight = constant[:, None]
@@ -248,12 +248,12 @@ def _token_logprobs_backward_kernel(
     full = vocab_size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         x = tl.load(row + (start + columns), mask=live[:, None], other=0.0, eviction_policy="evict_first")
-        grad = _gradient(x, reference, scale, constant, slope, grad_entropy is not None)
+        grad = gradient_of(x, reference, scale, constant, slope, grad_entropy is not None)
         tl.store(grad_row + (start + columns), grad, mask=exists[:, None])
     if full < vocab_size:
         inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
         x = tl.load(row + (full + columns), mask=inside & live[:, None], other=0.0, eviction_policy="evict_first")
-        grad = _gradient(x, reference, scale, constant, slope, grad_entropy is not None)
+        grad = gradient_of(x, reference, scale, constant, slope, grad_entropy is not None)
         tl.store(grad_row + (full + columns), grad, mask=inside & exists[:, None])
 
     if grad_logprobs is not None:
@@ -264,7 +264,7 @@ def _token_logprobs_backward_kernel(
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
-class _Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """Where the rows of a tensor [..., V] start: leading dimensions (outer, inner_rows), unit stride along V."""
 
     inner_rows: int
@@ -272,10 +272,10 @@ class _Layout(NamedTuple):
     inner_stride: int
 
 
-def _layout(tensor: Tensor) -> _Layout | None:
+def row_layout(tensor: Tensor) -> RowLayout | None:
     """None where V is strided, or the leading dimensions need more than two strides."""
     if tensor.is_contiguous():
-        return _Layout(tensor.shape[:-1].numel(), 0, tensor.shape[-1])
+        return RowLayout(tensor.shape[:-1].numel(), 0, tensor.shape[-1])
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return None
     dims: list[tuple[int, int]] = []  # (size, stride), innermost first
@@ -287,19 +287,19 @@ def _layout(tensor: Tensor) -> _Layout | None:
     if len(dims) > 2:
         return None
     (inner_rows, inner_stride), (_, outer_stride) = (*dims, (1, 0), (1, 0))[:2]
-    return _Layout(inner_rows, outer_stride, inner_stride)
+    return RowLayout(inner_rows, outer_stride, inner_stride)
 
 
-def _with_layout(tensor: Tensor) -> tuple[Tensor, _Layout]:
-    layout = _layout(tensor)
+def with_layout(tensor: Tensor) -> tuple[Tensor, RowLayout]:
+    layout = row_layout(tensor)
     if layout is None:
         tensor = tensor.contiguous()
-        layout = _layout(tensor)
+        layout = row_layout(tensor)
         assert layout is not None
     return tensor, layout
 
 
-def _width(tensor: Tensor, layout: _Layout) -> int:
+def row_width(tensor: Tensor, layout: RowLayout) -> int:
     """Elements per load and store: 16 bytes of them if every row starts and ends on a boundary of 16 bytes, else one.
 
     One is what V = 50,257 gets. Neighbouring threads still access neighbouring elements: that costs no bytes.
@@ -328,7 +328,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.contiguous()
 
 
-def _check_values(vocab_size: int, token_ids: Tensor, temperature: Tensor, mask: Tensor | None) -> None:
+def check_values(vocab_size: int, token_ids: Tensor, temperature: Tensor, mask: Tensor | None) -> None:
     kept = torch.ones((), dtype=torch.bool, device=token_ids.device) if mask is None else mask
     kept_ids = kept.reshape(kept.shape + (1,) * (token_ids.dim() - kept.dim()))
     bad = (((token_ids < 0) | (token_ids >= vocab_size)) & kept_ids).flatten().nonzero()
@@ -349,15 +349,15 @@ def token_logprobs(
     """The operator ``fusedpo::token_logprobs``; its third result is (reference, rest, weighted) of every row."""
     *shape, vocab_size = logits.shape
     if _checks.values_are_free(token_ids):
-        _check_values(vocab_size, token_ids, temperature, mask)
+        check_values(vocab_size, token_ids, temperature, mask)
     logprobs = torch.empty_like(token_ids, dtype=torch.float32, memory_format=torch.contiguous_format)
     entropy = logprobs.new_empty(shape if return_entropy else 0)
     stats = logprobs.new_empty(*shape, 3)
     num_rows = math.prod(shape)
     if num_rows > 0:
-        logits, layout = _with_layout(logits)
+        logits, layout = with_layout(logits)
         num_ids = token_ids.numel() // num_rows
-        tile = _tile(vocab_size, num_ids, logits.element_size(), _width(logits, layout))
+        tile = _tile(vocab_size, num_ids, logits.element_size(), row_width(logits, layout))
         launch(
             _token_logprobs_kernel,
             cdiv(num_rows, tile["ROWS"]),
@@ -384,9 +384,9 @@ def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
-    layout: _Layout,
+    layout: RowLayout,
     grad_logits: Tensor,
-    grad_layout: _Layout,
+    grad_layout: RowLayout,
     token_ids: Tensor,
     temperature: Tensor,
     mask: Tensor | None,
@@ -394,7 +394,7 @@ def _backward(
 ) -> None:
     vocab_size, num_rows = logits.shape[-1], stats.numel() // 3
     num_ids = token_ids.numel() // num_rows
-    width = min(_width(logits, layout), _width(grad_logits, grad_layout))
+    width = min(row_width(logits, layout), row_width(grad_logits, grad_layout))
     tile = _tile(vocab_size, num_ids, logits.element_size(), width)
     launch(
         _token_logprobs_backward_kernel,
@@ -431,9 +431,9 @@ def token_logprobs_backward(
     """The operator ``fusedpo::token_logprobs_backward``: the gradient of the logits."""
     grad_logits = logits.new_empty(logits.shape)
     if stats.numel() > 0:
-        logits, layout = _with_layout(logits)
+        logits, layout = with_layout(logits)
         vocab_size = logits.shape[-1]
-        to = _Layout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
+        to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
         _backward(grad_logprobs, grad_entropy, logits, layout, grad_logits, to, token_ids, temperature, mask, stats)
     return grad_logits
 
@@ -448,7 +448,7 @@ def token_logprobs_backward_(
     stats: Tensor,
 ) -> None:
     """The operator ``fusedpo::token_logprobs_backward_``: the gradient of the logits overwrites them."""
-    layout = _layout(logits)
+    layout = row_layout(logits)
     others = (token_ids, temperature, mask, stats)
     if layout is None or stats.numel() == 0:
         logits.copy_(token_logprobs_backward(grad_logprobs, grad_entropy, logits, *others))

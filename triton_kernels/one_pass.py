@@ -37,18 +37,17 @@ from .logprobs import (
     LOG2E,
     LOWEST,
     MINUS_INF,
-    _add_block,
-    _check_values,
-    _gradient,
-    _log1p,
-    _with_layout,
+    RowLayout,
+    add_block,
+    check_values,
+    gradient_of,
+    log1p,
+    row_layout,
+    row_width,
+    with_layout,
 )
-from .logprobs import _Layout as _RowLayout
-from .logprobs import _layout as _row_layout
-from .logprobs import _width as _row_width
 from .objective import TRACE, Objective, Token, evaluate, log_ratio
-from .policy_loss import Weights, _contiguous, _decode, _only_if
-from .policy_loss import _layout as _token_layout
+from .policy_loss import Weights, contiguous, decode, only_if, token_layout
 
 # ----------------------------------------------------------------------------------------------------- segments of rows
 
@@ -177,11 +176,11 @@ def _reduce(row, vocab_size, scale, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     full = vocab_size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         x = tl.load(row[:, None] + (start + columns), eviction_policy="evict_last")
-        top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, True)
+        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, True)
     if full < vocab_size:
         inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
         x = tl.load(row[:, None] + (full + columns), mask=inside, other=MINUS_INF, eviction_policy="evict_last")
-        top, ones, rest, weighted = _add_block(x.to(tl.float32), top, ones, rest, weighted, scale, True)
+        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, True)
     return Stats(tl.where(top == MINUS_INF, 0.0, top), ones - 1 + rest, weighted * LN2)
 
 
@@ -222,12 +221,12 @@ def _write_gradient(
     if full < vocab_size:
         inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
         x = tl.load(row[:, None] + (full + columns), mask=inside, other=0.0, eviction_policy="evict_first")
-        grad = _gradient(x, stats.reference, scale, constant, slope, BONUS)
+        grad = gradient_of(x, stats.reference, scale, constant, slope, BONUS)
         tl.store(grad_row[:, None] + (full + columns), grad, mask=inside, eviction_policy="evict_first")
     for done in range(0, full, BLOCK):
         start = full - BLOCK - done
         x = tl.load(row[:, None] + (start + columns), eviction_policy="evict_first")
-        grad = _gradient(x, stats.reference, scale, constant, slope, BONUS)
+        grad = gradient_of(x, stats.reference, scale, constant, slope, BONUS)
         tl.store(grad_row[:, None] + (start + columns), grad, eviction_policy="evict_first")
     tl.debug_barrier()  # the chosen column is written last
     tl.store(grad_row + chosen.column, tl.div_rn(grad_chosen * inverse, T), mask=chosen.in_range)
@@ -288,14 +287,14 @@ def _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK: tl.constex
     sequence, end = _sequence_of(token, sequences)
     advantage = batch.advantages.array + tl.where(batch.advantages.per_token != 0, token, sequence) + i
     is_weight = batch.is_weights.array + tl.where(batch.is_weights.per_token != 0, token, sequence) + i
-    old_logprob = tl.load(batch.old_logprobs + token + i, mask=_only_if(batch.has_old_logprobs, there), other=0.0)
+    old_logprob = tl.load(batch.old_logprobs + token + i, mask=only_if(batch.has_old_logprobs, there), other=0.0)
     zero = tl.zeros([1], tl.float32)
     x = Token(
         logprob,
         tl.where(batch.has_old_logprobs != 0, old_logprob, logprob),
-        tl.load(batch.ref_logprobs + token + i, mask=_only_if(o.kl, there), other=0.0),
+        tl.load(batch.ref_logprobs + token + i, mask=only_if(o.kl, there), other=0.0),
         tl.load(advantage),
-        tl.load(is_weight, mask=_only_if(batch.has_is_weights, there), other=1.0),
+        tl.load(is_weight, mask=only_if(batch.has_is_weights, there), other=1.0),
         entropy,
         _sum_ahead(batch, token, tl.minimum(o.ahead, end - 1 - token).to(tl.int32), CHUNK),
         zero,
@@ -418,7 +417,7 @@ def _one_pass_kernel(
         scale = tl.div_rn(LOG2E, T)
         stats = _reduce(row, vocab_size, scale, BLOCK, WIDTH)
         chosen = _load_chosen(row, token_ids + token, vocab_size)
-        log_sum = _log1p(stats.rest)
+        log_sum = log1p(stats.rest)
         logprob = tl.div_rn(chosen.logit - stats.reference, T) - log_sum
         entropy = log_sum - tl.div_rn(stats.weighted, 1 + stats.rest)
         tl.store(logprobs + token + tl.arange(0, 1), logprob)
@@ -512,14 +511,14 @@ def _check(
         if rows is not None:
             mask = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)
             mask.view(-1)[rows] = True
-        _check_values(vocab_size, token_ids, temperature, mask)
+        check_values(vocab_size, token_ids, temperature, mask)
 
 
 def _one_pass(
     logits: Tensor,
-    layout: _RowLayout,
+    layout: RowLayout,
     grad_logits: Tensor,
-    grad_layout: _RowLayout,
+    grad_layout: RowLayout,
     logprobs: Tensor,
     entropy: Tensor,
     rows: Tensor | None,
@@ -538,15 +537,15 @@ def _one_pass(
     shape, vocab_size = token_ids.shape, logits.shape[-1]
     num_rows = logits.shape[:-1].numel()
     _check(logprobs, entropy, rows, token_ids, temperature, mask, vocab_size)
-    o = _decode(parts, values, shape.numel(), per_token=False)
-    token_ids, temperature, scale, mask, cu_seqlens, order = _contiguous(
+    o = decode(parts, values, shape.numel(), per_token=False)
+    token_ids, temperature, scale, mask, cu_seqlens, order = contiguous(
         token_ids, temperature, scale, mask, cu_seqlens, rows
     )
     counts = None
     if rows is None and mask is not None:
         order, counts = _live_first(mask)
-    olp, ref, weights = (logprobs if x is None else x for x in _contiguous(old_logprobs, ref_logprobs, is_weights))
-    tile = _tile(vocab_size, min(_row_width(logits, layout), _row_width(grad_logits, grad_layout)))
+    olp, ref, weights = (logprobs if x is None else x for x in contiguous(old_logprobs, ref_logprobs, is_weights))
+    tile = _tile(vocab_size, min(row_width(logits, layout), row_width(grad_logits, grad_layout)))
     num_segments = _num_segments(logits.device, num_rows, vocab_size * logits.element_size())
     halo = min(o.ahead, triton.cdiv(num_rows, num_segments)) if o.ratio == TRACE.value else 0
     for halo_rows, programs in ((halo, halo * (num_segments - 1)), (0, num_segments)):
@@ -577,7 +576,7 @@ def _one_pass(
             vocab_size,
             int(order is not None),
             int(rows is not None),
-            *_token_layout(logprobs, cu_seqlens),
+            *token_layout(logprobs, cu_seqlens),
             *layout,
             grad_layout.outer_stride,
             grad_layout.inner_stride,
@@ -597,16 +596,16 @@ def one_pass(logits: Tensor, *args: Any) -> Tensor:
     """The operator ``fusedpo::one_pass``."""
     grad_logits = logits.new_empty(logits.shape)
     if grad_logits.numel() > 0:
-        logits, layout = _with_layout(logits)
+        logits, layout = with_layout(logits)
         vocab_size = logits.shape[-1]
-        to = _RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
+        to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
         _one_pass(logits, layout, grad_logits, to, *args)
     return grad_logits
 
 
 def one_pass_(logits: Tensor, *args: Any) -> None:
     """The operator ``fusedpo::one_pass_``."""
-    layout = _row_layout(logits)
+    layout = row_layout(logits)
     if layout is None:
         logits.copy_(one_pass(logits, *args))
     elif logits.numel() > 0:
@@ -615,12 +614,12 @@ def one_pass_(logits: Tensor, *args: Any) -> None:
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
     """The operator ``fusedpo::scale_``."""
-    layout = _row_layout(gradient)
+    layout = row_layout(gradient)
     if layout is None:
         gradient.copy_(gradient.float() * factor)
     elif gradient.numel() > 0:
         vocab_size, num_rows = gradient.shape[-1], gradient.shape[:-1].numel()
-        tile = _tile(vocab_size, _row_width(gradient, layout))
+        tile = _tile(vocab_size, row_width(gradient, layout))
         launch(
             _scale_kernel, min(num_rows, 1024), gradient.device, gradient, factor, num_rows, vocab_size, *layout, **tile
         )

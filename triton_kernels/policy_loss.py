@@ -131,7 +131,7 @@ def _load_weights(weights, tile, offset, kept, other):
 
 
 @triton.jit
-def _only_if(flag, mask):
+def only_if(flag, mask):
     """The mask, or none of it. (``mask & (flag != 0)`` fails in the interpreter.)"""
     return mask & (tl.full(mask.shape, flag, tl.int32) != 0)
 
@@ -352,9 +352,9 @@ def _tokens_kernel(
     elif o.trust_region == CPPO:
         sequence_sum = summands + tl.cumsum(tl.where(kept, summand(o, x), 0.0), 0)
 
-    ref_logprob = _load(ref_logprobs, tile, i, _only_if(o.kl, kept))
-    entropy = _load(entropies, tile, i, _only_if(has_entropy, kept))
-    is_weight = _load_weights(Weights(is_weights, is_weight_per_token), tile, i, _only_if(has_is_weights, kept), 1.0)
+    ref_logprob = _load(ref_logprobs, tile, i, only_if(o.kl, kept))
+    entropy = _load(entropies, tile, i, only_if(has_entropy, kept))
+    is_weight = _load_weights(Weights(is_weights, is_weight_per_token), tile, i, only_if(has_is_weights, kept), 1.0)
     x = Token(
         x.logprob,
         x.old_logprob,
@@ -372,10 +372,10 @@ def _tokens_kernel(
     d_logprob = tl.where(kept, share * result.d_logprob, 0.0)
     d_log_trace = tl.where(kept, share * result.d_log_trace, 0.0)
     d_entropy = tl.where(kept, -share * entropy_coef, 0.0)
-    tl.store(loss + tile.first + i, tl.where(kept, result.loss, 0.0), mask=_only_if(per_token, inside))
+    tl.store(loss + tile.first + i, tl.where(kept, result.loss, 0.0), mask=only_if(per_token, inside))
     tl.store(grad_logprobs + tile.first + i, d_logprob, mask=inside)
-    tl.store(grad_log_trace + tile.first + i, d_log_trace, mask=_only_if(differentiate, inside))
-    tl.store(grad_entropy + tile.first + i, d_entropy, mask=_only_if(has_entropy_gradient, inside))
+    tl.store(grad_log_trace + tile.first + i, d_log_trace, mask=only_if(differentiate, inside))
+    tl.store(grad_entropy + tile.first + i, d_entropy, mask=only_if(has_entropy_gradient, inside))
     _store_statistics(statistics, result, entropy, kept, share, (tile.before == 0) & (count > 0))
 
 
@@ -519,7 +519,7 @@ def _finish_kernel(
         value = tl.where(row == WEIGHT, mean * (total / squares) * 2.0**-10, value)  # the effective sample size
         value = tl.where(row == TOKENS, tokens, value)
         tl.store(metrics + row, tl.where(tokens > 0, value, 0.0), mask=row < LOSS)
-        tl.store(loss + 0 * row, scale * total, mask=_only_if(per_token == 0, row == LOSS))
+        tl.store(loss + 0 * row, scale * total, mask=only_if(per_token == 0, row == LOSS))
     else:
         tile = _find_tile(index - NUM_REDUCERS, cu_seqlens, num_sequences, width, TILE, CHUNK)
         i = tl.arange(0, TILE)
@@ -578,7 +578,7 @@ _TILE = 512
 _CONSTANTS = {"CHUNK": 256, "num_warps": 4}
 
 
-class _Layout(NamedTuple):
+class TokenLayout(NamedTuple):
     num_sequences: int
     width: int  # of the rows of a padded batch
 
@@ -586,19 +586,19 @@ class _Layout(NamedTuple):
         return num_tokens // _TILE + self.num_sequences
 
 
-def _layout(logprobs: Tensor, cu_seqlens: Tensor | None) -> _Layout:
+def token_layout(logprobs: Tensor, cu_seqlens: Tensor | None) -> TokenLayout:
     width = logprobs.shape[-1]
     if cu_seqlens is None:
-        return _Layout(logprobs.shape[0] if logprobs.dim() == 2 else 1, width)
+        return TokenLayout(logprobs.shape[0] if logprobs.dim() == 2 else 1, width)
     _checks.cu_seqlens(cu_seqlens, logprobs.numel(), "logprobs", logprobs)
-    return _Layout(cu_seqlens.numel() - 1, width)
+    return TokenLayout(cu_seqlens.numel() - 1, width)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _decode(parts: list[int], values: list[float], num_tokens: int, per_token: bool) -> Objective:
+def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bool) -> Objective:
     """The objective as the kernels take it. Losses per token are not aggregated: they are summed with no weight."""
     ratio, back, ahead, differentiate, trust_region, kl, aggregation = parts
     bounds = values[4:] + [0.0] * (9 - len(values))
@@ -632,12 +632,12 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator ``fusedpo::policy_loss``."""
     shape = logprobs.shape
-    layout = _layout(logprobs, cu_seqlens)
+    layout = token_layout(logprobs, cu_seqlens)
     num_tiles = layout.num_tiles(shape.numel())
-    o = _decode(parts, values, shape.numel(), per_token)
-    x, mask, cu_seqlens = _contiguous(logprobs, mask, cu_seqlens)
+    o = decode(parts, values, shape.numel(), per_token)
+    x, mask, cu_seqlens = contiguous(logprobs, mask, cu_seqlens)
     # An array that was not given is another one, which is not read: its absence is a number, not a variant to compile.
-    given = [x if array is None else array for array in _contiguous(old_logprobs, ref_logprobs, entropy, is_weights)]
+    given = [x if array is None else array for array in contiguous(old_logprobs, ref_logprobs, entropy, is_weights)]
     old_logprobs, ref_logprobs, entropies, weights = given
 
     loss = logprobs.new_empty(shape if per_token else ())
@@ -717,16 +717,16 @@ def policy_loss_backward(
     ahead: int,
 ) -> Tensor:
     """The operator ``fusedpo::policy_loss_backward``."""
-    layout = _layout(logprobs, cu_seqlens)
+    layout = token_layout(logprobs, cu_seqlens)
     result = logprobs.new_empty(logprobs.shape)
     x = logprobs.contiguous()
     launch(
         _backward_kernel,
         layout.num_tiles(logprobs.numel()),
         logprobs.device,
-        *_contiguous(grad_loss, grad_logprobs, grad_log_trace),
+        *contiguous(grad_loss, grad_logprobs, grad_log_trace),
         x,
-        *_contiguous(x if old_logprobs is None else old_logprobs, mask, cu_seqlens),
+        *contiguous(x if old_logprobs is None else old_logprobs, mask, cu_seqlens),
         result,
         *layout,
         min(back, logprobs.numel()),
