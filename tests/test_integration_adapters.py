@@ -393,6 +393,28 @@ def test_slime_loss(mpu, objective):
     assert not any(value.requires_grad for value in log.values())
 
 
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "low_var_kl"])
+def test_slime_unbiased_kl(mpu, kind, on_policy):
+    batch, logits = slime_batch()
+    batch["ref_log_probs"][0][0] = 2.5  # a k3 beyond 10, once it is weighted
+    old = batch.pop("log_probs") if on_policy else batch["log_probs"]
+    args = slime_args(use_kl_loss=True, kl_loss_coef=0.3, kl_loss_type=kind)
+    reduce = slime_reducer(batch)
+    without, _ = slime.policy_loss(slime_args(), batch, logits, reduce)
+    loss, log = slime.policy_loss(slime_args(**vars(args) | {"use_unbiased_kl": True}), batch, logits, reduce)
+
+    lp = torch.cat(slime_response(batch, logits, 0.7)[0])
+    d = lp - torch.cat(batch["ref_log_probs"])
+    kl = {"k1": d, "k2": d.square() / 2}.get(kind, (-d).exp() - 1 + d)
+    kl = kl * (lp - (lp.detach() if on_policy else torch.cat(old))).exp()
+    if kind == "low_var_kl":
+        assert (kl > 10).any()
+        kl = kl.clamp(-10, 10)
+    assert_same(loss - without, 0.3 * reduce(kl), logits)
+    torch.testing.assert_close(log["kl_loss"], reduce(kl).detach(), **CLOSE)
+
+
 def test_slime_reads_no_logits_of_masked_tokens(mpu):
     batch, logits = slime_batch()
     args = slime_args(entropy_coef=0.02)
@@ -433,7 +455,7 @@ def test_slime_on_policy_without_old_logprobs(mpu):
 
 def test_slime_refuses(mpu):
     batch, logits = slime_batch()
-    for option in ("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering", "use_unbiased_kl"):
+    for option in ("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering"):
         with pytest.raises(NotImplementedError, match=f"{option}=True"):
             slime.policy_loss(slime_args(**{option: True}), batch, logits, slime_reducer(batch))
     args = slime_args(custom_pg_loss_reducer_function_path="my.reducer")

@@ -53,7 +53,7 @@ def policy_loss(
 
     Args:
         args: slime's: ``eps_clip``, ``eps_clip_high``, ``eps_clip_c``, ``entropy_coef``, ``use_kl_loss``,
-            ``kl_loss_coef``, ``kl_loss_type``, ``rollout_temperature``, and the options above.
+            ``kl_loss_coef``, ``kl_loss_type``, ``use_unbiased_kl``, ``rollout_temperature``, and the options above.
         batch: lists with one tensor ``[R_i]`` per sample: ``advantages``, ``log_probs`` (the old ones),
             ``ref_log_probs``, ``rollout_log_probs``, ``loss_masks``; ``unconcat_tokens`` of prompt and response; lists
             of ints ``total_lengths`` and ``response_lengths``.
@@ -62,7 +62,7 @@ def policy_loss(
     """
     _refuse_parallel()
     refused = (
-        *("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering", "use_unbiased_kl"),
+        *("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering"),
         "custom_pg_loss_reducer_function_path",
     )
     _common.refuse("slime", **{name: getattr(args, name, None) for name in refused})
@@ -99,7 +99,10 @@ def policy_loss(
     log["ppo_kl"] = sum_of_sample_mean(lp.detach() * 0 if old is None else old - lp.detach())
     log["pg_clipfrac"] = out.metrics["clip_frac"] * sum_of_sample_mean(torch.ones_like(lp))
     if args.use_kl_loss:
-        log["kl_loss"] = sum_of_sample_mean(_kl(args.kl_loss_type, lp, response("ref_log_probs")))
+        ratio = None
+        if getattr(args, "use_unbiased_kl", False):
+            ratio = (lp - (lp.detach() if old is None else old)).clamp(-20, 20).exp()
+        log["kl_loss"] = sum_of_sample_mean(_kl(args.kl_loss_type, lp, response("ref_log_probs"), ratio))
         loss = loss + args.kl_loss_coef * log["kl_loss"]
     return loss, {"loss": loss.detach().clone(), **{name: value.detach().clone() for name, value in log.items()}}
 
@@ -238,8 +241,8 @@ def _estimate(args: Any, rewards: Tensor, groups: Tensor, lengths: Tensor) -> Te
     return function(rewards, **{**own, **options})
 
 
-def _kl(kind: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """slime's ``low_var_kl`` is k3 within +-10."""
-    if kind == "low_var_kl":
-        return _common.kl_per_token("k3", logprobs, ref_logprobs, clamp=10.0)
-    return _common.kl_per_token(kind, logprobs, ref_logprobs)
+def _kl(kind: str, logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor | None) -> Tensor:
+    """Times the ratio where there is one; then slime's ``low_var_kl``, which is k3, is kept within +-10."""
+    kl = _common.kl_per_token("k3" if kind == "low_var_kl" else kind, logprobs, ref_logprobs)
+    kl = kl if ratio is None else ratio * kl
+    return kl.clamp(-10, 10) if kind == "low_var_kl" else kl
