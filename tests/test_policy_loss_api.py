@@ -4,7 +4,16 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_policy_loss import AGGREGATIONS, COMBINATIONS, EMPTY, assert_same, every_combination, pack, random_batch
+from test_policy_loss import (
+    AGGREGATIONS,
+    COMBINATIONS,
+    EMPTY,
+    assert_same,
+    every_combination,
+    pack,
+    random_batch,
+    tolerance,
+)
 
 import fusedpo
 from fusedpo import backends
@@ -18,12 +27,6 @@ native = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(back
 def backend(request):
     with fusedpo.backend(request.param):
         yield request.param
-
-
-def tolerance(x):
-    """For sums of some ten terms of size 1 that are computed in two orders."""
-    eps = torch.finfo(x.dtype).eps
-    return {"rtol": 20 * eps, "atol": 20 * eps}
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts

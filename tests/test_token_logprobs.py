@@ -19,10 +19,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 31, 127, 1000, 4099, 32000, 50257, 128256, 151936]
 EPS = torch.finfo(torch.float32).eps
 ROUNDINGS = 12
-# Relative: seven bits more of an exponential than float16 keeps are computed where the gradient is rounded to 16 bits.
-EXPONENTIAL = {torch.float32: 0.0, torch.bfloat16: 2**-18, torch.float16: 2**-18}
 """Of float32, in a result: 2 for the exponential, 1 for each product, some for a sum, and those of the exponents of the
 probabilities that a sum is made of, which count as often as the exponents are large."""
+EXPONENTIAL = {torch.float32: 0.0, torch.bfloat16: 2**-18, torch.float16: 2**-18}
+"""Relative: where a gradient is rounded to 16 bits, its exponential has seven bits more than float16 keeps."""
 
 
 @pytest.fixture(autouse=True)

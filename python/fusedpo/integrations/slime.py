@@ -32,6 +32,7 @@ from .. import losses
 from ..corrections import importance_weights
 from ..logprobs import token_logprobs
 from ..objectives import Objective
+from ..reference.losses import LOG_RATIO_CLAMP
 from . import _common
 
 __all__ = [
@@ -96,13 +97,14 @@ def policy_loss(
     pg_loss, entropy_loss = sum_of_sample_mean(out.loss), sum_of_sample_mean(entropies)
     loss = pg_loss - args.entropy_coef * entropy_loss
     log = {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
-    log["ppo_kl"] = sum_of_sample_mean(lp.detach() * 0 if old is None else old - lp.detach())
+    sampled = lp.detach() if old is None else old
+    log["ppo_kl"] = sum_of_sample_mean(sampled - lp.detach())
     log["pg_clipfrac"] = out.metrics["clip_frac"] * sum_of_sample_mean(torch.ones_like(lp))
     if args.use_kl_loss:
-        ratio = None
+        weight = None
         if getattr(args, "use_unbiased_kl", False):
-            ratio = (lp - (lp.detach() if old is None else old)).clamp(-20, 20).exp()
-        log["kl_loss"] = sum_of_sample_mean(_kl(args.kl_loss_type, lp, response("ref_log_probs"), ratio))
+            weight = (lp - sampled).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+        log["kl_loss"] = sum_of_sample_mean(_kl(args.kl_loss_type, lp, response("ref_log_probs"), weight))
         loss = loss + args.kl_loss_coef * log["kl_loss"]
     return loss, {"loss": loss.detach().clone(), **{name: value.detach().clone() for name, value in log.items()}}
 
@@ -241,8 +243,8 @@ def _estimate(args: Any, rewards: Tensor, groups: Tensor, lengths: Tensor) -> Te
     return function(rewards, **{**own, **options})
 
 
-def _kl(kind: str, logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor | None) -> Tensor:
-    """Times the ratio where there is one; then slime's ``low_var_kl``, which is k3, is kept within +-10."""
+def _kl(kind: str, logprobs: Tensor, ref_logprobs: Tensor, weight: Tensor | None) -> Tensor:
+    """Times the weight where there is one; then slime's ``low_var_kl``, which is k3, is kept within +-10."""
     kl = _common.kl_per_token("k3" if kind == "low_var_kl" else kind, logprobs, ref_logprobs)
-    kl = kl if ratio is None else ratio * kl
+    kl = kl if weight is None else weight * kl
     return kl.clamp(-10, 10) if kind == "low_var_kl" else kl
