@@ -12,7 +12,7 @@ from torch import Tensor
 import fusedpo
 from fusedpo import advantages
 
-from .harness import Case, Provider, microseconds, one_copy, relative_error
+from .harness import CLONE, Case, Provider, clone, microseconds, relative_error
 
 
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
@@ -68,7 +68,7 @@ def _case(group: str, sizes: dict[str, int], truth: Tensor, source: Tensor, byte
         Provider(name, lambda run=run: run, error, 1e-5, missing="" if run else VERL_MISSING)
         for name, run in runs.items()
     ]
-    return Case(group, sizes, [one_copy(source), *providers], "one copy", bytes_moved, count_launches=True)
+    return Case(group, sizes, [clone(source), *providers], CLONE, bytes_moved, count_launches=True)
 
 
 def _groups(count: int, size: int, device: str) -> Iterator[Case]:

@@ -11,6 +11,8 @@ from torch import Tensor
 import fusedpo
 from fusedpo import Objective, backends, objectives
 
+from .harness import not_installed
+
 OBJECTIVES: dict[str, tuple[Objective, int]] = {
     "PPO": (objectives.ppo(), 1),
     "NFPO N=4": (objectives.nfpo(4), 4),
@@ -65,6 +67,11 @@ def on_gpu(loss: Loss, operator: str, device: str, dtype: torch.dtype) -> Iterat
 
     for backend in ("native", "triton") if device == "cuda" else ():
         yield backend, by(backend), backends.why_not(backend, operator, device, dtype) or ""
+
+
+def verl_by(device: str) -> str:
+    """What verl's log-probs of logits run on, by its own choice."""
+    return "flash-attn" if device == "cuda" and not not_installed("flash_attn") else "PyTorch"
 
 
 def exact_coefficients(logprobs: Tensor, batch: Batch, objective: Objective) -> Tensor:

@@ -1,31 +1,44 @@
-"""``python -m fusedpo bench``: every operator against every provider that is installed."""
+"""``python -m fusedpo bench``: every operator against every provider that is installed.
+
+Each operator is measured by processes of its own: what differs between two launches is part of the spread, and all of
+them have the same memory from the start (:data:`MEMORY`).
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch._inductor.config
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from . import OPERATORS, compare, plots, report
-from .harness import EFFORT, Case, Row, measure
+from . import compare, launch, plots, report
+from .launch import DTYPES, Plan
+from .record import OPERATORS, PROCESSES, Row, merge, recorded
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MEMORY = {
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch's allocator asks for huge pages, as the kernels of this library do
+    # What has up to 32 MiB the C library keeps for the next call; it decides by what was freed before otherwise. Larger
+    # results come from the system, for everybody.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m fusedpo bench",
         description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Or: python -m fusedpo bench compare BEFORE.json AFTER.json [--threshold 0.1] [--of-ceiling]",
     )
     p.add_argument(
@@ -36,8 +49,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="bfloat16 and one size: under two minutes on two cores")
     p.add_argument("--providers", nargs="+", metavar="NAME", help="only those whose name starts so, and the ceilings")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--processes", type=int, default=1, help="launches per operator; 3 in a recording")
     p.add_argument(
-        "--out", type=Path, default=Path("out/bench"), help="for JSON, Markdown and plots; default: %(default)s"
+        "--out",
+        type=Path,
+        default=Path("out/bench"),
+        help="for JSON, Markdown and plots; default: %(default)s. "
+        "Under bench/results it is a recording: of a whole run, of a clean tree",
     )
     return p
 
@@ -51,57 +69,79 @@ def compare_parser() -> argparse.ArgumentParser:
     return p
 
 
-def select(case: Case, names: Sequence[str] | None) -> Case:
-    """With the providers whose name starts with one of ``names``, and the ceiling."""
-    if names is None:
-        return case
-    chosen = [p for p in case.providers if p.name == case.ceiling or p.name.startswith(tuple(names))]
-    return replace(case, providers=chosen)
+def why_no_recording(arguments: argparse.Namespace, commit: str | None) -> str:
+    """Empty where the tables of this run may be published."""
+    if commit is None or commit.endswith("-dirty"):
+        return f"the tree is not that of a commit ({commit}): commit first, or write elsewhere with --out"
+    partial = arguments.quick or arguments.providers or arguments.dtype or set(arguments.op) != set(OPERATORS)
+    return "a recording is of all operators, dtypes, sizes and providers" if partial else ""
 
 
-def run(operator: str, arguments: argparse.Namespace, console: Console) -> list[Row]:
+def launched(plan: Plan, path: Path) -> None:
+    """Measures in a process of its own."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(path.parent / "inductor")}
+    command = [sys.executable, "-m", launch.__name__, json.dumps(asdict(plan)), str(path)]
+    subprocess.run(command, env=os.environ | MEMORY | cache, check=True)
+
+
+def run(plan: Plan, header: report.Environment, out: Path, console: Console) -> list[Row]:
     """Measures one operator, and writes its files; what has been measured when it is interrupted, too."""
-    module = importlib.import_module(f".{operator}", __package__)
-    default = ["bfloat16"] if arguments.quick else ["float32", "bfloat16"]
-    dtypes = [DTYPES[name] for name in arguments.dtype or default]
-    header = report.environment(arguments.device)
     rows: list[Row] = []
-    extra = {}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(pulse_style="bar.complete"))
-    torch.manual_seed(0)
-    try:
-        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-            task = progress.add_task(operator, total=None)
-            for case in module.cases(arguments.device, arguments.quick, dtypes):
-                progress.update(task, description=f"{operator}: {case.name}")
-                chosen = select(case, arguments.providers)
-                block = measure(chosen, arguments.device, EFFORT[arguments.device, arguments.quick])
-                report.show(case.name, block, progress.console)
-                rows += block
-        if hasattr(module, "overhead"):
-            extra["overhead_microseconds"] = module.overhead()
-    finally:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        plots.plot(operator, rows, arguments.out / f"{operator}.png")
-        report.write(operator, rows, header, arguments.out, **extra)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.jsonl" for number in range(plan.processes)]
+        try:
+            for number, path in enumerate(paths):
+                launched(replace(plan, number=number), path)
+        finally:
+            found = [launch.read(path.read_text()) for path in paths if path.exists()]
+            rows = merge([one.rows for one in found])
+            header = header | {"huge_pages": all(one.huge_pages for one in found)}
+            extra = {"overhead_microseconds": cheapest([one.overhead for one in found])}
+            for case, block in report.by_case(rows).items():
+                report.show(case, block, console)
+            out.mkdir(parents=True, exist_ok=True)
+            plots.plot(plan.operator, rows, out / f"{plan.operator}.png")
+            report.write(plan.operator, rows, header, out, **{k: v for k, v in extra.items() if v})
     return rows
 
 
+def cheapest(overheads: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for overhead in overheads for name in overhead)
+    return {name: min(overhead[name] for overhead in overheads if name in overhead) for name in names}
+
+
 def main(argv: Sequence[str]) -> int:
-    """1 if a row of this library is wrong or fails, or (compare) has become slower."""
+    """1 if a row of this library is wrong or fails, or (compare) has become slower; 2 if a run may not be recorded."""
     if argv[:1] == ["compare"]:
         a = compare_parser().parse_args(argv[1:])
         return compare.main(a.before, a.after, a.threshold, a.of_ceiling)
     arguments = parser().parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    torch._inductor.config.force_disable_caches = True  # a compile time that a cache has shortened says nothing
-    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
     console = Console(width=None if sys.stdout.isatty() else 120)
     started, failures = time.perf_counter(), []
+    header = report.environment(arguments.device, arguments.threads)
+    recording = report.RESULTS in arguments.out.resolve().parents
+    if recording and (reason := why_no_recording(arguments, header["commit"])):
+        console.print(f"not recorded: {reason}", style="red", soft_wrap=True, highlight=False)
+        return 2
+    out = Path("out/recording") if recording else arguments.out
+    dtypes = arguments.dtype or (["bfloat16"] if arguments.quick else ["float32", "bfloat16"])
+    processes = PROCESSES if recording else arguments.processes
     for operator in arguments.op:
-        rows = run(operator, arguments, console)
+        plan = Plan(
+            operator, arguments.device, arguments.quick, dtypes, arguments.providers, arguments.threads, processes
+        )
+        rows = run(plan, header, out, console)
         failures += [r for r in rows if r.provider.startswith("fusedpo") and r.note.startswith(("wrong", "failed"))]
-    console.print(f"{time.perf_counter() - started:.0f} s; results in {arguments.out}", highlight=False)
     for row in failures:
         console.print(f"{row.case}: {row.provider}: {row.note}", style="red", soft_wrap=True)
+    if recording:
+        try:
+            if report.commit() != header["commit"]:
+                raise ValueError("the tree has changed during the run")
+            recorded(out)
+        except ValueError as reasons:
+            console.print(f"not recorded, and left in {out}:\n{reasons}", style="red", soft_wrap=True, highlight=False)
+            return 2
+        shutil.copytree(out, arguments.out, dirs_exist_ok=True)
+    console.print(f"{time.perf_counter() - started:.0f} s; results in {arguments.out}", highlight=False)
     return int(bool(failures))

@@ -1,26 +1,36 @@
 """What every benchmark shares: timing that compares providers fairly, ceilings, memory, launches and errors.
 
 Providers of one case take turns, those of each spread over the whole case, so that whatever else the machine does falls
-on all of them; a ratio within one run means something, an absolute time on another machine does not. The ceiling of a
-case, such as one copy of its logits, is one of those who take turns. A row whose output is wrong has no time.
+on all of them; a ratio within one run means something, an absolute time on another machine does not. The ceilings of a
+case, such as a clone of its logits, are among those who take turns. A row whose output is wrong has no time.
+
+All have the same memory: torch's allocator asks for huge pages (:mod:`.cli` sees to that), as the kernels of this
+library do on their own, and page faults are counted, which shows who did not get them.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .record import ENOUGH, Row, summarise
+
 Run = Callable[[], Any]
+
+READ, CLONE, COPY = "one read", "clone (new memory)", "copy (memory that is there)"
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler writes two lines per use otherwise
 
@@ -30,6 +40,7 @@ class Provider:
     """``prepare()`` gives the call that is timed; ``check(result)`` gives its error, and ``allowed`` bounds that.
 
     ``reset()`` runs before each call, untimed: it restores what the call overwrites. ``missing``: why it cannot run.
+    ``ceiling``: the provider whose time is its floor, where that is not the one of the case.
     """
 
     name: str
@@ -39,6 +50,7 @@ class Provider:
     compiles: bool = False
     missing: str = ""
     reset: Callable[[], object] | None = None
+    ceiling: str = ""
 
 
 @dataclass
@@ -58,76 +70,68 @@ class Case:
         return ", ".join([self.group, *(f"{name} = {size:,}" for name, size in self.sizes.items())])
 
 
-@dataclass
-class Row:
-    """One provider in one case. Times in milliseconds; ``note`` says why there is none."""
-
-    case: str
-    group: str
-    sizes: dict[str, int]
-    provider: str
-    median: float | None = None
-    p20: float | None = None
-    p80: float | None = None
-    samples: int = 0
-    gigabytes_per_second: float | None = None
-    teraflops: float | None = None
-    of_ceiling: float | None = None  # the ceiling's time over this time
-    peak_extra_megabytes: float | None = None
-    launches: int | None = None
-    error: float | None = None  # largest difference from float64, over the largest value there
-    compile_seconds: float | None = None
-    note: str = ""
-
-
 @dataclass(frozen=True)
 class Effort:
-    """Each provider is measured until its ``seconds`` are used up: ``least`` times at least, ``most`` times at most.
+    """Each provider has turns until its ``seconds`` are used up: ``least`` at least, ``most`` at most.
 
-    What is fast, as ceilings are, gets many turns: its median must not depend on a moment of the machine. Of a call
-    that takes longer than ``seconds``, the one that measures its memory counts, too, unless it compiles.
+    One that is so slow that it would take longer than ``patience`` has fewer, but two.
     """
 
-    most: int
-    seconds: float
-    least: int = 2
+    least: int
+    most: int = 20
+    seconds: float = 0.4
+    patience: float = 8.0
 
 
-EFFORT = {
-    ("cpu", False): Effort(50, 1.0),
-    ("cpu", True): Effort(20, 0.5),
-    ("cuda", False): Effort(50, 1.0),
-    ("cuda", True): Effort(20, 0.5),
-}
+def effort(quick: bool, processes: int) -> Effort:
+    """Of one of ``processes``, so that all of them together take :data:`ENOUGH` samples."""
+    return Effort(-(-ENOUGH // processes), patience=2.0 if quick else 8.0)
+
+
+LARGE = 16e6
+"""Bytes from which on a case is measured one call a sample, with nothing of it in a cache; below, in calls that follow
+each other."""
 
 
 @dataclass
 class _Call:
-    """What is timed: ``repeats`` calls at a time, for what the harness does between two samples leaves caches cold."""
+    """What is timed: ``repeats`` calls at a time."""
 
     run: Run
-    reset: Callable[[], object] | None
+    reset: Callable[[], object]
     repeats: int = 1
     times: list[float] = field(default_factory=list)
+    faults: list[float] = field(default_factory=list)  # page faults per call
     seconds: float = 0.0  # used up, with all that is not timed
     due: float = 0.0  # when its next turn comes, in shares of the case
+
+    def turn(self, device: str) -> None:
+        started = time.perf_counter()
+        self.reset()
+        gc.collect()
+        clock = _cuda_milliseconds if device == "cuda" else _cpu_milliseconds
+        before = page_faults()
+        self.times.append(float(f"{clock(self.run, self.repeats):.4g}"))
+        self.faults.append((page_faults() - before) / self.repeats)
+        self.seconds += time.perf_counter() - started
 
     def done(self, effort: Effort) -> float:
         """The share of its turns that it has had; all of them from 1 on."""
         turns = len(self.times)
-        return max(turns / effort.most, min(turns / effort.least, self.seconds / effort.seconds))
+        enough = min(turns / effort.least, self.seconds / effort.seconds)
+        return max(turns / effort.most, enough, min(turns / 2, self.seconds / effort.patience))
 
 
 def measure(case: Case, device: str, effort: Effort) -> list[Row]:
     """One row per provider, in their order."""
     torch._dynamo.reset()  # once: it takes from every provider what that has compiled
-    rows = {p.name: Row(case.name, case.group, case.sizes, p.name, note=p.missing) for p in case.providers}
+    rows = {p.name: _row(case, p) for p in case.providers}
     calls: dict[str, _Call] = {}
     for provider in case.providers:
         if provider.missing:
             continue
         try:
-            call = _first_calls(provider, rows[provider.name], device, effort)
+            call = _first_calls(provider, rows[provider.name], case, device)
             if call is not None and case.count_launches:
                 rows[provider.name].launches = launches(call.run, device) or None
         except Exception as error:  # somebody else's code: their failure is a result, not the end of the run
@@ -137,60 +141,71 @@ def measure(case: Case, device: str, effort: Effort) -> list[Row]:
             if call is not None:
                 calls[provider.name] = call
 
-    clock = _cuda_milliseconds if device == "cuda" else _cpu_milliseconds
     gc.collect()
     gc.freeze()  # what is there already need not be searched before each call
     chance = random.Random(0)  # who follows a large release of memory pays for its pages: not always the same one
     waiting = list(calls.values())
+    watch = Watch()
     while waiting:
         call = min(waiting, key=lambda call: call.due)
-        before, started = call.done(effort), time.perf_counter()
-        if call.reset is not None:
-            call.reset()
-        gc.collect()
-        call.times.append(clock(call.run, call.repeats))
-        call.seconds += time.perf_counter() - started
+        before = call.done(effort)
+        call.turn(device)
         done = call.done(effort)
         call.due = done + chance.random() * (done - before)
         waiting = [call for call in waiting if call.done(effort) < 1]
+    others = watch.others()
     gc.unfreeze()
 
     for name, call in calls.items():
-        row = rows[name]
-        row.p20, *_, row.p80 = statistics.quantiles(call.times, n=5, method="inclusive")
-        row.median, row.samples = statistics.median(call.times), len(call.times)
-        row.gigabytes_per_second = case.bytes_moved / row.median / 1e6
-        row.teraflops = case.flops / row.median / 1e9 or None
-        row.of_ceiling = rows[case.ceiling].median and rows[case.ceiling].median / row.median
-    return list(rows.values())
+        rows[name].times, rows[name].others = [call.times], others
+        rows[name].page_faults = statistics.median(call.faults)
+    return summarise(rows.values())
 
 
-def _first_calls(provider: Provider, row: Row, device: str, effort: Effort) -> _Call | None:
-    """Compiles, checks, and measures memory; None if the result is wrong."""
+def _row(case: Case, provider: Provider) -> Row:
+    return Row(
+        case.name,
+        case.group,
+        case.sizes,
+        provider.name,
+        provider.ceiling or case.ceiling,
+        case.bytes_moved,
+        case.flops,
+        note=provider.missing,
+    )
+
+
+def _first_calls(provider: Provider, row: Row, case: Case, device: str) -> _Call | None:
+    """Compiles, measures memory, and checks; None if the result is wrong."""
+    large = case.bytes_moved > LARGE and device == "cpu"
+
+    def reset() -> None:
+        if provider.reset is not None:
+            provider.reset()
+        if large:
+            _cold_caches()
+
     started = time.perf_counter()
     run = provider.prepare()
-    if provider.reset is not None:
-        provider.reset()
-    result = run()
-    _synchronize(device)
     if provider.compiles or device == "cuda":  # Triton compiles then, too
+        reset()
+        run()
+        _synchronize(device)
         row.compile_seconds = time.perf_counter() - started
+    reset()
+    results: list[Any] = []
+    row.peak_extra_megabytes = peak_extra_bytes(lambda: results.append(run()), device) / 1e6
     if provider.check is not None:
-        row.error = provider.check(result)
+        row.error = provider.check(results.pop())
         if not row.error <= provider.allowed:
             row.note = f"wrong: error {row.error:.1e}, allowed {provider.allowed:.1e}"
             return None
-    del result
-    times: list[float] = []
-    row.peak_extra_megabytes = peak_extra_bytes(lambda: times.append(_cpu_milliseconds(run, 1)), device) / 1e6
-    if provider.reset is not None:
-        return _Call(run, provider.reset)
-    if times[0] > effort.seconds * 1e3 and not provider.compiles:  # those are not yet warm
-        return _Call(run, None, times=times, seconds=times[0] / 1e3)
+    if large or provider.reset is not None:
+        return _Call(run, reset)
     started = time.perf_counter()
     run()
     _synchronize(device)
-    return _Call(run, None, min(10, int(1 + 0.01 / (time.perf_counter() - started))))
+    return _Call(run, reset, min(10, int(1 + 0.01 / (time.perf_counter() - started))))
 
 
 def _synchronize(device: str) -> None:
@@ -218,6 +233,61 @@ def _cuda_milliseconds(run: Run, repeats: int) -> float:
         end.synchronize()
         total += start.elapsed_time(end)
     return total / repeats
+
+
+# ------------------------------------------------------------------------------------------------------ the same memory
+
+
+def page_faults() -> int:
+    """Of this process, until now, those that no disk was needed for."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def transparent_hugepage() -> str:
+    """What the kernel allows: always, madvise or never; empty where it does not say."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.read_text().partition("[")[2].partition("]")[0] if path.exists() else ""
+
+
+def has_huge_pages() -> bool:
+    """Whether torch's allocator gets them here: a fault per 2 MiB of what it gives out, not one per 4 KiB."""
+    size, before = 64 << 20, page_faults()
+    torch.empty(size, dtype=torch.uint8).fill_(1)
+    return page_faults() - before < size // 4096 / 4
+
+
+@functools.cache
+def _other_memory() -> Tensor:
+    return torch.zeros(64 << 20, dtype=torch.int32)
+
+
+def _cold_caches() -> None:
+    """Reads 256 MB: what a call before has left in a cache is nobody's advantage."""
+    _other_memory().max()
+
+
+class Watch:
+    """What other programs did since: on a shared machine that is part of every time."""
+
+    def __init__(self) -> None:
+        self.started, self.busy, self.own = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float | None, float]:
+        """Wall time, and processor time of everybody (with what a hypervisor took away) and of this process."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return time.perf_counter(), None, time.process_time()
+        user, nice, system, _idle, _waiting, *interrupts = map(int, stat.read_text().splitlines()[0].split()[1:9])
+        busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, time.process_time()
+
+    def others(self) -> float | None:
+        """The processors in use by others on average; None where the system does not say."""
+        now, busy, own = self._now()
+        if busy is None or self.busy is None:
+            return None
+        return round(max(0.0, busy - self.busy - (own - self.own)) / max(now - self.started, 0.1), 2)
 
 
 # --------------------------------------------------------------------------------------- memory, launches, small calls
@@ -302,12 +372,18 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 def one_read(x: Tensor) -> Provider:
     """The largest of its 32-bit words: nothing reads memory faster."""
     words = x.view(torch.int32)
-    return Provider("one read", lambda: lambda: words.max())
+    return Provider(READ, lambda: lambda: words.max())
 
 
-def one_copy(x: Tensor) -> Provider:
-    target = torch.empty_like(x)
-    return Provider("one copy", lambda: lambda: target.copy_(x))
+def clone(x: Tensor) -> Provider:
+    """The floor of a result in memory of its own, which has to be had first."""
+    return Provider(CLONE, lambda: lambda: x.clone())
+
+
+def copy(x: Tensor) -> Provider:
+    """The floor of a result in memory that is there already, such as that of the logits themselves."""
+    target = torch.zeros_like(x)
+    return Provider(COPY, lambda: lambda: target.copy_(x))
 
 
 # ------------------------------------------------------------------------------------------------------ other providers

@@ -13,12 +13,13 @@ from .batch import OBJECTIVES, SEQUENCES, Loss, exact_coefficients, make_batch, 
 from .harness import Case, Provider, Run, compiled, not_installed, relative_error
 
 SIZES = {
-    ("cpu", False): [(512, 1024, 151_936), (256, 896, 32_000)],
+    ("cpu", False): [(512, 1024, 151_936), (128, 1024, 151_936)],
     ("cpu", True): [(64, 256, 32_000)],
     ("cuda", False): [(8192, 4096, 151_936), (2048, 4096, 151_936), (8192, 4096, 32_000)],
     ("cuda", True): [(8192, 4096, 151_936)],
 }
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+PRODUCTS = "three matrix products"
 
 
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
@@ -102,7 +103,7 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str, 
         loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
         return loss(h, w, ids, batch.mask.int(), batch.advantages, old_per_token_logps=batch.old_logprobs)[0]
 
-    no_gpu = "" if device == "cuda" else "its Triton kernels need a GPU"
+    kernels, no_gpu = ("Triton", "") if device == "cuda" else ("PyTorch", "its Triton kernels need a GPU")
     return Case(
         group=f"PPO, loss and gradients, {str(dtype).removeprefix('torch.')}" + (", half masked" if masked else ""),
         sizes={"T": tokens, "H": width, "V": vocab},
@@ -116,13 +117,18 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str, 
             ),
             provider("eager", eager),
             provider("torch.compile", eager, compile=True),
-            provider("trl", trl, missing=not_installed("trl")),
-            provider("verl", verl, missing=not_installed("verl")),
+            provider(f"trl, {kernels}", trl, missing=not_installed("trl")),
+            provider("verl, PyTorch", verl, missing=not_installed("verl")),
             provider("verl, Triton", verl_by_triton, missing=not_installed("verl") or no_gpu),
-            provider("liger", liger, compiles=True, missing=not_installed("liger_kernel")),
-            provider("cut-cross-entropy", cut_cross_entropy, compiles=True, missing=not_installed("cut_cross_entropy")),
+            provider("liger, torch.compile", liger, compiles=True, missing=not_installed("liger_kernel")),
+            provider(
+                f"cut-cross-entropy, {'Triton' if device == 'cuda' else 'torch.compile'}",
+                cut_cross_entropy,
+                compiles=True,
+                missing=not_installed("cut_cross_entropy"),
+            ),
         ],
-        ceiling="three matrix products",
+        ceiling=PRODUCTS,
         bytes_moved=2 * (hidden.numel() + weight.numel()) * hidden.element_size(),
         flops=6 * int(batch.mask.sum()) * width * vocab,
     )
@@ -142,7 +148,7 @@ def _three_products(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
 
         return run
 
-    return Provider("three matrix products", prepare)
+    return Provider(PRODUCTS, prepare)
 
 
 class _Exact:

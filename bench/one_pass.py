@@ -11,11 +11,22 @@ from torch import Tensor
 import fusedpo
 from fusedpo import Objective
 
-from .batch import OBJECTIVES, SEQUENCES, Batch, Loss, exact_coefficients, make_batch, on_gpu, plain_loss, some_rows
-from .harness import Case, Provider, Run, compiled, not_installed, one_copy, relative_error
+from .batch import (
+    OBJECTIVES,
+    SEQUENCES,
+    Batch,
+    Loss,
+    exact_coefficients,
+    make_batch,
+    on_gpu,
+    plain_loss,
+    some_rows,
+    verl_by,
+)
+from .harness import CLONE, COPY, Case, Provider, Run, clone, compiled, copy, not_installed, relative_error
 
 SIZES = {
-    ("cpu", False): [(512, 151_936), (128, 151_936), (512, 32_000), (512, 262_144)],
+    ("cpu", False): [(512, 151_936), (128, 151_936), (512, 32_000), (128, 262_144)],
     ("cpu", True): [(64, 151_936)],
     ("cuda", False): [(8192, 151_936), (1024, 151_936), (8192, 32_000), (8192, 262_144)],
     ("cuda", True): [(8192, 151_936)],
@@ -28,16 +39,15 @@ SCALE = {torch.float16: 1024.0}
 
 
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
-    first, *others = SIZES[device, quick]
+    first = SIZES[device, quick][0]
     for dtype in dtypes:
-        yield _case("NFPO N=4", dtype, *first, device)
-        if quick:
-            continue
-        yield _case("PPO", dtype, *first, device)
-        yield _case("NFPO N=4", dtype, *first, device, masked=0.5)
-        for tokens, vocab in others:
+        for tokens, vocab in SIZES[device, quick]:
             yield _case("NFPO N=4", dtype, tokens, vocab, device)
-    if not quick and torch.float16 not in dtypes:
+    if quick:
+        return
+    yield _case("PPO", dtypes[-1], *first, device)
+    yield _case("NFPO N=4", dtypes[-1], *first, device, masked=0.5)
+    if torch.float16 not in dtypes:
         yield _case("NFPO N=4", torch.float16, *first, device)
 
 
@@ -90,7 +100,7 @@ def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str, *
         def prepare() -> Run:
             return gradient(lambda x: fused(x, inplace=True, **options), overwritten, factor)
 
-        return Provider(name, prepare, error, ALLOWED[dtype], reset=lambda: overwritten.copy_(logits))
+        return Provider(name, prepare, error, ALLOWED[dtype], reset=lambda: overwritten.copy_(logits), ceiling=COPY)
 
     def two_passes(x: Tensor) -> Tensor:
         logprobs, entropy = fusedpo.token_logprobs(x, ids, mask=batch.mask, return_entropy=True)
@@ -111,6 +121,15 @@ def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str, *
 
         return plain_loss(logprobs_from_logits(x, ids, inplace_backward=False).float(), batch, n)
 
+    def liger() -> Run:
+        """Its logits have a last position, which predicts nothing: padded here, outside the clock."""
+        padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))
+        return gradient(lambda x: _liger(x, batch), padded, scale)
+
+    def error_of_padded(of_padded: Tensor) -> float:
+        return error(of_padded[:, :-1].contiguous())
+
+    kernels = "Triton" if device == "cuda" else "PyTorch"
     ours = [provider("fusedpo", fused), in_place("fusedpo, in place")]
     if scale != 1:  # float16: without a loss_scale it takes two passes
         ours.append(provider("fusedpo, loss_scale", scaled, factor=1.0))
@@ -124,25 +143,25 @@ def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str, *
         group=f"{name}, loss and gradient, {str(dtype).removeprefix('torch.')}" + (", half masked" if masked else ""),
         sizes={"T": tokens, "V": vocab},
         providers=[
-            one_copy(logits),
+            clone(logits),
+            copy(logits),
             *ours,
             provider("eager", eager),
             provider("torch.compile", eager, compile=True),
-            provider("trl", trl, allowed=ROUNDED[dtype], missing=not_installed("trl")),
-            provider("verl", verl, allowed=ROUNDED[dtype], missing=not_installed("verl")),
-            provider("liger", lambda x: _liger(x, batch), missing=_why_no_liger(n, device)),
+            provider(f"trl, {kernels}", trl, allowed=ROUNDED[dtype], missing=not_installed("trl")),
+            provider(f"verl, {verl_by(device)}", verl, allowed=ROUNDED[dtype], missing=not_installed("verl")),
+            Provider("liger, Triton", liger, error_of_padded, ALLOWED[dtype], missing=_why_no_liger(n, device)),
             Provider("cut-cross-entropy", lambda: lambda: None, missing="starts from hidden states: see hidden"),
         ],
-        ceiling="one copy",
+        ceiling=CLONE,
         bytes_moved=2 * logits.numel() * logits.element_size(),
     )
 
 
-def _liger(logits: Tensor, batch: Batch) -> Tensor:
-    """With the token mean. Its logits have a last position, which predicts nothing."""
+def _liger(padded: Tensor, batch: Batch) -> Tensor:
+    """With the token mean."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))
     ids, old, advantages, mask = batch
     options = {"temperature": 1.0, "beta": 0.0, "eps_low": 0.2, "eps_high": 0.2, "inplace": False, "reduce": True}
     return triton_grpo_loss(padded, old, None, ids, advantages, mask.int(), loss_type="bnpo", **options)[0]

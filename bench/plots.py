@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 
-from .harness import Row
+from .record import Row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

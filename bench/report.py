@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .harness import Row
+from .harness import transparent_hugepage
+from .record import FORMAT, Row, dumps, number
+
+Environment = dict[str, Any]
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench/results"
 
 COLUMNS: Sequence[tuple[str, str, str]] = (
     ("provider", "provider", "{}"),
-    ("median", "ms", "{:.3g}"),
-    ("p20", "p20", "{:.3g}"),
-    ("p80", "p80", "{:.3g}"),
+    ("median", "ms", ""),
+    ("p20", "p20", ""),
+    ("p80", "p80", ""),
+    ("samples", "n", "{}"),
+    ("low", "lowest", ""),
+    ("high", "highest", ""),
     ("gigabytes_per_second", "GB/s", "{:.3g}"),
     ("teraflops", "TFLOP/s", "{:.3g}"),
     ("of_ceiling", "of ceiling", "{:.0%}"),
+    ("ceiling", "ceiling", "{}"),
+    ("page_faults", "faults", "{:,.0f}"),
+    ("others", "others", "{:.2f}"),
     ("peak_extra_megabytes", "peak MB", "{:.3g}"),
     ("launches", "launches", "{}"),
     ("error", "error", "{:.1e}"),
@@ -54,10 +64,14 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Of the source tree that this file is in; an installed package has none."""
-    root = Path(__file__).resolve().parents[1]
-    return _output("git", "-C", str(root), "describe", "--always", "--dirty") if (root / ".git").exists() else None
+def commit() -> str | None:
+    """Of the source tree that this file is in, results apart; an installed package has none."""
+    root = RESULTS.parents[1]
+    if not (root / ".git").exists():
+        return None
+    described = _output("git", "-C", str(root), "describe", "--always")
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    return described and described + ("-dirty" if changed else "")
 
 
 def _processor() -> str:
@@ -72,10 +86,13 @@ def _processor() -> str:
     return "{model name} (family {cpu family}, model {model})".format_map(defaultdict(lambda: "?", fields))
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, threads: int) -> Environment:
+    """``run`` is the same in all files of one run."""
     on_gpu = device == "cuda"
+    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     return {
-        "date": datetime.date.today().isoformat(),
+        "date": now.date().isoformat(),
+        "run": now.isoformat(),
         "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "capability": "sm_{}{}".format(*torch.cuda.get_device_capability())
         if on_gpu
@@ -83,22 +100,30 @@ def environment(device: str) -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cuda": torch.version.cuda,
         "cpu": _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
+        "transparent_hugepage": transparent_hugepage(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "fusedpo": version("fusedpo"),
-        "commit": _commit(),
+        "commit": commit(),
         **{name: version(name) for name in PEERS},
     }
 
 
-def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+TIMES = ("median", "p20", "p80", "low", "high")
+
+
+def _cell(row: Row, key: str, pattern: str) -> str:
+    value = getattr(row, key)
+    if value is None or (key == "samples" and not value):
+        return ""
+    return number(value, row.samples) if key in TIMES else pattern.format(value)
+
+
+def _cells(rows: Sequence[Row], leave_out: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Titles and lines of the table, without the columns that are empty."""
-    columns = [c for c in COLUMNS if any(getattr(row, c[0]) not in (None, "") for row in rows)]
-    lines = [
-        [pattern.format(v) if (v := getattr(row, key)) is not None else "" for key, _, pattern in columns]
-        for row in rows
-    ]
+    columns = [c for c in COLUMNS if c[0] not in leave_out and any(_cell(row, c[0], c[2]) for row in rows)]
+    lines = [[_cell(row, key, pattern) for key, _, pattern in columns] for row in rows]
     return [title for _, title, _ in columns], lines
 
 
@@ -112,7 +137,7 @@ def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def show(case: str, rows: list[Row], console: Console) -> None:
     """The table of one case, and why the rows without a time have none."""
     measured = [row for row in rows if row.median is not None]
-    titles, lines = _cells([replace(row, gigabytes_per_second=None, compile_seconds=None) for row in measured])
+    titles, lines = _cells(measured, ("gigabytes_per_second", "compile_seconds", "low", "high", "ceiling", "others"))
     table = Table(title=case, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for heading in titles:
         table.add_column(heading, justify="left" if heading == "provider" else "right", no_wrap=True)
@@ -129,11 +154,11 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> lis
     return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)]
 
 
-def write(operator: str, rows: list[Row], header: dict[str, Any], out: Path, **extra: Any) -> None:
+def write(operator: str, rows: list[Row], header: Environment, out: Path, **extra: Any) -> None:
     """``operator.json`` and ``operator.md``."""
     out.mkdir(parents=True, exist_ok=True)
-    document = {"operator": operator, "environment": header, "rows": [asdict(row) for row in rows], **extra}
-    (out / f"{operator}.json").write_text(json.dumps(document, indent=1) + "\n")
+    document = {"format": FORMAT, "operator": operator, "environment": header, **extra}
+    (out / f"{operator}.json").write_text(dumps(document | {"rows": [asdict(row) for row in rows]}))
     machine = ", ".join(f"{name} {value}" for name, value in header.items() if value is not None)
     lines = [f"# {operator}", "", machine]
     for case, block in by_case(rows).items():

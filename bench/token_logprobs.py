@@ -14,10 +14,24 @@ import fusedpo
 from fusedpo import _checks, backends
 
 from .batch import some_rows
-from .harness import Case, Provider, Run, compiled, microseconds, not_installed, one_copy, one_read, relative_error
+from .harness import (
+    CLONE,
+    COPY,
+    READ,
+    Case,
+    Provider,
+    Run,
+    clone,
+    compiled,
+    copy,
+    microseconds,
+    not_installed,
+    one_read,
+    relative_error,
+)
 
 SIZES = {
-    ("cpu", False): [(512, 151_936), (128, 151_936), (512, 32_000), (512, 262_144)],
+    ("cpu", False): [(512, 151_936), (128, 151_936), (512, 32_000), (128, 262_144)],
     ("cpu", True): [(64, 151_936)],
     ("cuda", False): [(8192, 151_936), (1024, 151_936), (8192, 32_000), (8192, 262_144)],
     ("cuda", True): [(8192, 151_936)],
@@ -25,7 +39,7 @@ SIZES = {
 
 Function = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
-OVERWRITE_LOGITS = ("fusedpo, in place", "liger, no entropy")
+OVERWRITE_LOGITS = ("fusedpo, in place", "liger, Triton, no entropy")
 
 
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
@@ -120,10 +134,11 @@ def _functions(device: str) -> Iterator[tuple[str, Function, str]]:
     yield "eager", eager, ""
     yield "eager, no entropy", eager_without_entropy, ""
     yield "torch.compile", eager, ""
-    yield "trl", trl, not_installed("trl")
-    yield "trl, no entropy", trl_without_entropy, not_installed("trl")
+    kernels = "Triton" if device == "cuda" else "PyTorch"
+    yield f"trl, {kernels}", trl, not_installed("trl")
+    yield f"trl, {kernels}, no entropy", trl_without_entropy, not_installed("trl")
     no_gpu = "" if device == "cuda" else "its Triton kernels need a GPU"
-    yield "liger, no entropy", liger, not_installed("liger_kernel") or no_gpu
+    yield "liger, Triton, no entropy", liger, not_installed("liger_kernel") or no_gpu
 
 
 def _cases(tokens: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -172,13 +187,13 @@ def _cases(tokens: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator
         check = gradient_error if backward else value_error
         allowed = max(1e-4, 4 * torch.finfo(dtype).eps)  # some compute in the dtype of the logits
         reset = (lambda: overwritten.copy_(logits)) if in_place and backward else None
-        return Provider(name, prepare, check, allowed, is_compiled, missing, reset)
+        return Provider(name, prepare, check, allowed, is_compiled, missing, reset, COPY if reset else "")
 
     sizes = {"T": tokens, "V": vocab}
     forward = [provider(*f, backward=False) for f in _functions(device) if f[0] != "fusedpo, in place"]
-    yield Case(f"forward, {label}", sizes, [one_read(logits), *forward], "one read", size)
+    yield Case(f"forward, {label}", sizes, [one_read(logits), *forward], READ, size)
     both = [provider(*f, backward=True) for f in _functions(device)]
-    yield Case(f"forward and backward, {label}", sizes, [one_copy(logits), *both], "one copy", 3 * size)
+    yield Case(f"forward and backward, {label}", sizes, [clone(logits), copy(logits), *both], CLONE, 3 * size)
 
 
 def _slice_against_next_tokens(tokens: int, vocab: int, device: str) -> Iterator[Case]:
