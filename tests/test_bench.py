@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import mmap
+import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,26 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fusedpo.bench import OPERATORS, batch, cli, compare, report
-from fusedpo.bench.harness import Case, Effort, Provider, Row, compiled, measure, peak_extra_bytes, relative_error
+from fusedpo.bench import OPERATORS, batch, cli, compare, harness, launch, plots, record, report
+from fusedpo.bench.harness import Case, Effort, Provider, compiled, measure, peak_extra_bytes, relative_error
+from fusedpo.bench.record import Row
+from rich.console import Console
 
 from fusedpo import backends
 from fusedpo.__main__ import main
 
 ONCE = Effort(most=3, seconds=1.0, least=3)
+
+
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """Measures in this process, with what runs without a compiler."""
+    monkeypatch.setattr(cli, "launched", lambda plan, path: launch.main(plan, path, Console(quiet=True)))
+    monkeypatch.setattr(launch, "effort", lambda quick, processes: ONCE)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def case(*providers: Provider, **options: Any) -> Case:
@@ -75,7 +91,7 @@ def test_times_and_rates() -> None:
 
 def test_what_is_fast_gets_more_turns_than_what_is_slow() -> None:
     slow = Provider("slow", lambda: lambda: time.sleep(0.2))
-    rows = {row.provider: row for row in measure(case(slow), "cpu", Effort(most=9, seconds=0.3))}
+    rows = {row.provider: row for row in measure(case(slow), "cpu", Effort(least=2, most=9, seconds=0.3))}
     assert rows["slow"].samples == 2
     assert rows["slow"].p20 <= rows["slow"].median <= rows["slow"].p80
     assert 2 < rows["floor"].samples <= 9
@@ -153,14 +169,13 @@ SMALL = {
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_every_operator_is_measured(operator, tmp_path, monkeypatch, capsys) -> None:
-    """With what runs without a compiler; the files hold what the terminal shows."""
+def test_every_operator_is_measured(operator, tmp_path, monkeypatch, capsys, here) -> None:
+    """The files hold what the terminal shows, and each sample."""
     module = importlib.import_module(f"fusedpo.bench.{operator}")
     if operator in SMALL:
         monkeypatch.setattr(module, "SIZES", SMALL[operator])
     if hasattr(module, "overhead"):
         monkeypatch.setattr(module, "overhead", lambda: {"a call": 1.0})
-    monkeypatch.setattr(cli, "EFFORT", {("cpu", True): ONCE})
     options = [
         "--op",
         operator,
@@ -173,16 +188,17 @@ def test_every_operator_is_measured(operator, tmp_path, monkeypatch, capsys) -> 
         "--out",
         str(tmp_path),
     ]
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    threads = torch.get_num_threads()
     assert cli.main(options) == 0
-    torch.set_num_threads(threads)
     document = json.loads((tmp_path / f"{operator}.json").read_text())
-    assert {"date", "device", "threads", "torch", "commit", "load"} <= document["environment"].keys()
+    assert {"date", "device", "threads", "torch", "commit", "load", "huge_pages"} <= document["environment"].keys()
     rows = document["rows"]
     assert {row["provider"] for row in rows if row["median"]} >= {"fusedpo"}
     assert all(row["error"] is not None for row in rows if row["provider"].startswith(("fusedpo", "eager")))
     assert all(row["of_ceiling"] for row in rows if row["median"])
+    assert all(row["samples"] == sum(map(len, row["times"])) > 0 for row in rows if row["median"])
+    assert all(row["page_faults"] is not None for row in rows if row["median"])
+    in_place = {row["ceiling"] for row in rows if "in place" in row["provider"]}
+    assert in_place == ({harness.COPY} if operator in ("one_pass", "token_logprobs") else set())
     markdown, shown = (tmp_path / f"{operator}.md").read_text(), capsys.readouterr().out
     assert (tmp_path / f"{operator}.png").stat().st_size > 5000
     for row in rows:
@@ -202,9 +218,9 @@ def test_all_cases_are_right_and_name_every_peer(operator, monkeypatch) -> None:
         groups.add(each.group)
         names = {provider.name.partition(",")[0] for provider in each.providers}
         assert names >= {"fusedpo", "eager", "torch.compile", "trl", "verl", "liger", "cut-cross-entropy"}
-        for row in measure(cli.select(each, ["fusedpo"]), "cpu", ONCE):
+        for row in measure(launch.select(each, ["fusedpo"]), "cpu", ONCE):
             assert row.median is not None, row
-            assert row.error is not None or row.provider == each.ceiling
+            assert row.error is not None or row.provider in (each.ceiling, harness.COPY)
     for part in ("half masked", "float16") if operator == "one_pass" else ("half masked",):
         assert any(part in group for group in groups)
 
@@ -223,12 +239,11 @@ def test_a_gpu_has_a_choice_of_backends() -> None:
     assert names == ["native", "triton"]
 
 
-def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch) -> None:
+def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch, here) -> None:
     import fusedpo
 
     module = importlib.import_module("fusedpo.bench.one_pass")
     monkeypatch.setattr(module, "SIZES", SMALL["one_pass"])
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     right = fusedpo.policy_loss_from_logits
 
     def wrong(logits, *args, **options):
@@ -243,6 +258,221 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch) -> None:
     assert rows["fusedpo, two passes"]["median"] is not None  # it does not use the function
 
 
+# ------------------------------------------------------------------------------------------------- memory and processes
+
+
+def test_all_get_huge_pages(tmp_path) -> None:
+    """Only a process that starts with the switch: torch reads it once."""
+    if harness.transparent_hugepage() != "madvise":
+        pytest.skip(f"transparent_hugepage is {harness.transparent_hugepage()!r}, not a choice of the process")
+    plan = launch.Plan("hidden", "cpu", True, ["bfloat16"], ["eager"], torch.get_num_threads(), 1)
+    cli.launched(plan, tmp_path / "with")
+    found = launch.read((tmp_path / "with").read_text())
+    assert found.huge_pages
+    assert {row.provider for row in found.rows if row.median} == {"three matrix products", "eager"}
+    code = "from fusedpo.bench import harness; print(harness.has_huge_pages())"
+    bare = {name: value for name, value in os.environ.items() if name not in cli.MEMORY}
+    without = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
+    assert without.stdout.strip() == "False"
+
+
+def test_small_pages_are_noticed() -> None:
+    assert not record.has_small_pages(Row("c", "g", {}, "p", peak_extra_megabytes=311.0, page_faults=900.0))
+    assert record.has_small_pages(Row("c", "g", {}, "p", peak_extra_megabytes=311.0, page_faults=76_000.0))
+    assert not record.has_small_pages(Row("c", "g", {}, "p", peak_extra_megabytes=4.0, page_faults=1000.0))
+
+
+def test_faults_of_a_call_are_counted() -> None:
+    def small_pages() -> mmap.mmap:
+        memory = mmap.mmap(-1, 1 << 20)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory.write(bytes(1 << 20))
+        return memory
+
+    rows = rows_of(case(Provider("maps", lambda: small_pages)))
+    assert rows["maps"].page_faults >= (1 << 20) // mmap.PAGESIZE > rows["floor"].page_faults
+
+
+def test_the_work_of_others_is_watched(monkeypatch) -> None:
+    """Two processors for ten seconds, one of them ours."""
+    times = iter([(0.0, 100.0, 5.0), (10.0, 120.0, 15.0)])
+    monkeypatch.setattr(harness.Watch, "_now", staticmethod(lambda: next(times)))
+    assert harness.Watch().others() == 1.0
+
+
+def test_slow_providers_get_ten_samples_unless_patience_ends() -> None:
+    slow = Provider("slow", lambda: lambda: time.sleep(0.03))
+    for patience, samples in ((8.0, 10), (0.05, 2)):
+        rows = measure(case(slow), "cpu", replace(harness.effort(True, 1), seconds=0.01, patience=patience))
+        assert rows[1].samples == samples
+    assert 3 * harness.effort(False, 3).least >= record.ENOUGH
+
+
+def timed(provider: str, *times: list[float]) -> Row:
+    return Row("c", "g", {"T": 8}, provider, "floor", 1e6, times=list(times))
+
+
+def test_processes_are_merged() -> None:
+    floor = [timed("floor", [t]) for t in (1.0, 1.0, 2.0)]
+    rows = [timed("p", times) for times in ([1.0, 2.0, 3.0], [6.0, 7.0], [4.0, 4.0, 4.0, 4.0])]
+    for row, faults in zip(rows, (10.0, 30.0, 20.0), strict=True):
+        row.page_faults = faults
+    merged = record.merge([[f, row] for f, row in zip(floor, rows, strict=True)])[1]
+    assert (merged.median, merged.low, merged.high, merged.samples) == (4.0, 2.0, 6.5, 9)
+    assert (merged.of_ceiling, merged.page_faults) == (0.25, 30.0)
+    rows[1].times, rows[1].note = [], "wrong: error 1"
+    failed = record.merge([[row] for row in rows])[0]
+    assert failed.median is None
+    assert failed.note == "wrong: error 1"
+
+
+@pytest.mark.parametrize(
+    ("value", "samples", "text"),
+    [(12.345, 12, "12.3"), (12.345, 9, "12"), (12.345, 2, "10"), (1234.5, 30, "1,230"), (0.01234, 30, "0.0123")],
+)
+def test_a_time_has_the_digits_that_its_samples_allow(value, samples, text) -> None:
+    assert record.number(value, samples) == text
+
+
+# ------------------------------------------------------------------------------------------------------------ recording
+
+
+def recorded_document(operator: str = "one_pass", **environment: Any) -> record.Document:
+    header = report.environment("cpu", 2) | {"commit": "abc1234", "huge_pages": True, "transparent_hugepage": "madvise"}
+    rows = [timed(name, *[[1.0, 2.0, 3.0, 4.0]] * record.PROCESSES) for name in ("floor", "fusedpo")]
+    for row in rows:
+        row.peak_extra_megabytes, row.page_faults = 311.0, 200.0
+    rows = [*record.summarise(rows), Row("c", "g", {"T": 8}, "liger", note="needs a GPU")]
+    document = {"format": record.FORMAT, "operator": operator, "environment": header | environment}
+    return document | {"rows": [row.__dict__ for row in rows]}
+
+
+def spoilt(name: str) -> record.Document:
+    document = recorded_document()
+    environment, row = document["environment"], document["rows"][1]
+    if name == "dirty":
+        environment["commit"] += "-dirty"
+    elif name == "no commit":
+        environment["commit"] = None
+    elif name == "pages of 4 KiB":
+        environment["huge_pages"] = False
+    elif name == "page faults":
+        row["page_faults"] = 76_000.0
+    elif name == "says 13 samples":
+        row["samples"] = 13
+    elif name == "not those of its samples":
+        row["p80"] *= 1.1
+    elif name == "2 of 3 processes":
+        row |= record.summarise([replace(Row(**row), times=row["times"][:2])])[0].__dict__
+        row["of_ceiling"] = 1.0
+    elif name == "is of format":
+        document["format"] = 1
+    elif name == "neither a time nor a reason":
+        document["rows"][2]["note"] = ""
+    return document
+
+
+def test_what_may_be_published(tmp_path) -> None:
+    assert record.faults(recorded_document()) == []
+    never = recorded_document(huge_pages=False, transparent_hugepage="never")
+    assert record.faults(never) == []  # nobody has them there, and the page says so
+    for name in OPERATORS:
+        (tmp_path / f"{name}.json").write_text(record.dumps(recorded_document(name, run="now")))
+    assert list(record.recorded(tmp_path)) == list(OPERATORS)
+    other = json.loads((tmp_path / "hidden.json").read_text())
+    other["environment"]["commit"] = "def5678"
+    (tmp_path / "hidden.json").write_text(record.dumps(other))
+    with pytest.raises(ValueError, match="not one run of one commit"):
+        record.recorded(tmp_path)
+    (tmp_path / "hidden.json").unlink()
+    with pytest.raises(ValueError, match="without hidden"):
+        record.recorded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dirty",
+        "no commit",
+        "pages of 4 KiB",
+        "page faults",
+        "says 13 samples",
+        "not those of its samples",
+        "2 of 3 processes",
+        "is of format",
+        "neither a time nor a reason",
+    ],
+)
+def test_what_may_not_be_published(name) -> None:
+    (reason,) = record.faults(spoilt(name))
+    assert name in reason or name in ("dirty", "no commit")
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """A tree to record in, where measuring takes no time."""
+
+    def measured(plan: launch.Plan, path: Path) -> None:
+        rows = [timed(name, [1.0, 2.0, 3.0, 4.0]) for name in ("floor", "fusedpo")]
+        entries = [{"huge_pages": True}, {"rows": [row.__dict__ for row in rows]}]
+        path.write_text("\n".join(map(json.dumps, entries)))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench/results")
+    monkeypatch.setattr(report, "commit", lambda: "abc1234")
+    monkeypatch.setattr(cli, "launched", measured)
+    monkeypatch.setattr(plots, "plot", lambda *_: None)
+    return tmp_path / "bench/results/machine"
+
+
+def test_a_clean_tree_is_recorded(tree, capsys) -> None:
+    assert cli.main(["--device", "cpu", "--out", str(tree)]) == 0, capsys.readouterr().out
+    assert set(record.recorded(tree)) == set(OPERATORS)
+    assert " 12 " in (tree / "one_pass.md").read_text()
+
+
+def test_a_dirty_tree_cannot_record(tree, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(report, "commit", lambda: "abc1234-dirty")
+    assert cli.main(["--device", "cpu", "--out", str(tree)]) == 2
+    assert "not that of a commit" in capsys.readouterr().out
+    assert not tree.exists()
+    assert cli.main(["--device", "cpu", "--op", "hidden", "--out", "elsewhere"]) == 0
+    assert json.loads(Path("elsewhere/hidden.json").read_text())["environment"]["commit"] == "abc1234-dirty"
+
+
+def test_neither_a_part_of_a_run_nor_a_tree_that_changes_is_recorded(tree, monkeypatch, capsys) -> None:
+    assert cli.main(["--device", "cpu", "--quick", "--out", str(tree)]) == 2
+    commits = iter(["abc1234", "def5678"])
+    monkeypatch.setattr(report, "commit", lambda: next(commits))
+    assert cli.main(["--device", "cpu", "--out", str(tree)]) == 2
+    assert "changed during the run" in capsys.readouterr().out
+    assert not tree.exists()
+
+
+def test_the_commit_says_what_differs_from_it(tmp_path, monkeypatch) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench/results")
+    assert report.commit() is None
+    git("init")
+    (tmp_path / "code").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    first = report.commit()
+    assert first
+    assert not first.endswith("-dirty")
+    report.RESULTS.mkdir(parents=True)
+    (report.RESULTS / "new.json").write_text("{}")  # what a recording itself writes
+    assert report.commit() == first
+    for name in ("code", "untracked"):
+        (tmp_path / name).write_text("2")
+        assert report.commit() == f"{first}-dirty"
+        git("stash", "--include-untracked")
+        report.RESULTS.mkdir(parents=True, exist_ok=True)
+
+
 # -------------------------------------------------------------------------------------------------------------- compare
 
 
@@ -254,7 +484,7 @@ def document(**medians: float | None) -> dict:
             row.median, row.p20, row.p80 = median, 0.95 * median, 1.05 * median
             row.of_ceiling = medians["floor"] / median
         rows.append(row.__dict__)
-    return {"environment": report.environment("cpu"), "rows": rows}
+    return {"environment": report.environment("cpu", 2), "rows": rows}
 
 
 @pytest.mark.parametrize(
