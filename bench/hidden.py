@@ -27,8 +27,8 @@ def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]
     for dtype in dtypes:
         for size in sizes:
             yield _case(dtype, *size, device)
-        if not quick:
-            yield _case(dtype, *sizes[-1], device, masked=0.5)
+    if not quick:
+        yield _case(dtypes[-1], *sizes[-1], device, masked=0.5)
 
 
 def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str, *, masked: float = 0.0) -> Case:

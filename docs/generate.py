@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import record  # noqa: E402
+from bench.record import BUSY, ENOUGH, Row, number  # noqa: E402
+
 RESULTS = ROOT / "bench/results"
-PAGES = ("README.md", "docs/verification.md")
+PAGES = ("README.md", "docs/performance.md", "docs/verification.md")
 
 Document = dict[str, Any]
 RowDict = dict[str, Any]
@@ -37,107 +42,177 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- measured
 
-
-CEILINGS = ("one read", "one copy", "three matrix products")
-
-
-def milliseconds(row: RowDict) -> str:
-    time = row["median"]
-    return f"{time:,.0f} ms" if time >= 1000 else f"{time:.3g} ms"
+DTYPES = ("float32", "bfloat16")
+NOTHING = "Not recorded yet: `python -m fusedpo bench --out bench/results/MACHINE`."
 
 
-def label(provider: str) -> str:
-    if provider in CEILINGS:
-        return f"{provider} (the floor)"
-    return f"`{provider}`" if provider.startswith("fusedpo") else provider
+def recorded() -> Iterator[tuple[Path, dict[str, Document]]]:
+    """What may be published, by machine."""
+    for folder in machines():
+        if documents := record.recorded(folder):
+            yield folder, documents
 
 
-def against(row: RowDict, baseline: RowDict) -> str:
-    ratio = baseline["median"] / row["median"]
-    if row["provider"] in CEILINGS:
+def cases(document: Document, group: str) -> list[dict[str, Row]]:
+    """The rows with a time by provider, of each case of the group with the vocabulary of the first."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in (Row(**entry) for entry in document["rows"]):
+        if row.group == group and row.median is not None:
+            found.setdefault(row.case, {})[row.provider] = row
+    blocks = list(found.values())
+    return [block for block in blocks if any_row(block).sizes.get("V") == any_row(blocks[0]).sizes.get("V")]
+
+
+def any_row(block: dict[str, Row]) -> Row:
+    return next(iter(block.values()))
+
+
+def sizes(row: Row) -> str:
+    return ", ".join(f"{name} = {size:,}" for name, size in row.sizes.items())
+
+
+def label(row: Row) -> str:
+    name = f"`{row.provider}`" if row.provider.startswith("fusedpo") else row.provider
+    return name + (", on a busy machine" if (row.others or 0) > BUSY else "")
+
+
+def milliseconds(row: Row, *names: str) -> str:
+    return " to ".join(number(getattr(row, name), row.samples) for name in names)
+
+
+def against(row: Row, baseline: Row | None) -> str:
+    """How many times as fast."""
+    if baseline is None or row.provider == row.ceiling or row.median is None or baseline.median is None:
         return ""
-    return "1" if row is baseline else f"{ratio:.1f}x faster" if ratio > 1 else f"{1 / ratio:.1f}x slower"
+    return f"{number(baseline.median / row.median, min(row.samples, baseline.samples, ENOUGH - 1))}x"
 
 
-def headline(document: Document, group: str) -> dict[str, RowDict]:
-    """By provider, the measured rows of the group's first case."""
-    rows = [row for row in document["rows"] if row["group"] == group]
-    return {row["provider"]: row for row in rows if row["case"] == rows[0]["case"] and row["median"] is not None}
+IN_README = (
+    "clone (new memory)",
+    "copy (memory that is there)",
+    "fusedpo",
+    "fusedpo, in place",
+    "eager",
+    "torch.compile",
+)
 
 
-def sizes(rows: dict[str, RowDict]) -> str:
-    return ", ".join(f"{name} = {size:,}" for name, size in next(iter(rows.values()))["sizes"].items())
+def measured() -> str:
+    """The one table of the README: the fusion, by what trains most, at two numbers of tokens."""
+    parts = []
+    for folder, documents in recorded():
+        blocks = {
+            f"{dtype}, T = {any_row(block).sizes['T']:,}": block
+            for dtype in DTYPES
+            for block in cases(documents["one_pass"], f"NFPO N=4, loss and gradient, {dtype}")
+        }
+        peers = [name for name in next(iter(blocks.values())) if name.startswith("trl")]
+        lines = []
+        for provider in (*IN_README, *peers):
+            rows = [(block.get(provider), block.get("eager")) for block in blocks.values()]
+            if any(row for row, _ in rows):
+                first = next(row for row, _ in rows if row)
+                lines.append([label(first), *(_cell(row, eager) for row, eager in rows)])
+        title = "NFPO (N = 4) from logits: loss and gradient, V = 151,936"
+        parts.append(f"{table([title, *blocks], lines)}\n\n{source(folder, 'one_pass', documents['one_pass'])}")
+    return "\n\n".join(parts) or NOTHING
 
 
-def compared(document: Document, title: str, columns: dict[str, str], baseline: str = "eager") -> str:
-    """Time, ratio to the baseline and extra memory of every provider; ``columns`` maps headings to groups."""
-    found = {heading: headline(document, group) for heading, group in columns.items()}
-    found = {heading: rows for heading, rows in found.items() if rows}
-    if not found:
+def _cell(row: Row | None, eager: Row | None) -> str:
+    if row is None:
         return ""
-    first = next(iter(found.values()))
-    header = [f"{title}, {sizes(first)}"]
-    for heading in found:
-        header += [heading, f"against {baseline}", "extra memory"]
-    lines = []
-    for provider in dict.fromkeys(name for rows in found.values() for name in rows):
-        line = [label(provider)]
-        for rows in found.values():
-            row = rows.get(provider)
-            base = rows.get(baseline)
-            memory = "" if row is None else f"{row['peak_extra_megabytes']:.0f} MB"
-            line += [milliseconds(row), against(row, base) if base else "", memory] if row else ["", "", ""]
-        lines.append(line)
-    return table(header, lines)
+    ratio = "" if row is eager else against(row, eager)
+    spread = f"{milliseconds(row, 'p20', 'p80')}, n = {row.samples}"
+    return f"{milliseconds(row, 'median')} ms{ratio and f', **{ratio}**'}<br>{spread}"
 
 
-def small(document: Document, title: str, columns: dict[str, str]) -> str:
-    """Times only: a line per provider, a column per group."""
-    found = {heading: headline(document, group) for heading, group in columns.items()}
-    found = {heading: rows for heading, rows in found.items() if rows}
-    providers = dict.fromkeys(name for rows in found.values() for name in rows)
-    lines = [[label(p), *(milliseconds(rows[p]) if p in rows else "" for rows in found.values())] for p in providers]
-    return table([title, *(f"{heading}, {sizes(rows)}" for heading, rows in found.items())], lines) if found else ""
+TABLES: Sequence[tuple[str, str, str, str]] = (
+    *(
+        (operator, f"{group}, {dtype}", f"{title}, {dtype}", "eager")
+        for operator, group, title in (
+            ("one_pass", "NFPO N=4, loss and gradient", "NFPO (N = 4) from logits: loss and gradient"),
+            ("one_pass", "PPO, loss and gradient", "PPO from logits: loss and gradient"),
+            ("hidden", "PPO, loss and gradients", "PPO from hidden states: loss and gradients"),
+            ("token_logprobs", "forward", "log-probs and entropy: forward"),
+            ("token_logprobs", "forward and backward", "log-probs and entropy: forward and backward"),
+        )
+        for dtype in DTYPES
+    ),
+    (
+        "one_pass",
+        "NFPO N=4, loss and gradient, bfloat16, half masked",
+        "NFPO from logits, half of the tokens masked",
+        "eager",
+    ),
+    (
+        "hidden",
+        "PPO, loss and gradients, bfloat16, half masked",
+        "PPO from hidden states, half of the tokens masked",
+        "eager",
+    ),
+    *(
+        (
+            "policy_loss",
+            f"NFPO N={n}, forward and backward",
+            f"NFPO (N = {n}) from log-probs: loss and gradient",
+            "eager, plain",
+        )
+        for n in (1, 4, 64)
+    ),
+    *(
+        ("advantages", name, f"advantages: {name}", "reference")
+        for name in ("grpo", "rloo", "grpo_passk", "maxpo", "gae and whiten")
+    ),
+)
+"""Operator, group, title, and the provider that the others are compared with."""
+
+
+def tables() -> str:
+    """What the README has no room for."""
+    parts = []
+    for folder, documents in recorded():
+        for operator, group, title, baseline in TABLES:
+            blocks = cases(documents[operator], group)
+            header = ["", "provider", "ms", "20th to 80th percentile", "n", "medians of the processes"]
+            header += [f"speed against {baseline}", "of its floor", "page faults", "extra memory"]
+            lines = [
+                [
+                    sizes(row),
+                    label(row),
+                    milliseconds(row, "median"),
+                    milliseconds(row, "p20", "p80"),
+                    str(row.samples),
+                    milliseconds(row, "low", "high"),
+                    "1" if row.provider == baseline else against(row, block.get(baseline)),
+                    f"{row.of_ceiling:.0%} of {row.ceiling}" if row.of_ceiling and row.ceiling != row.provider else "",
+                    f"{row.page_faults or 0:,.0f}",
+                    f"{row.peak_extra_megabytes or 0:,.0f} MB",
+                ]
+                for block in blocks
+                for row in block.values()
+            ]
+            if lines:
+                parts.append(
+                    f"**{title}**\n\n{table(header, lines)}\n\n{source(folder, operator, documents[operator])}"
+                )
+    return "\n\n".join(parts) or NOTHING
 
 
 def machine(document: Document) -> str:
     e = document["environment"]
-    versions = ", ".join(
-        f"{name} {e[name]}" for name in ("torch", "triton", "trl", "verl", "liger_kernel") if e.get(name)
-    )
-    load = f"; load {e['load']:g} before the run" if e.get("load") is not None else ""
+    packages = ("torch", "triton", "trl", "verl", "liger_kernel", "cut-cross-entropy")
+    versions = ", ".join(f"{name} {e[name]}" for name in packages if e.get(name))
     where = e["device"] if e.get("driver") else f"{e['threads']} threads of {e['device']}, {e['capability']}"
-    return f"{where}; {versions}; {e['date']}, commit {e['commit']}{load}"
-
-
-DTYPES = ("float32", "bfloat16")
-
-
-def measured() -> str:
-    parts = []
-    for folder in machines():
-        documents = {name: load(folder / f"{name}.json") for name in ("one_pass", "hidden", "token_logprobs")}
-        documents |= {name: load(folder / f"{name}.json") for name in ("policy_loss", "advantages")}
-        tables = []
-        for name, prefix, title in (
-            ("one_pass", "NFPO N=4, loss and gradient, ", "NFPO (N = 4) from logits: loss and gradient"),
-            ("one_pass", "PPO, loss and gradient, ", "PPO from logits: loss and gradient"),
-            ("hidden", "PPO, loss and gradients, ", "PPO from hidden states: loss and gradients"),
-            ("token_logprobs", "forward and backward, ", "log-probs and entropy: forward and backward"),
-        ):
-            if documents[name]:
-                text = compared(documents[name], title, {dtype: prefix + dtype for dtype in DTYPES})
-                tables.append(f"{text}\n\n{source(folder, name, documents[name])}" if text else "")
-        if documents["policy_loss"]:
-            columns = {f"N = {n}": f"NFPO N={n}, forward and backward" for n in (1, 4, 64)}
-            text = small(documents["policy_loss"], "NFPO from log-probs: loss and gradient", columns)
-            tables.append(f"{text}\n\n{source(folder, 'policy_loss', documents['policy_loss'])}")
-        if documents["advantages"]:
-            columns = {name: name for name in ("grpo", "rloo", "grpo_passk", "maxpo", "gae and whiten")}
-            text = small(documents["advantages"], "advantages", columns)
-            tables.append(f"{text}\n\n{source(folder, 'advantages', documents['advantages'])}")
-        parts += [text for text in tables if text]
-    return "\n\n".join(parts)
+    pages = (
+        "huge pages for all"
+        if e["huge_pages"]
+        else f"pages of 4 KiB (transparent_hugepage: {e['transparent_hugepage']})"
+    )
+    others = max((row["others"] for row in document["rows"] if row["others"] is not None), default=0)
+    busy = f"other programs used up to {others:.2f} processors" + (": **a busy machine**" if others > BUSY else "")
+    return (
+        f"{where}; {pages} for all; {versions}; {e['date']}, commit {e['commit']}, {record.PROCESSES} processes; {busy}"
+    )
 
 
 def source(folder: Path, name: str, document: Document) -> str:
@@ -147,21 +222,16 @@ def source(folder: Path, name: str, document: Document) -> str:
 
 
 def ceilings() -> str:
-    """How close this library comes to the floor of its case: the largest first."""
+    """How close this library comes to the floor of its case, at the first size of each group."""
     lines = []
-    for folder in machines():
-        for path in sorted(folder.glob("*.json")):
-            document = load(path)
-            if document is None or "rows" not in document:
-                continue
+    for folder, documents in recorded():
+        for name, document in documents.items():
             for group in dict.fromkeys(row["group"] for row in document["rows"]):
-                rows = headline(document, group)
-                for provider, row in rows.items():
-                    if provider.startswith("fusedpo") and row["of_ceiling"]:
-                        ceiling = next(iter(rows))
-                        share = f"{row['of_ceiling']:.0%} of {ceiling}"
-                        lines.append([folder.name, path.stem, group, sizes(rows), f"`{provider}`", share])
-    return table(("machine", "operator", "case", "size", "provider", "rate"), lines)
+                for row in next(iter(cases(document, group)), {}).values():
+                    if row.provider.startswith("fusedpo") and row.of_ceiling:
+                        rate = f"{row.of_ceiling:.0%} of {row.ceiling}, n = {row.samples}"
+                        lines.append([folder.name, name, group, sizes(row), label(row), rate])
+    return table(("machine", "operator", "case", "size", "provider", "rate"), lines) if lines else NOTHING
 
 
 # ------------------------------------------------------------------------------------------------------------- verified
@@ -226,6 +296,7 @@ def devices() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "measured": measured,
+    "tables": tables,
     "ceilings": ceilings,
     "compiled": compiled,
     "devices": devices,
@@ -243,7 +314,7 @@ def generate(page: str) -> str:
 
 
 def main(check: bool) -> int:
-    """1 if ``check`` finds a page that would change."""
+    """1 if ``check`` finds a page that would change; ValueError where results must not be published."""
     stale = [page for page in PAGES if generate(page) != (ROOT / page).read_text()]
     for page in stale:
         if check:

@@ -6,10 +6,13 @@ import importlib.util
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from fusedpo.bench import record
+from fusedpo.bench.record import Row
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,14 +36,35 @@ def test_every_block_is_on_a_page(generate) -> None:
 
 @pytest.fixture
 def copy(generate, tmp_path, monkeypatch) -> Path:
-    """A copy of what the generator reads and writes."""
+    """A copy of what the generator reads and writes, with results that were recorded by all rules."""
     shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results")
+    for machine in (tmp_path / "bench/results").glob("cpu-*"):
+        for name in record.OPERATORS:
+            (machine / f"{name}.json").write_text(record.dumps(made_up(generate, name)))
     for page in generate.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "RESULTS", tmp_path / "bench/results")
+    generate.main(check=False)
     return tmp_path
+
+
+def made_up(generate, operator: str) -> record.Document:
+    """Rows of every group that a page shows, at T = 512 and T = 128."""
+    environment = {"device": "a processor", "capability": "AVX512", "threads": 2, "date": "2026-11-30", "torch": "2.13"}
+    environment |= {"commit": "abc1234", "run": "now", "huge_pages": True, "transparent_hugepage": "madvise"}
+    rows = []
+    for _, group, _, baseline in (entry for entry in generate.TABLES if entry[0] == operator):
+        for tokens in (512, 128):
+            for provider, time in (("clone (new memory)", 20.0), ("fusedpo", 25.0), (baseline, 123.0)):
+                times = [[time, 1.1 * time, 1.2 * time, 1.3 * time]] * record.PROCESSES
+                row = Row(
+                    f"{group}, T = {tokens}", group, {"T": tokens, "V": 151_936}, provider, "clone (new memory)", 1e6
+                )
+                rows.append(replace(row, times=times, page_faults=150.0, peak_extra_megabytes=311.0, others=0.01))
+    document = {"format": record.FORMAT, "operator": operator, "environment": environment}
+    return document | {"rows": [asdict(row) for row in record.summarise(rows)]}
 
 
 def edit(path: Path, change) -> None:
@@ -49,12 +73,44 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(document))
 
 
+def test_what_is_recorded_may_be_published() -> None:
+    """One clean commit, as many samples as each row says, the same memory for all."""
+    machines = [path for path in (ROOT / "bench/results").iterdir() if path.is_dir()]
+    if not any(record.recorded(folder) for folder in machines):
+        pytest.skip(f"nothing is recorded in format {record.FORMAT}")
+
+
+def test_results_that_must_not_be_published_make_no_page(generate, copy) -> None:
+    machine = next((copy / "bench/results").glob("cpu-*"))
+    edit(machine / "one_pass.json", lambda document: document["environment"].update(commit="abc1234-dirty"))
+    with pytest.raises(ValueError, match="one_pass: comes from no commit"):
+        generate.main(check=True)
+
+
+def test_a_busy_machine_is_marked(generate, copy) -> None:
+    machine = next((copy / "bench/results").glob("cpu-*"))
+    assert "busy" not in generate.measured()
+    edit(machine / "one_pass.json", lambda document: [row.update(others=0.5) for row in document["rows"]])
+    assert "**a busy machine**" in generate.measured()
+    assert "`fusedpo`, on a busy machine" in generate.tables()
+
+
+def test_the_readme_shows_both_sizes_the_spread_and_n(generate, copy) -> None:
+    header, _, *lines = generate.measured().splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:6]] == [
+        f"{dtype}, T = {tokens}" for dtype in generate.DTYPES for tokens in (512, 128)
+    ]
+    fused = next(line for line in lines if "`fusedpo`" in line)
+    assert fused.count("28.8 ms, **4.9x**<br>25.5 to 32.0, n = 12") == 4
+
+
 def test_another_result_or_figure_is_noticed(generate, copy) -> None:
     machine = next((copy / "bench/results").glob("cpu-*"))
 
     def slower(document: dict) -> None:
-        for row in document["rows"]:
-            row["median"] = row["median"] and row["median"] * 1234
+        rows = [Row(**row) for row in document["rows"]]
+        rows = [replace(row, times=[[1234 * t for t in times] for times in row.times]) for row in rows]
+        document["rows"] = [asdict(row) for row in record.summarise(rows)]
 
     def spilled(document: dict) -> None:
         document["rows"][0]["stack"] = 640
@@ -73,7 +129,7 @@ def test_another_result_or_figure_is_noticed(generate, copy) -> None:
     assert "640 bytes" in verification
     assert "WRONG" in verification
     readme = copy / "README.md"
-    readme.write_text(readme.read_text().replace("x faster", "0x faster", 1))
+    readme.write_text(readme.read_text().replace("x**", "0x**", 1))
     assert generate.main(check=True) == 1
 
 
