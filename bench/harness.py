@@ -78,14 +78,14 @@ class Effort:
     """
 
     least: int
-    most: int = 20
-    seconds: float = 0.4
-    patience: float = 8.0
+    most: int = 15
+    seconds: float = 0.3
+    patience: float = 5.0
 
 
 def effort(quick: bool, processes: int) -> Effort:
     """Of one of ``processes``, so that all of them together take :data:`ENOUGH` samples."""
-    return Effort(-(-ENOUGH // processes), patience=2.0 if quick else 8.0)
+    return Effort(-(-ENOUGH // processes), patience=2.0 if quick else 15.0 / processes)
 
 
 LARGE = 16e6

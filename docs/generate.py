@@ -210,9 +210,7 @@ def machine(document: Document) -> str:
     )
     others = max((row["others"] for row in document["rows"] if row["others"] is not None), default=0)
     busy = f"other programs used up to {others:.2f} processors" + (": **a busy machine**" if others > BUSY else "")
-    return (
-        f"{where}; {pages} for all; {versions}; {e['date']}, commit {e['commit']}, {record.PROCESSES} processes; {busy}"
-    )
+    return f"{where}; {pages} for all; {versions}; {e['date']}, commit {e['commit']}; {busy}"
 
 
 def source(folder: Path, name: str, document: Document) -> str:
