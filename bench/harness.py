@@ -183,7 +183,7 @@ def _first_calls(provider: Provider, row: Row, case: Case, device: str) -> _Call
         if provider.reset is not None:
             provider.reset()
         if large:
-            _cold_caches()
+            cold_caches()
 
     started = time.perf_counter()
     run = provider.prepare()
@@ -261,7 +261,7 @@ def _other_memory() -> Tensor:
     return torch.zeros(64 << 20, dtype=torch.int32)
 
 
-def _cold_caches() -> None:
+def cold_caches() -> None:
     """Reads 256 MB: what a call before has left in a cache is nobody's advantage."""
     _other_memory().max()
 
