@@ -95,7 +95,7 @@ def run(plan: Plan, header: report.Environment, out: Path, console: Console) -> 
         finally:
             found = [launch.read(path.read_text()) for path in paths if path.exists()]
             rows = merge([one.rows for one in found])
-            header = header | {"huge_pages": all(one.huge_pages for one in found)}
+            header = header | {"huge_pages": bool(found) and all(one.huge_pages for one in found)}
             if not header["huge_pages"]:
                 console.print(f"In pages of 4 KiB: transparent_hugepage is {header['transparent_hugepage']!r}.")
             extra = {"overhead_microseconds": cheapest([one.overhead for one in found])}
