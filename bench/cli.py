@@ -27,9 +27,9 @@ from .record import OPERATORS, PROCESSES, Row, merge, recorded
 
 MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",  # torch's allocator asks for huge pages, as the kernels of this library do
-    # What has up to 32 MiB the C library keeps for the next call; it decides by what was freed before otherwise. Larger
-    # results come from the system, for everybody.
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    # What has up to 4 MiB the C library keeps for the next call, what is larger comes from the system at each, for
+    # everybody; left alone, it decides by what others have freed before.
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
 }
 

@@ -194,7 +194,8 @@ def _first_calls(provider: Provider, row: Row, case: Case, device: str) -> _Call
         row.compile_seconds = time.perf_counter() - started
     reset()
     results: list[Any] = []
-    row.peak_extra_megabytes = peak_extra_bytes(lambda: results.append(run()), device) / 1e6
+    peak, total = allocated(lambda: results.append(run()), device)
+    row.peak_extra_megabytes, row.allocated_megabytes = peak / 1e6, total / 1e6
     if provider.check is not None:
         row.error = provider.check(results.pop())
         if not row.error <= provider.allowed:
@@ -295,21 +296,26 @@ class Watch:
 
 def peak_extra_bytes(run: Run, device: str) -> int:
     """The largest sum of what the allocator gave out and did not get back while ``run`` ran."""
+    return allocated(run, device)[0]
+
+
+def allocated(run: Run, device: str) -> tuple[int, int]:
+    """The peak, and on the CPU all that was given out."""
     if device == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before, 0
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    now = peak = 0
+    now = peak = total = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+            peak, total = max(peak, now), total + max(event.nbytes(), 0)
+    return peak, total
 
 
 _VIEWS_AND_MEMORY = {

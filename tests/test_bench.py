@@ -275,9 +275,9 @@ def test_all_get_huge_pages(tmp_path) -> None:
 
 
 def test_small_pages_are_noticed() -> None:
-    assert not record.has_small_pages(Row("c", "g", {}, "p", peak_extra_megabytes=311.0, page_faults=900.0))
-    assert record.has_small_pages(Row("c", "g", {}, "p", peak_extra_megabytes=311.0, page_faults=76_000.0))
-    assert not record.has_small_pages(Row("c", "g", {}, "p", peak_extra_megabytes=4.0, page_faults=1000.0))
+    assert not record.has_small_pages(Row("c", "g", {}, "p", allocated_megabytes=311.0, page_faults=900.0))
+    assert record.has_small_pages(Row("c", "g", {}, "p", allocated_megabytes=311.0, page_faults=76_000.0))
+    assert not record.has_small_pages(Row("c", "g", {}, "p", allocated_megabytes=4.0, page_faults=1000.0))
 
 
 def test_faults_of_a_call_are_counted() -> None:
@@ -339,7 +339,7 @@ def recorded_document(operator: str = "one_pass", **environment: Any) -> record.
     header = report.environment("cpu", 2) | {"commit": "abc1234", "huge_pages": True, "transparent_hugepage": "madvise"}
     rows = [timed(name, *[[1.0, 2.0, 3.0, 4.0]] * record.PROCESSES) for name in ("floor", "fusedpo")]
     for row in rows:
-        row.peak_extra_megabytes, row.page_faults = 311.0, 200.0
+        row.allocated_megabytes, row.page_faults = 311.0, 200.0
     rows = [*record.summarise(rows), Row("c", "g", {"T": 8}, "liger", note="needs a GPU")]
     document = {"format": record.FORMAT, "operator": operator, "environment": header | environment}
     return document | {"rows": [row.__dict__ for row in rows]}
