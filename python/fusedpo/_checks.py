@@ -12,14 +12,21 @@ import os
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
 DEBUG = os.environ.get("FUSEDPO_DEBUG", "0") not in ("", "0")
 
 
 def values_are_free(*tensors: Tensor) -> bool:
-    """Whether data may be read here: not while tracing, and without a device sync unless the user asked for it."""
-    if torch.compiler.is_compiling():
+    """Whether data may be read here: where there is any, and without a device sync unless the user asked for it.
+
+    Nothing is read while something traces, transforms or intercepts what is computed, nor in a subclass of tensors.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(t) is not torch._subclasses.FakeTensor and (DEBUG or t.device.type == "cpu") for t in tensors)
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(type(t) in _PLAIN and (t.device.type == "cpu" or (DEBUG and not t.is_meta)) for t in tensors)
 
 
 def is_tensor(name: str, value: object) -> None:

@@ -48,7 +48,7 @@ def _token_logprobs(logits: torch.Tensor, num_ids: int, mask: torch.Tensor | Non
 
 
 def _policy_loss(logits: torch.Tensor, layout: dict[str, Any]) -> None:
-    zeros = torch.zeros(1, 2, device=logits.device)
+    zeros = torch.zeros(1, 2, dtype=torch.float32, device=logits.device)
     for entropy_coef in (0.0, 0.1):
         objective = objectives.nfpo(2, entropy_coef=entropy_coef)
         policy_loss_from_logits(logits, zeros.long(), zeros, zeros, objective=objective, **layout).loss.backward()

@@ -55,7 +55,8 @@ def clip_cov_weights(
     _, clipped_low, clipped_high = pessimistic_clip(a, ratio, 1 - clip_low, 1 + clip_high, None)
     cov = _covariance(lp, a, kept)
     candidates = kept & ~clipped_low & ~clipped_high & (cov > low) & (cov < high)
-    drawn = _largest(torch.rand(lp.shape, generator=generator, device=lp.device), candidates, kept, fraction)
+    order = torch.rand(lp.shape, generator=generator, dtype=torch.float32, device=lp.device)
+    drawn = _largest(order, candidates, kept, fraction)
     return (~drawn).to(lp.dtype).reshape(logprobs.shape)
 
 

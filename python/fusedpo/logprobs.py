@@ -130,7 +130,7 @@ def linear_token_logprobs(
         hidden, weight, bias, token_ids, softcap, logit_scale, chunk_tokens, temperature=temperature, mask=mask
     )
     dtype = ops_hidden.compute_dtype(hidden)
-    backend = ops_hidden.choose(hidden.device.type, dtype)
+    backend = ops_hidden.choose(hidden, dtype)
     if backend == "reference":
         if chunk_tokens is None:
             row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
@@ -278,7 +278,7 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
         )
     _checks.same_device("weight", weight, "hidden", hidden)
-    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if weight.dtype != hidden.dtype and not ops_hidden.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, outside autocast, got {weight.dtype}")
     if bias is not None:
         _checks.floating("bias", bias)

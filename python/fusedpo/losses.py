@@ -221,7 +221,7 @@ def policy_loss_from_hidden(
         _check_num_live(num_live, token_ids, mask)
     linear: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "chunk_tokens": chunk_tokens}
     dtype = ops_hidden.compute_dtype(hidden)
-    backend = ops_hidden.choose(hidden.device.type, dtype)
+    backend = ops_hidden.choose(hidden, dtype)
     if backend == "reference":
         logprobs, entropy = linear_token_logprobs(
             hidden, weight, token_ids, bias=bias, temperature=temperature, mask=mask, return_entropy=True, **linear
@@ -286,7 +286,7 @@ def _one_pass_backend(
     tensors = [x for x in sources if x is not None]
     if not any(x.requires_grad for x in tensors) or not torch.is_grad_enabled():
         return None
-    if not ops_one_pass.is_possible(objective) or ops_hidden.must_be_functional():
+    if not ops_one_pass.is_possible(objective) or ops.must_be_functional():
         return None
     if torch.float16 in (dtype, *(x.dtype for x in tensors)) and not isinstance(loss_scale, Tensor) and loss_scale <= 1:
         return None  # a GradScaler's factor comes with the upstream gradient: before it, gradients may be too small

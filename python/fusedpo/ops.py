@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fusedpo", "DEF")
 
@@ -70,19 +71,65 @@ for _name, _schema in _SCHEMAS.items():
 def scalar(value: float, device: torch.device) -> Tensor:
     """A number as a float32 0-d tensor; while tracing, in the one form that does not recompile for every value."""
     if torch.compiler.is_compiling():
-        return torch.ones((), device=device) * value
+        return torch.ones((), dtype=torch.float32, device=device) * value
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply`` without the 20 us that binding ``setup_context``'s signature costs in eager mode."""
+def must_be_functional(*tensors: Tensor) -> bool:
+    """Whether operators must have no side effects, and sizes depend on no values.
+
+    So it is while ``torch.compile`` traces or functorch transforms, and where tensors have no data.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(isinstance(x, torch._subclasses.FakeTensor) for x in tensors)
+
+
+def are_batched(*gradients: Tensor | None) -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)`` asks for many gradients at a time."""
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients)
+
+
+_NO_FORWARD_MODE = (
+    "{}: the kernels have no forward-mode derivatives (jvp, jacfwd, linearize, dual numbers); use "
+    "fusedpo.backend('reference') for them"
+)
+
+
+def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` without the 20 us that binding ``setup_context``'s signature costs in eager mode.
+
+    ``name`` is what the errors about transforms call it. No ``jvp`` of the Function says that: it would break the graph
+    under ``torch.compile``.
+    """
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:  # tangents would be lost
+            raise NotImplementedError(_NO_FORWARD_MODE.format(name))
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    try:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    except NotImplementedError as error:
+        if forward_ad._current_level < 0:
+            raise
+        raise NotImplementedError(_NO_FORWARD_MODE.format(name)) from error
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go through :func:`apply`, without which derivatives would be lost: they could be asked for.
+
+    Tangents of forward mode need neither ``requires_grad`` nor grad mode.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _NoDoubleBackward(torch.autograd.Function):
     """Identity in ``gradient``, differentiable in the ``sources`` it came from: going through it once more raises."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(gradient: Tensor, name: str, *sources: Tensor | None) -> Tensor:
@@ -100,8 +147,16 @@ class _NoDoubleBackward(torch.autograd.Function):
 def once_differentiable(name: str, gradient: Tensor, *sources: Tensor | None) -> Tensor:
     """``gradient``, through which a second backward raises where one could be asked for."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return apply(_NoDoubleBackward, gradient, name, *sources)
+        return apply(name, _NoDoubleBackward, gradient, name, *sources)
     return gradient
+
+
+def edge_to(x: Tensor | None) -> Tensor | None:
+    """An empty tensor that was computed from ``x``: a source for :func:`once_differentiable` that keeps no data."""
+    if x is None or not x.requires_grad:
+        return None
+    with torch.enable_grad():
+        return x.narrow(0, 0, 0).clone()
 
 
 def may_overlap(x: Tensor) -> bool:
@@ -116,6 +171,8 @@ def may_overlap(x: Tensor) -> bool:
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         logits: Tensor,
@@ -152,7 +209,7 @@ class _TokenLogprobs(torch.autograd.Function):
             )
         logits, *rest = ctx.saved_tensors
         args = (grad_logprobs, grad_entropy, logits, *rest)
-        if ctx.inplace_backward:
+        if ctx.inplace_backward and not are_batched(grad_logprobs, grad_entropy):
             ctx.overwritten = True
             getattr(torch.ops.fusedpo.token_logprobs_backward_, ctx.backend)(*args)
             torch.autograd.graph.increment_version(logits)
@@ -173,10 +230,10 @@ def token_logprobs(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy by the kernels of ``backend``; arguments as the operator's schema has them."""
-    if logits.requires_grad and torch.is_grad_enabled():
-        inplace_backward = inplace_backward and not torch.compiler.is_compiling() and not may_overlap(logits)
+    if is_differentiated(logits):
+        inplace_backward = inplace_backward and not must_be_functional() and not may_overlap(logits)
         args = (logits, token_ids, temperature, mask, return_entropy, inplace_backward, backend)
-        logprobs, entropy, _ = apply(_TokenLogprobs, *args)
+        logprobs, entropy, _ = apply("token_logprobs", _TokenLogprobs, *args)
     else:
         operator = getattr(torch.ops.fusedpo.token_logprobs, backend)
         logprobs, entropy, _ = operator(logits, token_ids, temperature, mask, return_entropy)

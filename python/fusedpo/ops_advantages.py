@@ -270,7 +270,7 @@ class Kernels:
         mask: Tensor | None = None,
     ) -> Tensor:
         # Asynchronous: a blocking copy would be a host sync.
-        w = torch.tensor(weights, dtype=torch.float64).to(rewards.device, non_blocking=True)
+        w = torch.tensor(weights, dtype=torch.float64, device="cpu").to(rewards.device, non_blocking=True)
         return self._groups("order_statistic", rewards, group_size, group_ids, mask, other=w, k=k, scale=scale)
 
     def pkpo(

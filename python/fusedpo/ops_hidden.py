@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import backends, objectives, ops_policy_loss
 from .objectives import Objective
-from .ops import apply, once_differentiable
-from .ops_one_pass import token_scale
+from .ops import apply, are_batched, edge_to, must_be_functional, once_differentiable
+from .ops_one_pass import scaled, token_scale
 from .ops_policy_loss import TokenArguments
 from .reference.layout import layout
 
@@ -36,29 +36,28 @@ class Options(NamedTuple):
     chunk_tokens: int | None
 
 
+def is_autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the matrix products: as in ``F.linear``, autocast has the first word."""
     device, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     # on the CPU, float16 products take up to a hundred times as long as float32 ones
     return torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
 
 
-def must_be_functional() -> bool:
-    """Whether operators must have no side effects: while ``torch.compile`` traces or functorch transforms."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def choose(device: str, dtype: torch.dtype) -> str:
+def choose(hidden: Tensor, dtype: torch.dtype) -> str:
     """The backend that computes from hidden states: where that must be functional the reference, kernels are not."""
-    backend = backends.choose("linear_token_logprobs", device, dtype)
-    if backend == "reference" or not must_be_functional():
+    backend = backends.choose("linear_token_logprobs", hidden.device.type, dtype)
+    if backend == "reference" or not must_be_functional(hidden):
         return backend
     if backends.forced() is not None:
         raise backends.BackendUnavailable(
             f"backend {backend!r} was forced for linear_token_logprobs, but its kernels work in place, which neither "
-            "torch.compile nor a functorch transform allows: call it outside of them, or force 'reference' or nothing"
+            "torch.compile nor a functorch transform nor fake tensors allow: call it outside of them, or force 'reference' or nothing"
         )
     return "reference"
 
@@ -258,6 +257,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         none = (None,) * 6
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, *none
+        if are_batched(grad_logprobs, grad_entropy):
+            raise NotImplementedError(
+                "linear_token_logprobs: is_grads_batched is not supported, the kernels work in place; use "
+                "fusedpo.backend('reference') for it, or torch.func.jacrev"
+            )
         operator = getattr(torch.ops.fusedpo.token_logprobs_backward_, ctx.backend)
         hidden, weight, bias, ids, temperature, rows, stats = ctx.saved_tensors
         upstream = [
@@ -313,7 +317,7 @@ class _OnePass(torch.autograd.Function):
         loss, metrics = ops_policy_loss.policy_loss(
             logprobs, entropy, a, objective=objective, per_token=False, backend=backend
         )
-        ctx.backend, ctx.taken = backend, False
+        ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(x) for x in (hidden, weight, bias)]
         ctx.save_for_backward(*results)
         ctx.mark_non_differentiable(metrics, logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -330,12 +334,8 @@ class _OnePass(torch.autograd.Function):
                 "them; a second one needs a second call"
             )
         ctx.taken = True
-        results = [None if gradient is None else gradient.detach() for gradient in ctx.saved_tensors]
-        for gradient in results:
-            if gradient is not None:
-                getattr(torch.ops.fusedpo.scale_, ctx.backend)(gradient, grad_loss)
-        source = grad_loss.detach().requires_grad_()  # hidden and weight are not kept for it
-        return *_once_differentiable("policy_loss_from_hidden", results, source), *none
+        results = [None if x is None else scaled(x.detach(), grad_loss, ctx.backend) for x in ctx.saved_tensors]
+        return *_once_differentiable("policy_loss_from_hidden", results, *ctx.sources, grad_loss), *none
 
 
 def _per_row(x: Tensor, leading: torch.Size) -> Tensor:
@@ -374,7 +374,7 @@ def linear_token_logprobs(
     """
     temperature = _uncapped_temperature(temperature, options)
     args = (hidden, weight, bias, token_ids, temperature, rows, options, return_entropy, backend)
-    return apply(_LinearTokenLogprobs, *args)
+    return apply("linear_token_logprobs", _LinearTokenLogprobs, *args)
 
 
 def policy_loss_from_hidden(
@@ -392,4 +392,5 @@ def policy_loss_from_hidden(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, log-probs and entropy, 0 at tokens that are not in ``rows``; the rest as the schemas have it."""
     temperature = _uncapped_temperature(temperature, options)
-    return apply(_OnePass, hidden, weight, bias, token_ids, temperature, rows, a, objective, options, backend)
+    args = (hidden, weight, bias, token_ids, temperature, rows, a, objective, options, backend)
+    return apply("policy_loss_from_hidden", _OnePass, *args)

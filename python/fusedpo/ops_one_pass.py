@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import objectives, ops_policy_loss
 from .objectives import Objective
-from .ops import apply, define, may_overlap, once_differentiable
+from .ops import apply, are_batched, define, edge_to, may_overlap, once_differentiable
 from .ops_policy_loss import TokenArguments
 
 _ARGUMENTS = (
@@ -80,6 +80,14 @@ def token_scale(a: TokenArguments, like: Tensor, objective: Objective, backend: 
     return scale
 
 
+def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """``gradient``, which is overwritten, times the 0-d ``factor``."""
+    if are_batched(factor):
+        return gradient * factor
+    getattr(torch.ops.fusedpo.scale_, backend)(gradient, factor.detach())
+    return gradient
+
+
 class _OnePass(torch.autograd.Function):
     """Old-style: what goes through functorch takes two passes."""
 
@@ -107,7 +115,7 @@ class _OnePass(torch.autograd.Function):
         loss, metrics = ops_policy_loss.policy_loss(
             logprobs, entropy, a, objective=objective, per_token=False, backend=backend
         )
-        ctx.backend, ctx.taken = backend, False
+        ctx.backend, ctx.taken, ctx.source = backend, False, edge_to(logits)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(metrics, logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -124,10 +132,8 @@ class _OnePass(torch.autograd.Function):
                 "a second one needs a second call"
             )
         ctx.taken = True
-        gradient = ctx.saved_tensors[0].detach()
-        getattr(torch.ops.fusedpo.scale_, ctx.backend)(gradient, grad_loss)
-        source = grad_loss.detach().requires_grad_()  # the logits are not kept for it
-        return once_differentiable("policy_loss_from_logits", gradient, source), *none
+        gradient = scaled(ctx.saved_tensors[0].detach(), grad_loss, ctx.backend)
+        return once_differentiable("policy_loss_from_logits", gradient, ctx.source, grad_loss), *none
 
 
 def policy_loss_from_logits(
@@ -141,4 +147,7 @@ def policy_loss_from_logits(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, log-probs and entropy by the kernels of ``backend``; the gradient is computed on the way."""
-    return apply(_OnePass, logits, token_ids, temperature, a, objective, inplace and not may_overlap(logits), backend)
+    inplace = inplace and not may_overlap(logits)
+    return apply(
+        "policy_loss_from_logits", _OnePass, logits, token_ids, temperature, a, objective, inplace, backend
+    )

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import objectives
 from .objectives import AGGREGATIONS, KL_KINDS, Objective
-from .ops import apply, define, once_differentiable
+from .ops import apply, define, is_differentiated, once_differentiable
 from .reference import METRICS
 
 define(
@@ -138,6 +138,8 @@ class TokenArguments(NamedTuple):
 
 
 class _PolicyLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         logprobs: Tensor,
@@ -216,8 +218,8 @@ def policy_loss(
         *(logprobs, a.old_logprobs, a.advantages, a.mask, a.cu_seqlens, a.ref_logprobs, entropy, a.is_weights),
         *(a.denominator, a.loss_scale, *encode(objective), per_token),
     )
-    if torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
-        loss, metrics, *_ = apply(_PolicyLoss, *args, backend)
+    if is_differentiated(logprobs, entropy):
+        loss, metrics, *_ = apply("policy_loss", _PolicyLoss, *args, backend)
     else:
         loss, metrics, *_ = getattr(torch.ops.fusedpo.policy_loss, backend)(*args)
     return loss, metrics
