@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,11 +93,73 @@ def test_missing_native_part_is_named(monkeypatch):
 def test_nesting_restores_what_was_forced():
     with fusedpo.backend("reference"):
         with fusedpo.backend("auto"):
-            assert backends._forced is None
-        assert backends._forced == "reference"
+            assert backends.forced() is None
+        assert backends.forced() == "reference"
         with pytest.raises(KeyError), fusedpo.backend("native"):
             raise KeyError
-        assert backends._forced == "reference"
+        assert backends.forced() == "reference"
+
+
+def test_an_object_is_entered_again():
+    reference = fusedpo.backend("reference")
+    with reference:
+        with fusedpo.backend("native"), reference:
+            assert backends.forced() == "reference"
+        assert backends.forced() == "reference"
+        with reference, pytest.raises(KeyError), reference:
+            raise KeyError
+    assert backends.forced() is None
+    with reference:
+        assert backends.forced() == "reference"
+    assert backends.forced() is None
+
+
+def test_decorator():
+    @fusedpo.backend("reference")
+    def countdown(n):
+        return [backends.forced(), *(countdown(n - 1) if n else [])]
+
+    assert countdown(2) == ["reference"] * 3
+    assert backends.forced() is None
+
+
+def test_threads_may_leave_in_any_order():
+    contexts = [fusedpo.backend(name) for name in ("reference", "native")]
+    for first in (0, 1):
+        for context in contexts:
+            context.__enter__()
+        contexts[first].__exit__(None, None, None)
+        assert backends.forced() == ("native", "reference")[first]
+        contexts[1 - first].__exit__(None, None, None)
+        assert backends.forced() is None
+
+
+def test_nothing_is_forced_after_many_threads():
+    shared = fusedpo.backend("reference")
+
+    def work(_):
+        for _ in range(200):
+            with shared, fusedpo.backend("native"):
+                assert backends.forced() is not None
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert backends.forced() is None
+
+
+def test_compiled_code_follows_the_choice():
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: fusedpo.token_logprobs(x, IDS), backend=compiler, fullgraph=True)
+    for name in ("auto", "reference", "auto", "reference"):
+        with fusedpo.backend("auto"), fusedpo.backend(name):
+            torch.testing.assert_close(compiled(X), fusedpo.token_logprobs(X, IDS))
+    assert len(graphs) == 2 - (backends.NATIVE_MISSING is not None)
 
 
 def test_unknown_backend():
@@ -118,7 +181,14 @@ def test_environment_variable_forces_a_backend():
 
 @pytest.mark.parametrize(("value", "asked"), [("1", "True"), ("0", "False")])
 def test_environment_variable_asks_for_checks_that_wait_for_a_device(value, asked):
-    code = "import torch; from fusedpo import _checks; print(_checks.values_are_free(torch.empty(1, device='meta')))"
+    code = """
+import torch
+from fusedpo import _checks
+class Elsewhere:  # there is no such device here
+    device, is_meta = torch.device("cuda"), False
+_checks._PLAIN = (Elsewhere,)
+print(_checks.values_are_free(Elsewhere()))
+"""
     result = python("-c", code, FUSEDPO_DEBUG=value)
     assert result.stdout.strip() == asked, result.stderr
 

@@ -55,9 +55,7 @@ def results():
     tokens = {"mask": mask, "denominator": 7.5, "loss_scale": 0.3}
     objective = objectives.nfpo(2, entropy_coef=0.1, kl=objectives.KL("k3", 0.1))
     policy = {"objective": objective, "ref_logprobs": x["values"].neg(), **tokens}
-    logits, hidden, logprobs = (
-        x[name].clone().requires_grad_() for name in ("logits", "hidden", "logprobs")
-    )
+    logits, hidden, logprobs = (x[name].clone().requires_grad_() for name in ("logits", "hidden", "logprobs"))
 
     outputs = [
         fusedpo.policy_loss(logprobs, old, x["advantages"], entropy=x["values"], **policy),
@@ -91,9 +89,7 @@ def results():
     yield advantages.reward_to_go(old.masked_fill(~mask, 0), mask=mask, gamma=0.9)
     yield from advantages.gae(old.masked_fill(~mask, 0), x["values"], mask=mask, gamma=0.9, lam=0.9)
     yield advantages.whiten(x["values"], mask=mask)
-    yield advantages.vineppo(
-        x["values"][:, :3], step_rewards=x["old"][:, :2], step_ids=(ids % 3 - 1), whiten=True
-    )
+    yield advantages.vineppo(x["values"][:, :3], step_rewards=x["old"][:, :2], step_ids=(ids % 3 - 1), whiten=True)
 
 
 def assert_same(got, expected):

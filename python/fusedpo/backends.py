@@ -2,7 +2,8 @@
 
 ``reference`` is plain PyTorch and runs everywhere; ``native`` is C++ and CUDA; ``triton`` is for accelerators (and for
 the CPU under ``TRITON_INTERPRET=1``). ``auto`` takes the first of the device's order that can run; a backend that was
-forced never falls back. The choice is a module global: a ``ContextVar`` would break the graph under ``torch.compile``.
+forced never falls back. What is forced is a module global: a ``ContextVar`` would break the graph under
+``torch.compile``, and autograd runs backwards, and what checkpoints compute again, in threads of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from contextlib import ContextDecorator
 from types import TracebackType
 
 import torch
@@ -85,31 +87,53 @@ def _parse(name: str) -> str | None:
     return name
 
 
-_forced: str | None = _parse(os.environ.get("FUSEDPO_BACKEND", ""))
+class _Choice:
+    """Compared by identity."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
 
 
-class backend:
-    """``with fusedpo.backend("reference"): ...`` forces one implementation; ``"auto"`` lifts that.
+# What the environment chose, and every context that is open, in the order in which they were entered, whatever their
+# thread. Threads need no lock: each operation on the list is atomic.
+_choices = [_Choice(_parse(os.environ.get("FUSEDPO_BACKEND", "")))]
+_forced = _choices[-1].name  # compiled code is guarded by this alone, not by how many contexts are open
 
-    The environment variable ``FUSEDPO_BACKEND`` does the same for a whole process. Raises ``ValueError`` for an
-    unknown name; an operator that the forced backend cannot run raises :class:`BackendUnavailable`. There is one
-    implementation, which runs whatever is forced, of ``next_tokens``, ``aggregate``, ``global_denominator``,
-    ``value_loss``, ``importance_weights``, ``rejection_mask``, ``clip_cov_weights`` and ``kl_cov_penalty``.
+
+def _follow() -> None:
+    """Brings ``_forced`` up to date; whoever writes it last has seen the list as it is."""
+    global _forced
+    followed = None
+    while followed is not _choices[-1]:
+        followed = _choices[-1]
+        _forced = followed.name
+
+
+class backend(ContextDecorator):
+    """``with fusedpo.backend("reference"): ...`` forces one implementation; ``"auto"`` lifts that. Also a decorator.
+
+    It holds for all threads of the process while it is open: of several, the one entered last. The environment variable
+    ``FUSEDPO_BACKEND`` does the same for a whole process. Raises ``ValueError`` for an unknown name; an operator that
+    the forced backend cannot run raises :class:`BackendUnavailable`. There is one implementation, which runs whatever
+    is forced, of ``next_tokens``, ``aggregate``, ``global_denominator``, ``value_loss``, ``importance_weights``,
+    ``rejection_mask``, ``clip_cov_weights`` and ``kl_cov_penalty``.
     """
 
     def __init__(self, name: str) -> None:
         self._name = _parse(name)
+        self._entered: list[_Choice] = []  # an object may be entered more than once
 
     def __enter__(self) -> None:
-        global _forced
-        self._before = _forced
-        _forced = self._name
+        choice = _Choice(self._name)
+        self._entered.append(choice)
+        _choices.append(choice)
+        _follow()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._before
+        _choices.remove(self._entered.pop())
+        _follow()
 
 
 def forced() -> str | None:
@@ -145,16 +169,17 @@ def kernel_for(operator: str, device: str, dtype: torch.dtype = torch.float32) -
 
     A kernel that spares work of others may be missing from the backend that was forced: then they do the work.
     """
-    names: tuple[str, ...] = (_forced,) if _forced is not None else _ORDER.get(device, ("triton",))
-    if _forced is None:
+    choice = _forced
+    names: tuple[str, ...] = (choice,) if choice is not None else _ORDER.get(device, ("triton",))
+    if choice is None:
         names = tuple(name for name in names if (operator, name, device) not in _UNPROVEN)
     return next((n for n in names if n != "reference" and why_not(n, operator, device, dtype) is None), None)
 
 
 def choose(operator: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that runs ``operator`` for tensors of this device type and dtype."""
-    name = kernel_for(operator, device, dtype)
-    if name is None and _forced not in (None, "reference"):
-        reason = why_not(_forced, operator, device, dtype)
-        raise BackendUnavailable(f"backend {_forced!r} was forced for {operator}, but {reason}")
+    name, choice = kernel_for(operator, device, dtype), _forced
+    if name is None and choice not in (None, "reference"):
+        reason = why_not(choice, operator, device, dtype)
+        raise BackendUnavailable(f"backend {choice!r} was forced for {operator}, but {reason}")
     return name or "reference"

@@ -148,6 +148,4 @@ def policy_loss_from_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, log-probs and entropy by the kernels of ``backend``; the gradient is computed on the way."""
     inplace = inplace and not may_overlap(logits)
-    return apply(
-        "policy_loss_from_logits", _OnePass, logits, token_ids, temperature, a, objective, inplace, backend
-    )
+    return apply("policy_loss_from_logits", _OnePass, logits, token_ids, temperature, a, objective, inplace, backend)
