@@ -439,7 +439,7 @@ def test_rows_that_are_none(rows):
     ("name", "value", "message"),
     [
         ("token_ids", 30, r"token_ids must be in \[0, 30\) at kept rows, got 30 at flat position 3"),
-        ("temperature", 0.0, "temperature must be positive, got 0.000000 at row 3"),
+        ("temperature", 0.0, "temperature must be positive and finite, got 0.000000 at row 3"),
     ],
 )
 def test_errors_come_before_anything_is_overwritten(name, value, message):

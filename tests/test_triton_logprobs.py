@@ -291,7 +291,7 @@ def test_ids_out_of_range(monkeypatch, bad):
 @pytest.mark.parametrize("temperature", [torch.tensor(-1.0), torch.tensor([1.0, 0.0, 1.0]), torch.tensor(torch.nan)])
 def test_temperature_must_be_positive(monkeypatch, temperature):
     monkeypatch.setattr(_checks, "DEBUG", True)
-    with pytest.raises(ValueError, match="temperature must be positive, got"):
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got"):
         fusedpo.token_logprobs(torch.randn(3, 5), torch.tensor([0, 1, 2]), temperature=temperature.to(DEVICE))
 
 

@@ -524,7 +524,7 @@ def test_bad_values(monkeypatch, rows):
     ids[2] = 50
     with pytest.raises(ValueError, match=r"token_ids must be in \[0, 50\) at kept rows, got 50 at flat position 2"):
         run(batch | {"token_ids": ids}, O.ppo())
-    with pytest.raises(ValueError, match="temperature must be positive, got 0.0"):
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0.0"):
         run(batch | {"temperature": torch.tensor(0.0)}, O.ppo())
     monkeypatch.setattr(_checks, "values_are_free", lambda *_: False)
     logprobs, _, gradient = run(batch | {"token_ids": ids}, O.ppo())

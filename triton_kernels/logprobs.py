@@ -337,10 +337,10 @@ def check_values(vocab_size: int, token_ids: Tensor, temperature: Tensor, mask: 
             f"token_ids must be in [0, {vocab_size}) at kept rows, got {token_ids.flatten()[bad[0]].item()} "
             f"at flat position {bad[0].item()}"
         )
-    bad = (~(temperature > 0) & kept).flatten().nonzero()
+    bad = (~((temperature > 0) & (temperature < torch.inf)) & kept).flatten().nonzero()
     if len(bad) > 0:
         value = temperature.expand(torch.broadcast_shapes(temperature.shape, kept.shape)).flatten()[bad[0]]
-        raise ValueError(f"temperature must be positive, got {value.item()} at row {bad[0].item()}")
+        raise ValueError(f"temperature must be positive and finite, got {value.item()} at row {bad[0].item()}")
 
 
 def token_logprobs(

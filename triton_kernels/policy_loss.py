@@ -18,6 +18,7 @@ sequences and on their number in the batch, so padded and packed batches agree b
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -601,6 +602,7 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bool) -> Objective:
     """The objective as the kernels take it. Losses per token are not aggregated: they are summed with no weight."""
     ratio, back, ahead, differentiate, trust_region, kl, aggregation = parts
+    values = [math.inf if value >= _checks.FLOAT32_MAX else value for value in values]  # as AOTInductor writes infinity
     bounds = values[4:] + [0.0] * (9 - len(values))
     return Objective(
         ratio,

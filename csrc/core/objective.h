@@ -49,6 +49,9 @@ struct Objective {
 
 constexpr int kNumParts = 7, kNumValues = 4;
 
+// The largest float32 stands for infinity, which AOTInductor cannot write.
+FUSEDPO_HD float to_float(double value) { return value >= 0x1.fffffep127 ? kInfinity : (float)value; }
+
 // `parts` holds kNumParts numbers, `values` kNumValues and then up to kMaxBounds bounds.
 FUSEDPO_HD Objective decode(const int64_t* parts, const double* values, int64_t num_values) {
   Objective o{};
@@ -61,10 +64,10 @@ FUSEDPO_HD Objective decode(const int64_t* parts, const double* values, int64_t 
   o.kl = (KL)(o.kl_weighted ? parts[5] - kK3Plus : parts[5]);
   o.aggregation = (Aggregation)parts[6];
   o.kl_coef = (float)values[0];
-  o.kl_clamp = (float)values[1];
+  o.kl_clamp = to_float(values[1]);
   o.entropy_coef = (float)values[2];
   o.length_norm = (float)values[3];
-  for (int64_t i = kNumValues; i < num_values; ++i) o.bounds[i - kNumValues] = (float)values[i];
+  for (int64_t i = kNumValues; i < num_values; ++i) o.bounds[i - kNumValues] = to_float(values[i]);
   return o;
 }
 

@@ -99,8 +99,8 @@ struct Walk : BatchArguments {
       if (token_ids[t] < 0 || token_ids[t] >= from.size)
         throw std::invalid_argument("token_ids must be in [0, " + std::to_string(from.size) + ") at kept rows, got " +
                                     std::to_string(token_ids[t]) + " at flat position " + std::to_string(t));
-      if (!(temperatures[t] > 0))
-        throw std::invalid_argument("temperature must be positive, got " + std::to_string(temperatures[t]) +
+      if (!(temperatures[t] > 0 && temperatures[t] < INFINITY))
+        throw std::invalid_argument("temperature must be positive and finite, got " + std::to_string(temperatures[t]) +
                                     " at row " + std::to_string(t));
     }
   }

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_id
   for_each_row(rows_where(rows.count, [&](int64_t row) { return !kept || kept[row]; }), rows.size, 0,
                [&](int64_t row, float*) {
                  const float temperature = temperatures[row];
-                 if (!(temperature > 0)) bad_row = row;
+                 if (!(temperature > 0 && temperature < INFINITY)) bad_row = row;
                  const char* x = rows[row];
                  const RowStats row_stats = kernels.reduce(x, rows.size, temperature, return_entropy);
                  const RowSummary summary(row_stats, temperature);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_id
     throw std::invalid_argument("token_ids must be in [0, " + std::to_string(rows.size) + ") at kept rows, got " +
                                 std::to_string(ids[k]) + " at flat position " + std::to_string(k));
   if (const int64_t row = bad_row; row >= 0)
-    throw std::invalid_argument("temperature must be positive, got " + std::to_string(temperatures[row]) + " at row " +
+    throw std::invalid_argument("temperature must be positive and finite, got " + std::to_string(temperatures[row]) + " at row " +
                                 std::to_string(row));
   return {logprobs, entropy, stats};
 }

@@ -7,6 +7,8 @@ forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantag
 
 from importlib.metadata import version
 
+import torch
+
 from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
 from .aggregation import aggregate, global_denominator
@@ -15,6 +17,9 @@ from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
 from .values import ValueLossOutput, value_loss
+
+# A checkpoint may hold the objective of a run: torch.load(weights_only=True) takes it.
+torch.serialization.add_safe_globals([*objectives.PARTS])
 
 __version__ = version("fusedpo")
 

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 import math
 import os
+from reprlib import Repr
+from typing import Any
 
 import torch
 from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+# Numbers reach the kernels as float32: another magnitude would become 0 or infinite there. Below the smallest normal
+# number, it would where subnormal ones are flushed to 0.
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, 2.0**128 - 2.0**104
+
+_brief = Repr()
+_brief.maxother = _brief.maxstring = _brief.maxlong = 200
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -29,6 +41,29 @@ def values_are_free(*tensors: Tensor) -> bool:
     return all(type(t) in _PLAIN and (t.device.type == "cpu" or (DEBUG and not t.is_meta)) for t in tensors)
 
 
+def brief(value: object) -> str:
+    """``repr(value)``, shortened to a line or two: what a message says was given."""
+    return _brief.repr(value)
+
+
+def plain(value: Any) -> Any:
+    """A NumPy number, or array of one, as the Python number that it holds; everything else as it is."""
+    if isinstance(value, bool | int | float | str | Tensor) and type(value).__module__ != "numpy":
+        return value
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def taken(*values: Any) -> tuple[Any, ...]:
+    """Arguments as autograd and the kernels take them: :func:`plain`, and tensors that may be saved for a backward.
+
+    Those made under ``torch.inference_mode`` may not, outside of it: they are copied.
+    """
+    copied = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return tuple(
+        (x.clone() if copied and x.is_inference() else x) if isinstance(x, Tensor) else plain(x) for x in values
+    )
+
+
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -37,12 +72,26 @@ def is_tensor(name: str, value: object) -> None:
             f"{name} must be a whole plain tensor, got a DTensor: gather it before the call ({name}.full_tensor(); "
             "parameters of FSDP2 once per step)"
         )
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a padded or packed tensor, got a nested one: {name}.to_padded_tensor(...) pads it, and "
+            "its values and offsets are packed tokens and cu_seqlens"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense, strided tensor, got the layout {value.layout}: {name}.to_dense()")
 
 
 def floating(name: str, tensor: Tensor) -> None:
     is_tensor(name, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must have a floating-point dtype of 16 bits or more, got {tensor.dtype}")
+
+
+def real(name: str, tensor: Tensor, *, boolean: bool = True) -> None:
+    is_tensor(name, tensor)
+    if tensor.dtype not in (*FLOATS, *INTEGERS) and not (boolean and tensor.dtype == torch.bool):
+        kinds = "bool, integer or floating-point" if boolean else "integer or floating-point"
+        raise TypeError(f"{name} must be {kinds}, got {tensor.dtype}")
 
 
 def integer(name: str, tensor: Tensor) -> None:
@@ -51,7 +100,8 @@ def integer(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {tensor.dtype}")
 
 
-def number(name: str, value: object, expected: str = "a float") -> None:
+def number(name: str, value: Any, expected: str = "a float") -> None:
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
@@ -59,14 +109,24 @@ def number(name: str, value: object, expected: str = "a float") -> None:
 def finite(name: str, value: float, expected: str = "a float") -> None:
     number(name, value, expected)
     if not -math.inf < value < math.inf:
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise ValueError(f"{name} must be finite, got {brief(value)}")
 
 
-def whole_number(name: str, value: object, at_least: int, expected: str = "an int") -> None:
+def in_float32(name: str, value: float) -> None:
+    """``value`` is not another number, 0 or infinite, once it is rounded to float32."""
+    if value != 0 and abs(value) != math.inf and not FLOAT32_MIN <= abs(value) <= FLOAT32_MAX:
+        raise ValueError(
+            f"{name} must be between {FLOAT32_MIN:.3g} and {FLOAT32_MAX:.3g} in magnitude, the range of float32, "
+            f"got {brief(value)}"
+        )
+
+
+def whole_number(name: str, value: Any, at_least: int, expected: str = "an int") -> None:
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     if value < at_least:
-        raise ValueError(f"{name} must be >= {at_least}, got {value}")
+        raise ValueError(f"{name} must be >= {at_least}, got {brief(value)}")
 
 
 def same_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
@@ -83,9 +143,7 @@ def mask(tensor: Tensor | None, expected: tuple[int, ...], why: str, of: str, ot
     """A mask is bool, integer or float, 0 where a position is left out, any other value where it is kept."""
     if tensor is None:
         return
-    is_tensor("mask", tensor)
-    if tensor.is_complex():
-        raise TypeError(f"mask must be bool, integer or floating-point, got {tensor.dtype}")
+    real("mask", tensor)
     shape("mask", tensor, expected, why)
     same_device("mask", tensor, of, other)
 
@@ -103,4 +161,7 @@ def cu_seqlens(tensor: Tensor, total: int, of: str, other: Tensor) -> None:
                 f"got {int(tensor[0])} and {int(tensor[-1])}"
             )
         if bool((tensor[1:] < tensor[:-1]).any()):
-            raise ValueError(f"cu_seqlens must not decrease, got {tensor.tolist()}")
+            at = int((tensor[1:] < tensor[:-1]).nonzero()[0])
+            raise ValueError(
+                f"cu_seqlens must not decrease, got {int(tensor[at])} and then {int(tensor[at + 1])} at index {at}"
+            )

@@ -65,12 +65,14 @@ def check_denominator(denominator: float | Tensor | None, aggregation: Aggregati
     check_number("denominator", denominator, name, source)
     free = not isinstance(denominator, Tensor) or _checks.values_are_free(denominator)
     if free and not denominator >= 0:
-        raise ValueError(f"denominator must be a count >= 0, got {float(denominator)}")
+        raise ValueError(f"denominator must be a count >= 0, got {_checks.brief(_checks.plain(denominator))}")
 
 
 def check_number(argument: str, value: float | Tensor, name: str, source: Tensor) -> None:
     if isinstance(value, Tensor):
+        _checks.real(argument, value, boolean=False)
         _checks.shape(argument, value, (), "a number or a 0-d tensor")
         _checks.same_device(argument, value, name, source)
     else:
         _checks.finite(argument, value, "a number or a 0-d tensor")
+        _checks.in_float32(argument, value)

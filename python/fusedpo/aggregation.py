@@ -39,6 +39,7 @@ def aggregate(
         TypeError: types and dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets, ``denominator``
             where nothing is divided, ``length_norm`` without the aggregation that it belongs to.
     """
+    mask, cu_seqlens, length_norm, denominator = _checks.taken(mask, cu_seqlens, length_norm, denominator)
     Objective(aggregation=aggregation, length_norm=length_norm)
     _checks.floating("tokens", tokens)
     _tokens.check_layout("tokens", tokens, mask, cu_seqlens)

@@ -16,6 +16,8 @@ from types import TracebackType
 
 import torch
 
+from . import _checks
+
 BACKENDS = ("reference", "native", "triton")
 
 # What each operator has been written for, by backend and device type.
@@ -83,7 +85,7 @@ def _parse(name: str) -> str | None:
     if name in ("", "auto"):
         return None
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {_checks.brief(name)}")
     return name
 
 

@@ -13,7 +13,7 @@ Decoupled PPO, whose ratio is taken to a proximal policy while another one sampl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -83,9 +83,13 @@ def importance_weights(
     Source: ``rollout_corr_helper`` of verl, whose ``rollout_is_threshold="lo_hi"`` is ``mode="mask"``.
     """
     if level not in get_args(Level):
-        raise ValueError(f"level must be one of {get_args(Level)}, got {level!r}")
+        raise ValueError(f"level must be one of {get_args(Level)}, got {_checks.brief(level)}")
     if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
+        raise ValueError(f"mode must be one of {get_args(Mode)}, got {_checks.brief(mode)}")
+    low, high = _checks.plain(low), _checks.plain(high)
+    for name, bound in (("low", low), ("high", high)):
+        if bound is not None:
+            _checks.number(name, bound, "a float or None")
     lower, upper = 0.0 if low is None else low, math.inf if high is None else high
     if (low is not None and not low > 0) or not upper > 0 or not lower <= upper:
         raise ValueError(f"low and high must be > 0 or None, and low <= high, got {low} and {high}")
@@ -112,7 +116,7 @@ def importance_weights(
 def rejection_mask(
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,
-    criteria: Mapping[str, float | tuple[float, float]],
+    criteria: Mapping[str, float | Sequence[float]],
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -176,15 +180,21 @@ def _log_ratio(
     return where, kept, log_ratio.masked_fill(~kept, 0)
 
 
-def _bounds(name: str, bounds: float | tuple[float, float]) -> tuple[float, float]:
+def _bounds(name: str, bounds: float | Sequence[float]) -> tuple[float, float]:
     """Bounds of the estimate itself."""
     if name not in CRITERIA:
-        raise ValueError(f"criteria must be among {CRITERIA}, got {name!r}")
+        raise ValueError(f"criteria must be among {CRITERIA}, got {_checks.brief(name)}")
+    several = isinstance(bounds, Sequence) and not isinstance(bounds, str)
+    numbers = [_checks.plain(bound) for bound in (bounds if several else [bounds])]
+    for number in numbers:
+        _checks.number(f"criteria[{name!r}]", number, "a float or two")
+    got = _checks.brief(bounds)
     if name.endswith("k1"):
-        low, high = bounds if isinstance(bounds, tuple) else (1 / bounds if bounds else 0.0, bounds)
-        if not 0 < low <= high:
-            raise ValueError(f"criteria[{name!r}] must be (low, high) with 0 < low <= high, or u >= 1, got {bounds}")
-        return math.log(low), math.log(high)
-    if isinstance(bounds, tuple) or not bounds > 0:
-        raise ValueError(f"criteria[{name!r}] must be one number > 0, got {bounds}")
-    return -math.inf, bounds
+        if not several:
+            numbers = [1 / numbers[0] if numbers[0] else 0.0, numbers[0]]
+        if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1]:
+            raise ValueError(f"criteria[{name!r}] must be (low, high) with 0 < low <= high, or u >= 1, got {got}")
+        return math.log(numbers[0]), math.log(numbers[1])
+    if several or not numbers[0] > 0:
+        raise ValueError(f"criteria[{name!r}] must be one number > 0, got {got}")
+    return -math.inf, numbers[0]

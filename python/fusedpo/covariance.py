@@ -50,6 +50,9 @@ def clip_cov_weights(
         TypeError: types and dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets, a ``fraction``
             outside of (0, 1].
     """
+    fraction, clip_low, clip_high, low, high = map(_checks.plain, (fraction, clip_low, clip_high, low, high))
+    for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("low", low), ("high", high)):
+        _checks.number(name, value)
     lp, olp, a, kept = _flat(logprobs, old_logprobs, advantages, mask, cu_seqlens, fraction)
     ratio = (lp - olp).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     _, clipped_low, clipped_high = pessimistic_clip(a, ratio, 1 - clip_low, 1 + clip_high, None)
@@ -84,6 +87,10 @@ def kl_cov_penalty(
     Raises:
         As :func:`clip_cov_weights`.
     """
+    old_logprobs, advantages, mask, cu_seqlens, fraction, coef = _checks.taken(
+        old_logprobs, advantages, mask, cu_seqlens, fraction, coef
+    )
+    _checks.finite("coef", coef)
     lp, olp, a, kept = _flat(logprobs, old_logprobs, advantages, mask, cu_seqlens, fraction)
     chosen = _largest(_covariance(lp.detach(), a, kept), kept, kept, fraction)
     return (coef * (lp - olp).abs()).masked_fill(~chosen, 0).reshape(logprobs.shape)
@@ -102,8 +109,9 @@ def _flat(
     num_sequences = _tokens.check_layout("logprobs", logprobs, mask, cu_seqlens)
     _tokens.check_per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
     _tokens.check_weights("advantages", advantages, "logprobs", logprobs, num_sequences)
+    _checks.number("fraction", fraction)
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+        raise ValueError(f"fraction must be in (0, 1], got {_checks.brief(fraction)}")
     where = layout(logprobs, cu_seqlens)
     kept = where.kept(mask)
 

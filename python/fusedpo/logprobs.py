@@ -67,6 +67,7 @@ def token_logprobs(
         TypeError: dtypes. ValueError: shapes, devices, ids out of range and a temperature that is not positive (on the
             CPU; on other devices under ``FUSEDPO_DEBUG=1``).
     """
+    token_ids, temperature, mask = _checks.taken(token_ids, temperature, mask)
     check_token_logprobs(logits, token_ids, temperature, mask)
     backend = backends.choose("token_logprobs", logits.device.type, logits.dtype)
     if backend == "reference":
@@ -126,9 +127,13 @@ def linear_token_logprobs(
             call.
         ValueError: as :func:`token_logprobs`.
     """
+    token_ids, temperature, mask, softcap, logit_scale, chunk_tokens = _checks.taken(
+        token_ids, temperature, mask, softcap, logit_scale, chunk_tokens
+    )
     check_linear_token_logprobs(
         hidden, weight, bias, token_ids, softcap, logit_scale, chunk_tokens, temperature=temperature, mask=mask
     )
+    hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
     dtype = ops_hidden.compute_dtype(hidden)
     backend = ops_hidden.choose(hidden, dtype)
     if backend == "reference":
@@ -195,6 +200,15 @@ def next_tokens(
     return reference.next_tokens(input_ids, mask, cu_seqlens)
 
 
+def taken_if_differentiated(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`_checks.taken`, whose copies may be large, where a backward needs them."""
+    if hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+        hidden, weight, bias = _checks.taken(hidden, weight, bias)
+    return hidden, weight, bias
+
+
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -233,7 +247,8 @@ def _check_rows(
 def _check_positive(name: str, value: float, expected: str) -> None:
     _checks.number(name, value, expected)
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+        raise ValueError(f"{name} must be positive and finite, got {_checks.brief(value)}")
+    _checks.in_float32(name, value)
 
 
 def _check_values(token_ids: Tensor, size: int, temperature: float | Tensor, mask: Tensor | None) -> None:
@@ -246,9 +261,12 @@ def _check_values(token_ids: Tensor, size: int, temperature: float | Tensor, mas
         if bad.numel() > 0:
             raise ValueError(f"token_ids must be in [0, {size}) at kept rows, got {int(bad[0])}")
     if isinstance(temperature, Tensor) and _checks.values_are_free(temperature):
-        bad = temperature[~(temperature > 0) & (True if mask is None or temperature.dim() == 0 else mask != 0)]
+        bad = temperature[
+            ~((temperature > 0) & (temperature < math.inf))
+            & (True if mask is None or temperature.dim() == 0 else mask != 0)
+        ]
         if bad.numel() > 0:
-            raise ValueError(f"temperature must be positive, got {float(bad[0])}")
+            raise ValueError(f"temperature must be positive and finite, got {float(bad[0])}")
 
 
 def check_linear_token_logprobs(
@@ -299,6 +317,7 @@ def _check_options(*, softcap: float | None, logit_scale: float, chunk_tokens: i
     if softcap is not None:
         _check_positive("softcap", softcap, "a float or None")
     _checks.finite("logit_scale", logit_scale)
+    _checks.in_float32("logit_scale", logit_scale)
     if logit_scale == 0:
         raise ValueError("logit_scale must not be 0")
     if chunk_tokens is not None:

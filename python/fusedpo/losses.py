@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _checks, _tokens, backends, ops, ops_hidden, ops_one_pass, ops_policy_loss, reference
-from .logprobs import check_linear_token_logprobs, check_token_logprobs, linear_token_logprobs, token_logprobs
+from .logprobs import (
+    check_linear_token_logprobs,
+    check_token_logprobs,
+    linear_token_logprobs,
+    taken_if_differentiated,
+    token_logprobs,
+)
 from .objectives import Objective
 from .reference import PolicyLossOutput
 
@@ -69,6 +75,10 @@ def policy_loss(
         TypeError: types and dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets, an argument that a
             part of ``objective`` needs and that is None, ``denominator`` where nothing is divided.
     """
+    old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale = _checks.taken(
+        old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale
+    )
+    entropy = _checks.taken(entropy)[0]
     options: dict[str, Any] = {
         "objective": objective,
         "mask": mask,
@@ -85,7 +95,7 @@ def policy_loss(
     elif objective.entropy_coef != 0:
         raise ValueError(f"entropy is needed by objective.entropy_coef={objective.entropy_coef}, got None")
     if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+        raise ValueError(f"reduction must be 'mean' or 'none', got {_checks.brief(reduction)}")
     if reduction == "none" and denominator is not None:
         raise ValueError("denominator must be None with reduction='none', which divides by nothing")
     return _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction=reduction, **options)
@@ -133,6 +143,10 @@ def policy_loss_from_logits(
     Raises:
         As :func:`policy_loss` and :func:`fusedpo.token_logprobs`.
     """
+    old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale = _checks.taken(
+        old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale
+    )
+    token_ids, temperature = _checks.taken(token_ids, temperature)
     options: dict[str, Any] = {
         "objective": objective,
         "mask": mask,
@@ -205,6 +219,12 @@ def policy_loss_from_hidden(
     Raises:
         As :func:`policy_loss_from_logits` and :func:`fusedpo.linear_token_logprobs`.
     """
+    old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale = _checks.taken(
+        old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale
+    )
+    token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live = _checks.taken(
+        token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live
+    )
     options: dict[str, Any] = {
         "objective": objective,
         "mask": mask,
@@ -230,6 +250,7 @@ def policy_loss_from_hidden(
         return out._replace(metrics={**out.metrics, "rows": out.metrics["tokens"]})
 
     check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask, **linear)
+    hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
     return _from_hidden(
         backend,
         hidden,
@@ -435,7 +456,9 @@ def _check(
 def _check_num_live(num_live: int, token_ids: Tensor, mask: Tensor | None) -> None:
     _checks.whole_number("num_live", num_live, at_least=0, expected="an int or None")
     if num_live > token_ids.numel():
-        raise ValueError(f"num_live must be at most the number of tokens {token_ids.numel()}, got {num_live}")
+        raise ValueError(
+            f"num_live must be at most the number of tokens {token_ids.numel()}, got {_checks.brief(num_live)}"
+        )
     if _checks.values_are_free(token_ids):
         kept = token_ids.numel() if mask is None else int(mask.count_nonzero())
         if num_live != kept:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import _checks
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
 
@@ -41,7 +42,7 @@ class PolicyLoss(nn.Module):
             raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
         unknown = [name for name in defaults if name not in self.DEFAULTS]
         if unknown:
-            raise TypeError(f"defaults must be among {self.DEFAULTS}, got {unknown[0]!r}")
+            raise TypeError(f"defaults must be among {self.DEFAULTS}, got {_checks.brief(unknown[0])}")
         self.objective = objective
         self.defaults = defaults
 

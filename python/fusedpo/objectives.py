@@ -65,7 +65,12 @@ AGGREGATIONS = get_args(Aggregation)
 KL_KINDS = get_args(KLKind)
 
 
-def _check(part: str, relation: Literal[">", ">="], bound: float, *, or_none: bool = False, **values: Any) -> None:
+_LONGEST = 1 << 62  # positions: no sequence has as many
+
+
+def _check(
+    part: str, relation: Literal[">", ">="], bound: float, *, or_none: bool = False, finite: bool = False, **values: Any
+) -> None:
     """``values``, by the names of fields of ``part``, are numbers in this ``relation`` to ``bound``."""
     other = " or None" if or_none else ""
     for name, value in values.items():
@@ -73,20 +78,43 @@ def _check(part: str, relation: Literal[">", ">="], bound: float, *, or_none: bo
             continue
         _checks.number(f"{part}: {name}", value, f"a float{other}")
         if not (value > bound if relation == ">" else value >= bound):
-            fields, got = " and ".join(values), " and ".join(map(str, values.values()))
+            fields, got = " and ".join(values), " and ".join(map(_checks.brief, values.values()))
             raise ValueError(f"{part}: {fields} must be {relation} {bound}{other}, got {got}")
+        if finite:
+            _checks.finite(f"{part}: {name}", value)
+        _checks.in_float32(f"{part}: {name}", value)
+
+
+def _finite(part: str, **values: Any) -> None:
+    for name, value in values.items():
+        _checks.finite(f"{part}: {name}", value)
+        _checks.in_float32(f"{part}: {name}", value)
+
+
+def _is_count(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+class _Part:
+    """Takes the NumPy numbers among its fields for the numbers that they are."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            number = _checks.plain(value)
+            if number is not value:
+                object.__setattr__(self, name, number)
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
 
 
 @dataclass(frozen=True)
-class TokenRatio:
+class TokenRatio(_Part):
     """``rho = exp(clamp(lp - olp, -20, 20))`` of the token alone (PPO, GRPO)."""
 
 
 @dataclass(frozen=True)
-class SequenceRatio:
+class SequenceRatio(_Part):
     """GSPO: every token of a sequence carries ``s = exp(mean_t x_t)``, with the gradient of its own ``lp``.
 
     The token's ratio is ``exp(min(x - sg(x) + sg(log s), 10))``, where ``x = clamp(lp - olp, -20, 20)``.
@@ -94,7 +122,7 @@ class SequenceRatio:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(_Part):
     """The ratio times ``F = exp(clamp(sum of l over a window, -20, 20))``, the likelihood ratio of the neighbours.
 
     The window holds the ``back`` positions before the token and the ``ahead`` positions after it, not the token itself;
@@ -115,15 +143,17 @@ class Trace:
     differentiate: bool = False
 
     def __post_init__(self) -> None:
-        for count in (self.back, self.ahead):
-            if count != "all" and (not isinstance(count, int) or count < 0):
-                raise ValueError(
-                    f"Trace: back and ahead must be integers >= 0 or 'all', got {self.back!r} and {self.ahead!r}"
-                )
+        super().__post_init__()
+        for name, count in (("back", self.back), ("ahead", self.ahead)):
+            if count != "all" and not _is_count(count, 0):
+                got = f"{_checks.brief(self.back)} and {_checks.brief(self.ahead)}"
+                raise ValueError(f"Trace: back and ahead must be integers >= 0 or 'all', got {got}")
+            if count != "all" and count >= _LONGEST:
+                object.__setattr__(self, name, "all")
 
 
 @dataclass(frozen=True)
-class ForwardTrace:
+class ForwardTrace(_Part):
     """NFPO: ``Trace(0, n - 1)``, the ratio times the likelihood ratio of the next ``n - 1`` positions.
 
     ``n=1`` is :class:`TokenRatio`; ``n >= T`` is the whole suffix.
@@ -133,20 +163,21 @@ class ForwardTrace:
     differentiate: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n, int) or self.n < 1:
-            raise ValueError(f"ForwardTrace: n must be an integer >= 1, got {self.n!r}")
+        super().__post_init__()
+        if not _is_count(self.n, 1):
+            raise ValueError(f"ForwardTrace: n must be an integer >= 1, got {_checks.brief(self.n)}")
 
     @property
     def back(self) -> int:
         return 0
 
     @property
-    def ahead(self) -> int:
-        return self.n - 1
+    def ahead(self) -> int | Literal["all"]:
+        return self.n - 1 if self.n <= _LONGEST else "all"
 
 
 @dataclass(frozen=True)
-class OnPolicy:
+class OnPolicy(_Part):
     """No ratio: the loss is ``-A * lp`` (REINFORCE, OPO). ``old_logprobs`` feed the metrics and :class:`DRO` only."""
 
 
@@ -157,12 +188,12 @@ Ratio = TokenRatio | SequenceRatio | Trace | ForwardTrace | OnPolicy
 
 
 @dataclass(frozen=True)
-class NoTrustRegion:
+class NoTrustRegion(_Part):
     """``-A * rho * sg(F)``."""
 
 
 @dataclass(frozen=True)
-class PPOClip:
+class PPOClip(_Part):
     """``sg(F) * max(-A rho, -A clip(rho, 1 - low, 1 + high))``.
 
     ``dual``: where ``A < 0`` the loss is at most ``-A * dual`` (dual clip, usually 3). ``cap``: the weight ``rho * F``
@@ -177,15 +208,16 @@ class PPOClip:
     on: Literal["ratio", "product"] = "ratio"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check("PPOClip", ">=", 0, low=self.low, high=self.high)
         _check("PPOClip", ">", 1, or_none=True, dual=self.dual)
         _check("PPOClip", ">", 0, or_none=True, cap=self.cap)
         if self.on not in ("ratio", "product"):
-            raise ValueError(f"PPOClip: on must be 'ratio' or 'product', got {self.on!r}")
+            raise ValueError(f"PPOClip: on must be 'ratio' or 'product', got {_checks.brief(self.on)}")
 
 
 @dataclass(frozen=True)
-class LogClip:
+class LogClip(_Part):
     """PPO's clip of the product ``w = rho * sg(F)`` in log space, in a range that grows with the position (CTPO).
 
     ``max(-A w, -A exp(clip(log w, -low t^power, high t^power)))``, and where ``A < 0`` at most
@@ -199,24 +231,26 @@ class LogClip:
     power: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check("LogClip", ">=", 0, low=self.low, high=self.high)
         _check("LogClip", ">", 0, or_none=True, dual=self.dual)
-        _checks.finite("LogClip: power", self.power)
+        _finite("LogClip", power=self.power)
 
 
 @dataclass(frozen=True)
-class CISPO:
+class CISPO(_Part):
     """``-A * sg(clip(rho, 1 - low, 1 + high) * F) * lp``: a clipped ratio is a weight, every token keeps a gradient."""
 
     low: float = 10.0
     high: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check("CISPO", ">=", 0, low=self.low, high=self.high)
 
 
 @dataclass(frozen=True)
-class BinaryTV:
+class BinaryTV(_Part):
     """DPPO-TV: ``-A * sg(min(rho * F, cap) * M) * lp``; ``M`` keeps a token while its probability has moved no further.
 
     ``A > 0``: ``p - p_old <= high``; otherwise ``p - p_old >= -low``. ``cap=None``: no cap.
@@ -227,12 +261,13 @@ class BinaryTV:
     cap: float | None = 20.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check("BinaryTV", ">=", 0, low=self.low, high=self.high)
         _check("BinaryTV", ">", 0, or_none=True, cap=self.cap)
 
 
 @dataclass(frozen=True)
-class BinaryKL:
+class BinaryKL(_Part):
     """DPPO-KL: as :class:`BinaryTV`, where ``M`` bounds the KL divergence between the two Bernoulli distributions
     "this token or another": ``p_old (olp - lp) + (1 - p_old) log((1 - p_old + 1e-8) / (1 - p + 1e-8))``.
 
@@ -244,12 +279,13 @@ class BinaryKL:
     cap: float | None = 20.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check("BinaryKL", ">=", 0, low=self.low, high=self.high)
         _check("BinaryKL", ">", 0, or_none=True, cap=self.cap)
 
 
 @dataclass(frozen=True)
-class CPPO:
+class CPPO(_Part):
     """``-A M rho * sg(F)``: a bound on the divergence of a token that is tighter early on, and a budget for its prefix.
 
     With ``D = |p - p_old|`` of the token (binary total variation), ``t`` its place among the ``T`` kept tokens of the
@@ -262,25 +298,27 @@ class CPPO:
     min_weight: float = 0.8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check("CPPO", ">=", 0, threshold=self.threshold, budget=self.budget)
-        _checks.number("CPPO: min_weight", self.min_weight)
+        _finite("CPPO", min_weight=self.min_weight)
         if not 0 < self.min_weight <= 1:
             raise ValueError(f"CPPO: min_weight must be in (0, 1], got {self.min_weight}")
 
 
 @dataclass(frozen=True)
-class SAPO:
+class SAPO(_Part):
     """``-A * (4 / tau) * sigmoid(tau (rho - 1)) * sg(F)`` with ``tau = tau_pos`` where ``A > 0``, else ``tau_neg``."""
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05
 
     def __post_init__(self) -> None:
-        _check("SAPO", ">", 0, tau_pos=self.tau_pos, tau_neg=self.tau_neg)
+        super().__post_init__()
+        _check("SAPO", ">", 0, finite=True, tau_pos=self.tau_pos, tau_neg=self.tau_neg)
 
 
 @dataclass(frozen=True)
-class VESPO:
+class VESPO(_Part):
     """``-A * sg(phi(rho * F)) * lp`` with ``phi(w) = w^k exp(lambda (1 - w))``, which is 1 at ``w = 1``.
 
     ``k_pos`` and ``lambda_pos`` hold where ``A >= 0``. ``log w`` is clamped to ``[log 1e-8, 20]``.
@@ -292,12 +330,13 @@ class VESPO:
     lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
-        _check("VESPO", ">=", 0, k_pos=self.k_pos, k_neg=self.k_neg)
-        _check("VESPO", ">", 0, lambda_pos=self.lambda_pos, lambda_neg=self.lambda_neg)
+        super().__post_init__()
+        _check("VESPO", ">=", 0, finite=True, k_pos=self.k_pos, k_neg=self.k_neg)
+        _check("VESPO", ">", 0, finite=True, lambda_pos=self.lambda_pos, lambda_neg=self.lambda_neg)
 
 
 @dataclass(frozen=True)
-class GMPO:
+class GMPO(_Part):
     """``-A exp(mean_t x'_t)``, where ``x'`` are the token log-ratios clipped before their mean is taken.
 
     With ``x = clamp(lp - olp, -20, 20)``: ``x' = min(x, high)`` where ``A > 0`` and ``max(x, -low)`` where ``A < 0``.
@@ -308,17 +347,19 @@ class GMPO:
     high: float = 0.4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check("GMPO", ">=", 0, low=self.low, high=self.high)
 
 
 @dataclass(frozen=True)
-class DRO:
+class DRO(_Part):
     """``-A lp + beta / 2 (lp - olp)^2``: a quadratic penalty in place of a ratio; needs :class:`OnPolicy`."""
 
     beta: float
 
     def __post_init__(self) -> None:
-        _check("DRO", ">", 0, beta=self.beta)
+        super().__post_init__()
+        _check("DRO", ">", 0, finite=True, beta=self.beta)
 
 
 TrustRegion = NoTrustRegion | PPOClip | LogClip | CISPO | BinaryTV | BinaryKL | CPPO | SAPO | VESPO | GMPO | DRO
@@ -328,7 +369,7 @@ TrustRegion = NoTrustRegion | PPOClip | LogClip | CISPO | BinaryTV | BinaryKL | 
 
 
 @dataclass(frozen=True)
-class KL:
+class KL(_Part):
     """``coef`` times an estimate of the KL divergence to the reference policy (needs ``ref_logprobs``), in nats.
 
     With ``d = lp - ref``: ``k1 = d``; ``k2 = d^2 / 2``; ``k3 = exp(-d) - 1 + d`` (``d`` clamped to +-20 before
@@ -344,9 +385,10 @@ class KL:
     weighted: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in KL_KINDS:
-            raise ValueError(f"KL: kind must be one of {KL_KINDS}, got {self.kind!r}")
-        _checks.finite("KL: coef", self.coef)
+            raise ValueError(f"KL: kind must be one of {KL_KINDS}, got {_checks.brief(self.kind)}")
+        _finite("KL", coef=self.coef)
         _check("KL", ">", 0, or_none=True, clamp=self.clamp)
 
 
@@ -354,7 +396,7 @@ class KL:
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(_Part):
     """A policy objective: ``aggregate(is_weight * policy_term + kl.coef * kl - entropy_coef * entropy)``.
 
     ``aggregation`` with ``l`` the per-token loss and ``m`` the mask:
@@ -380,19 +422,24 @@ class Objective:
     length_norm: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.ratio, Ratio):
-            raise TypeError(f"Objective: ratio must be one of {Ratio}, got {self.ratio!r}")
+            raise TypeError(f"Objective: ratio must be one of {Ratio}, got {_checks.brief(self.ratio)}")
         if not isinstance(self.trust_region, TrustRegion):
-            raise TypeError(f"Objective: trust_region must be one of {TrustRegion}, got {self.trust_region!r}")
+            raise TypeError(
+                f"Objective: trust_region must be one of {TrustRegion}, got {_checks.brief(self.trust_region)}"
+            )
         if self.kl is not None and not isinstance(self.kl, KL):
-            raise TypeError(f"Objective: kl must be a KL or None, got {self.kl!r}")
-        _checks.finite("Objective: entropy_coef", self.entropy_coef)
+            raise TypeError(f"Objective: kl must be a KL or None, got {_checks.brief(self.kl)}")
+        _finite("Objective", entropy_coef=self.entropy_coef)
         if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"Objective: aggregation must be one of {AGGREGATIONS}, got {self.aggregation!r}")
+            raise ValueError(
+                f"Objective: aggregation must be one of {AGGREGATIONS}, got {_checks.brief(self.aggregation)}"
+            )
         if self.length_norm is not None:
             if self.aggregation != "seq-mean-token-sum-norm":
                 raise ValueError(f"Objective: length_norm has no meaning with aggregation={self.aggregation!r}")
-            _check("Objective", ">", 0, length_norm=self.length_norm)
+            _check("Objective", ">", 0, finite=True, length_norm=self.length_norm)
         self._check_ratio_and_trust_region()
 
     def _check_ratio_and_trust_region(self) -> None:
@@ -426,6 +473,9 @@ class Objective:
                     f"Objective: {region_name}(cap=...) truncates a detached weight; "
                     f"{ratio_name}(differentiate=True) has none (pass cap=None)"
                 )
+
+
+PARTS: list[type[_Part]] = [*get_args(Ratio), *get_args(TrustRegion), KL, Objective]
 
 
 # -------------------------------------------------------------------------------------------------------------- presets

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import _checks, backends, reference
 from .ops import define
 from .reference.advantages import GAE, VTrace
 from .reference.advantages.segments import result_dtype
@@ -141,11 +141,11 @@ class Kernels:
             rewards,
             ids,
             order,
-            1 if group_size is None else group_size,
+            1 if group_size is None else _checks.plain(group_size),
             other,
             mask,
             ESTIMATORS.index(estimator),
-            k,
+            _checks.plain(k),
             scale == "unbiased",
             float(number),
             wide or rewards.dtype == torch.float64,
@@ -270,7 +270,9 @@ class Kernels:
         mask: Tensor | None = None,
     ) -> Tensor:
         # Asynchronous: a blocking copy would be a host sync.
-        w = torch.tensor(weights, dtype=torch.float64, device="cpu").to(rewards.device, non_blocking=True)
+        w = torch.tensor([float(weight) for weight in weights], dtype=torch.float64, device="cpu").to(
+            rewards.device, non_blocking=True
+        )
         return self._groups("order_statistic", rewards, group_size, group_ids, mask, other=w, k=k, scale=scale)
 
     def pkpo(

@@ -57,7 +57,8 @@ def choose(hidden: Tensor, dtype: torch.dtype) -> str:
     if backends.forced() is not None:
         raise backends.BackendUnavailable(
             f"backend {backend!r} was forced for linear_token_logprobs, but its kernels work in place, which neither "
-            "torch.compile nor a functorch transform nor fake tensors allow: call it outside of them, or force 'reference' or nothing"
+            "torch.compile nor a functorch transform nor fake tensors allow: call it outside of them, or force "
+            "'reference' or nothing"
         )
     return "reference"
 

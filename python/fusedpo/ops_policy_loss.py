@@ -25,13 +25,13 @@ All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import objectives
+from ._checks import FLOAT32_MAX
 from .objectives import AGGREGATIONS, KL_KINDS, Objective
 from .ops import apply, define, is_differentiated, once_differentiable
 from .reference import METRICS
@@ -80,7 +80,8 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
 
     The number of a weighted KL is higher by ``len(KL_KINDS)``. ``values``: coefficient and clamp of the KL, entropy
     coefficient, length_norm (0: the longest sequence), and then the fields of the trust region in their order. A bound
-    that is None is infinity.
+    that is None or infinite is the largest float32, which decoders take for infinity: AOTInductor cannot write
+    an infinite number.
     """
     ratio, region, kl = objective.ratio, objective.trust_region, objective.kl
     back, ahead = (
@@ -98,7 +99,7 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
     ]
     values = [
         0.0 if kl is None else float(kl.coef),
-        math.inf if kl is None or kl.clamp is None else float(kl.clamp),
+        FLOAT32_MAX if kl is None else _number(kl.clamp),
         float(objective.entropy_coef),
         float(objective.length_norm or 0),
         *(_number(field) for field in vars(region).values()),
@@ -109,7 +110,7 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
 def _number(field: float | str | None) -> float:
     if isinstance(field, str):
         return float(field == "product")
-    return math.inf if field is None else float(field)
+    return FLOAT32_MAX if field is None else float(min(field, FLOAT32_MAX))
 
 
 def _fake(logprobs: Tensor, parts: list[int], values: list[float], per_token: bool) -> tuple[Tensor, ...]:

@@ -55,6 +55,9 @@ def value_loss(
         TypeError: types and dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets, a ``clip`` below 0
             or without ``old_values``, ``denominator`` or ``length_norm`` where they have no meaning.
     """
+    old_values, returns, clip, mask, cu_seqlens, length_norm, denominator, loss_scale = _checks.taken(
+        old_values, returns, clip, mask, cu_seqlens, length_norm, denominator, loss_scale
+    )
     Objective(aggregation=aggregation, length_norm=length_norm)
     _checks.floating("values", values)
     _tokens.check_layout("values", values, mask, cu_seqlens)
@@ -64,7 +67,7 @@ def value_loss(
     if clip is not None:
         _checks.number("clip", clip, "a float or None")
         if not clip >= 0:
-            raise ValueError(f"clip must be >= 0 or None, got {clip}")
+            raise ValueError(f"clip must be >= 0 or None, got {_checks.brief(clip)}")
         if old_values is None:
             raise ValueError(f"old_values are needed by clip={clip}, got None")
     _tokens.check_denominator(denominator, aggregation, "values", values)

@@ -17,9 +17,7 @@ def unchecked(operator: str, *tensors: Tensor | None) -> bool:
 
 
 def real(name: str, tensor: Tensor) -> None:
-    _checks.is_tensor(name, tensor)
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be bool, integer or floating-point, got {tensor.dtype}")
+    _checks.real(name, tensor)
 
 
 def positive(name: str, value: float) -> None:
@@ -36,7 +34,7 @@ def unit_interval(name: str, value: float) -> None:
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        raise ValueError(f"{name} must be one of {choices}, got {_checks.brief(value)}")
 
 
 def rewards(tensor: Tensor, mask: Tensor | None) -> None:

@@ -90,7 +90,7 @@ def _bounds(text: str, start: int, split: Split) -> list[int]:
     if any(a >= b for a, b in pairwise(bounds[:-1])) or bounds[-2] > bounds[-1]:
         raise ValueError(
             f"delimiter must return increasing positions in a response of {len(text) - start} characters, "
-            f"got {[bound - start for bound in bounds[1:-1]]}"
+            f"got {_checks.brief([bound - start for bound in bounds[1:-1]])}"
         )
     return bounds
 
@@ -145,7 +145,7 @@ def pool_rollouts(
     unknown = returns.keys() - {state for row in states for state in row}
     if unknown:
         raise ValueError(
-            f"rollouts must start from a state in states, got {len(unknown)} that do not, as {unknown.pop()!r}"
+            f"rollouts must start from a state in states, got {len(unknown)} that do not, as {_checks.brief(unknown.pop())}"
         )
     means = {state: fmean(values) for state, values in returns.items()}
     steps = max(map(len, states), default=0)

@@ -182,7 +182,9 @@ def order_statistic(
     def estimate(r: Tensor, groups: Groups) -> Tensor:
         n, g = _sizes(groups)
         # Asynchronous: a blocking copy would be a host sync.
-        w = torch.tensor(weights, dtype=torch.float64, device="cpu").to(r.device, non_blocking=True)
+        w = torch.tensor([float(weight) for weight in weights], dtype=torch.float64, device="cpu").to(
+            r.device, non_blocking=True
+        )
         alpha = g / (n - 1) * (_number_below(k, groups) * w).sum(1)
         return _scaled(_leave_one_out(r, groups, alpha), scale, k, groups)
 
