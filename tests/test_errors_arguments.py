@@ -329,7 +329,7 @@ def test_what_has_no_memory_says_so():
         )
 
 
-# ------------------------------------------------------------------------------------------------------- saved and exported
+# ------------------------------------------------------------------------------------------------- saved and exported
 
 
 @pytest.mark.parametrize(
@@ -353,3 +353,18 @@ def test_the_numbers_of_an_operator_are_finite():
         ratio = objectives.OnPolicy() if isinstance(part, DRO) else objectives.TokenRatio()
         _, values = encode(Objective(ratio, part, KL("k3", 0.1)))
         assert all(abs(value) <= _checks.FLOAT32_MAX for value in values)
+
+
+def test_exported_programs_hold_finite_numbers_only():
+    """AOTInductor writes them into C++, where an infinite one is no literal."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, logprobs, old, advantages):
+            objective = objectives.dppo_tv(cap=None, length_norm=7.0)
+            return fusedpo.policy_loss(logprobs, old, advantages, objective=objective).loss
+
+    given = tuple(TENSORS[name] for name in ("logprobs", "old_logprobs", "advantages"))
+    program = torch.export.export(Loss(), given)
+    lists = [x for node in program.graph.nodes for x in node.args if isinstance(x, list | tuple)]
+    assert all(abs(x) < float("inf") for numbers in lists for x in numbers if isinstance(x, float))
+    torch.testing.assert_close(program.module()(*given), Loss()(*given))

@@ -161,7 +161,7 @@ def cu_seqlens(tensor: Tensor, total: int, of: str, other: Tensor) -> None:
                 f"got {int(tensor[0])} and {int(tensor[-1])}"
             )
         if bool((tensor[1:] < tensor[:-1]).any()):
-            at = int((tensor[1:] < tensor[:-1]).nonzero()[0])
+            first = max(int((tensor[1:] < tensor[:-1]).nonzero()[0]) - 2, 0)
             raise ValueError(
-                f"cu_seqlens must not decrease, got {int(tensor[at])} and then {int(tensor[at + 1])} at index {at}"
+                f"cu_seqlens must not decrease, got {tensor[first : first + 6].tolist()} from index {first} on"
             )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -184,8 +184,9 @@ def _bounds(name: str, bounds: float | Sequence[float]) -> tuple[float, float]:
     """Bounds of the estimate itself."""
     if name not in CRITERIA:
         raise ValueError(f"criteria must be among {CRITERIA}, got {_checks.brief(name)}")
-    several = isinstance(bounds, Sequence) and not isinstance(bounds, str)
-    numbers = [_checks.plain(bound) for bound in (bounds if several else [bounds])]
+    several = not isinstance(bounds, str) and isinstance(bounds, Sequence)
+    given: Any = bounds if several else [bounds]
+    numbers = [_checks.plain(bound) for bound in given]
     for number in numbers:
         _checks.number(f"criteria[{name!r}]", number, "a float or two")
     got = _checks.brief(bounds)

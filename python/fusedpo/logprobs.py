@@ -261,10 +261,8 @@ def _check_values(token_ids: Tensor, size: int, temperature: float | Tensor, mas
         if bad.numel() > 0:
             raise ValueError(f"token_ids must be in [0, {size}) at kept rows, got {int(bad[0])}")
     if isinstance(temperature, Tensor) and _checks.values_are_free(temperature):
-        bad = temperature[
-            ~((temperature > 0) & (temperature < math.inf))
-            & (True if mask is None or temperature.dim() == 0 else mask != 0)
-        ]
+        t = temperature.float()
+        bad = temperature[~((t > 0) & (t < math.inf)) & (True if mask is None or temperature.dim() == 0 else mask != 0)]
         if bad.numel() > 0:
             raise ValueError(f"temperature must be positive and finite, got {float(bad[0])}")
 

@@ -145,7 +145,8 @@ def pool_rollouts(
     unknown = returns.keys() - {state for row in states for state in row}
     if unknown:
         raise ValueError(
-            f"rollouts must start from a state in states, got {len(unknown)} that do not, as {_checks.brief(unknown.pop())}"
+            f"rollouts must start from a state in states, got {len(unknown)} that do not, as "
+            f"{_checks.brief(unknown.pop())}"
         )
     means = {state: fmean(values) for state, values in returns.items()}
     steps = max(map(len, states), default=0)
