@@ -136,6 +136,12 @@ def policy_loss(
     )
 
 
+def exp_minus_1(x: Tensor) -> Tensor:
+    """``exp(x) - 1`` to all digits, its derivative too: that of ``torch.expm1`` has none left far below 0."""
+    near = x.abs() < 0.5
+    return torch.expm1(x.masked_fill(~near, 0)).where(near, x.exp() - 1)
+
+
 def exp_minus_1_minus(x: Tensor) -> Tensor:
     """``exp(x) - 1 - x`` to all digits, derivatives too: near 0, where the difference cancels, it is Taylor's series."""
     near = x.abs() < 0.5
@@ -226,7 +232,7 @@ def _policy_term(objective: Objective, x: _Inputs) -> _Term:
     if isinstance(ratio, OnPolicy) and isinstance(region, NoTrustRegion):
         return term._replace(loss=_times_logprob(-x.advantages, x))
     if isinstance(ratio, Trace | ForwardTrace) and ratio.differentiate:
-        surrogate = -x.advantages * torch.expm1(x.log_ratio) * x.trace
+        surrogate = -x.advantages * exp_minus_1(x.log_ratio) * x.trace
         return term._replace(loss=surrogate.masked_fill(term.low | term.high, 0))
     return term
 
@@ -325,7 +331,9 @@ def _cppo(part: CPPO, x: _Inputs) -> _Term:
 
 def _sapo(part: SAPO, x: _Inputs) -> _Term:
     tau = torch.full_like(x.advantages, part.tau_neg).masked_fill(x.advantages > 0, part.tau_pos)
-    gate = 4 / tau * torch.sigmoid(tau * torch.expm1(x.log_of_ratio))
+    z = tau * exp_minus_1(x.log_of_ratio)
+    gate = torch.sigmoid(z.where(z < 0, -z))  # above 0, where it is rounded to 1, it has lost the digits of its slope
+    gate = 4 / tau * gate.where(z < 0, 1 - gate)
     return _Term(-x.advantages * gate * x.trace, _nowhere(x), _nowhere(x))
 
 
