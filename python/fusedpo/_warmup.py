@@ -46,8 +46,8 @@ def warmup(
         mask = torch.ones(1, 2, dtype=torch.bool, device=device) if has_mask else None
         logits = torch.zeros(1, 2, vocab_size, dtype=dtype, device=device, requires_grad=True)
         _token_logprobs(logits, num_ids, mask)
-        for cu_seqlens, denominator in product((None, torch.tensor([0, 2], device=device)), (None, 1.0)):
-            _policy_loss(logits, {"mask": mask, "cu_seqlens": cu_seqlens}, denominator)
+        for cu_seqlens in (None, torch.tensor([0, 2], device=device)):
+            _policy_loss(logits, {"mask": mask, "cu_seqlens": cu_seqlens})
 
 
 def _token_logprobs(logits: torch.Tensor, num_ids: int, mask: torch.Tensor | None) -> None:
@@ -58,18 +58,22 @@ def _token_logprobs(logits: torch.Tensor, num_ids: int, mask: torch.Tensor | Non
         torch.autograd.grad(results, logits, [torch.ones_like(x) for x in results], retain_graph=True)
 
 
-def _policy_loss(logits: torch.Tensor, layout: dict[str, Any], denominator: float | None) -> None:
+def _policy_loss(logits: torch.Tensor, layout: dict[str, Any]) -> None:
     zeros = torch.zeros(1, 2, device=logits.device)
     hidden, weight = (
         logits.new_zeros(*shape, HIDDEN).requires_grad_() for shape in (logits.shape[:-1], logits.shape[-1:])
     )
-    for objective in (objectives.nfpo(2), objectives.nfpo(2, entropy_coef=0.1), objectives.gspo()):
+    for objective, denominator in (
+        (objectives.nfpo(2), None),
+        (objectives.nfpo(2, entropy_coef=0.1), 1.0),
+        (objectives.gspo(), None),
+    ):
         options: dict[str, Any] = {"objective": objective, "denominator": denominator, **layout}
         policy_loss_from_logits(logits, zeros.long(), zeros, zeros, **options).loss.backward()
         policy_loss_from_hidden(hidden, weight, zeros.long(), zeros, zeros, **options).loss.backward()
     logprobs = zeros.clone().requires_grad_()
     objective = objectives.nfpo(2, differentiate=True)
-    policy_loss(logprobs, zeros, zeros, objective=objective, denominator=denominator, **layout).loss.backward()
+    policy_loss(logprobs, zeros, zeros, objective=objective, **layout).loss.backward()
     policy_loss(logprobs, zeros, zeros, objective=objective, reduction="none", **layout).loss.sum().backward()
 
 
