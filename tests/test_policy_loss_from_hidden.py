@@ -337,7 +337,7 @@ def test_terms_that_are_no_multiple_of_the_advantage_keep_every_row_alive(object
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("name", ["ppo", "gspo"])
 def test_metrics_are_those_of_every_entry_point(name, known):
-    """Of all kept tokens, whatever their advantages: by the kernels, the reference, under torch.compile, from logits."""
+    """Of all kept tokens, whatever their advantages: kernels, reference, compiled, from logits."""
     sources, batch, _ = dead_batch(name)
     batch["old_logprobs"] = batch["old_logprobs"] + 0.5 * torch.randn(B * T)
     hidden, weight, bias = sources

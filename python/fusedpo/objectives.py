@@ -294,8 +294,8 @@ class SAPO:
 class VESPO:
     """``-A * sg(phi(rho * F)) * lp`` with ``phi(w) = w^k exp(lambda (1 - w))``, which is 1 at ``w = 1``.
 
-    ``k_pos`` and ``lambda_pos`` hold where ``A >= 0``. ``log w`` is clamped to ``[log 1e-8, 20]``, and ``log phi``, whose
-    largest value is ``k log(k / lambda) - k + lambda``, to at most 20.
+    ``k_pos`` and ``lambda_pos`` hold where ``A >= 0``. ``log w`` is clamped to ``[log 1e-8, 20]``, and ``log phi``,
+    whose largest value is ``k log(k / lambda) - k + lambda``, to at most 20.
     """
 
     k_pos: float = 2.0

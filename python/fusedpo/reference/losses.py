@@ -143,7 +143,7 @@ def exp_minus_1(x: Tensor) -> Tensor:
 
 
 def exp_minus_1_minus(x: Tensor) -> Tensor:
-    """``exp(x) - 1 - x`` to all digits, derivatives too: near 0, where the difference cancels, it is Taylor's series."""
+    """``exp(x) - 1 - x`` to all digits, derivatives too: near 0, where it cancels, by its Taylor series."""
     near = x.abs() < 0.5
     y = x.masked_fill(~near, 0)
     series = torch.full_like(y, 1 / math.factorial(15))
