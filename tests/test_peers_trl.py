@@ -180,9 +180,10 @@ def test_clipped_sequence_ratios(loss_type, dtype):
 
 
 @both_dtypes
-@pytest.mark.parametrize("delta", [1.16, 1.3, 4.0])
+@pytest.mark.parametrize("delta", [0.2, 0.95, 1.1, 1.16, 4.0])
 @pytest.mark.parametrize("loss_type", CLIPPED)
 def test_two_sided_clip(loss_type, delta, dtype):
+    """Below both bounds of the clip, between them and 1, and above."""
     batch = random(dtype)
     expected, _ = trl_loss(batch, loss_type, delta=delta)
     region = O.two_sided_grpo(LOW, HIGH, delta=delta).trust_region
@@ -190,14 +191,15 @@ def test_two_sided_clip(loss_type, delta, dtype):
 
 
 @both_dtypes
+@pytest.mark.parametrize("epsilon_high", [0.2, 1.2])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_cispo(weighted, dtype):
+def test_cispo(weighted, epsilon_high, dtype):
     """TRL's ``epsilon_high`` bounds the ratio itself; there is no lower bound."""
     batch = random(dtype)
     if not weighted:
         del batch["is_weights"]
-    expected, _ = trl_loss(batch, "cispo", epsilon_high=1.2)
-    out = ours(batch, "cispo", O.TokenRatio(), O.cispo(high=0.2).trust_region)
+    expected, _ = trl_loss(batch, "cispo", epsilon_high=epsilon_high)
+    out = ours(batch, "cispo", O.TokenRatio(), O.cispo(high=epsilon_high - 1).trust_region)
     assert_same(out.loss, expected, batch)
     assert out.metrics["clip_frac"] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 
 import one_pass
@@ -300,7 +301,7 @@ DEAD = {
 @pytest.mark.parametrize("name", DEAD)
 def test_dead_rows_cost_nothing_and_change_nothing(name, chunk_tokens):
     sources, batch, evaluated = dead_batch(name)
-    options = {"objective": DEAD[name], "chunk_tokens": chunk_tokens}
+    options = {"objective": DEAD[name], "chunk_tokens": chunk_tokens, "skip_zero_advantages": True}
     results = []
     shapes = products_of(lambda: results.append(run(sources, batch, **options)))
     assert sum(rows for rows, inner, columns in shapes if (inner, columns) == (V, H)) == evaluated.sum()
@@ -326,8 +327,62 @@ def test_dead_rows_cost_nothing_and_change_nothing(name, chunk_tokens):
 def test_terms_that_are_no_multiple_of_the_advantage_keep_every_row_alive(objective):
     sources, batch, _ = dead_batch("ppo")
     batch["advantages"].zero_()
-    assert_equal_to_reference(sources, batch, objective=objective, chunk_tokens=5)
-    assert run(sources, batch, objective=objective)[1][0].any()
+    options = {"objective": objective, "skip_zero_advantages": True}
+    assert_equal_to_reference(sources, batch, chunk_tokens=5, **options)
+    out, gradients = run(sources, batch, **options)
+    assert out.metrics["rows"] == batch["mask"].sum()
+    assert gradients[0].any()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", ["ppo", "gspo"])
+def test_metrics_are_those_of_every_entry_point(name, known):
+    """Of all kept tokens, whatever their advantages: kernels, reference, compiled, from logits."""
+    sources, batch, _ = dead_batch(name)
+    batch["old_logprobs"] = batch["old_logprobs"] + 0.5 * torch.randn(B * T)
+    hidden, weight, bias = sources
+    others = {"objective": DEAD[name], **({"num_live": int(batch["mask"].sum())} if known else {})}
+    metrics = run(sources, batch, **others)[0].metrics
+    assert metrics["rows"] == metrics["tokens"] == batch["mask"].sum()
+    assert metrics["approx_kl_k3"] > 0.01
+    from_logits = fusedpo.policy_loss_from_logits(
+        (hidden @ weight.T + bias).requires_grad_(), **batch, objective=DEAD[name]
+    )
+    with fusedpo.backend("auto"):
+        compiled = torch.compile(fusedpo.policy_loss_from_hidden, fullgraph=True, backend="eager")
+        results = [
+            run(sources, batch, backend="reference", **others)[0].metrics,
+            {**from_logits.metrics, "rows": metrics["rows"]},
+            compiled(hidden.requires_grad_(), weight, **batch, bias=bias, objective=DEAD[name]).metrics,
+        ]
+    for result in results:
+        assert list(result) == list(metrics)
+        torch.testing.assert_close(list(result.values()), list(metrics.values()), rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_skips_the_same_tokens():
+    sources, batch, evaluated = dead_batch("nfpo(4)")
+    options = {"objective": DEAD["nfpo(4)"], "skip_zero_advantages": True}
+    assert_equal_to_reference(sources, batch, rtol=1e-4, num_live=18, **options)
+    out = run(sources, batch, backend="reference", **options)[0]
+    assert torch.equal(out.logprobs != 0, evaluated)
+
+
+def test_under_torch_compile_it_says_once_that_it_is_the_reference(monkeypatch):
+    monkeypatch.setattr(ops_hidden, "_warned_of_reference", False)
+    sources, batch = make()
+
+    def loss(factor):
+        return fusedpo.policy_loss_from_hidden(*sources[:2], **batch, objective=O.ppo(), loss_scale=factor).loss
+
+    with fusedpo.backend("auto"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for factor in (1.0, 2.0):  # the second is another graph
+            torch._dynamo.reset()
+            torch.compile(loss, fullgraph=True, backend="eager")(factor)
+    said = [str(w.message) for w in caught if "policy_loss_from_hidden" in str(w.message)]
+    assert len(said) == 1
+    assert "the reference" in said[0]
 
 
 @pytest.mark.parametrize("advantages", ["zero", "one sequence"])
@@ -338,7 +393,7 @@ def test_sequences_whose_rewards_are_all_alike(name, advantages):
     batch["mask"][:] = True
     batch["advantages"] = torch.zeros(B)
     batch["advantages"][1] = advantages != "zero"
-    out, gradients = run(sources, batch, objective=DEAD[name])
+    out, gradients = run(sources, batch, objective=DEAD[name], skip_zero_advantages=True)
     assert out.metrics["rows"] == (0 if advantages == "zero" else T)
     want, wanted = run(*in_float64(sources, batch), backend="reference", objective=DEAD[name])
     torch.testing.assert_close(out.loss.double(), want.loss, rtol=1e-5, atol=1e-7)

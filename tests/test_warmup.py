@@ -10,6 +10,7 @@ import torch
 import triton_aot
 
 import fusedpo
+from fusedpo import advantages as A
 from fusedpo import backends
 from fusedpo import objectives as O
 
@@ -20,7 +21,7 @@ SIZE = 32_000
 def test_it_runs(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with fusedpo.backend("triton"):
-        fusedpo.warmup(50, [BF16, torch.float32], device="cpu", num_ids=3)
+        fusedpo.warmup(50, [BF16], device="cpu", num_ids=3)
 
 
 def test_nothing_to_compile_where_no_kernel_is_tritons(monkeypatch):
@@ -28,9 +29,23 @@ def test_nothing_to_compile_where_no_kernel_is_tritons(monkeypatch):
     fusedpo.warmup(50, device="cpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nothing_happens_without_a_gpu():
+    fusedpo.warmup(50)
+    with fusedpo.backend("triton"):
+        fusedpo.warmup(50)
+
+
 def steps(size: int = SIZE) -> None:
     """What trainers do: any length, objective, layout and temperature."""
+    for group_size, ids, masked in itertools.product((4, 16, 24, 64), (False, True), (False, True)):
+        rewards = torch.rand(4 * group_size)
+        group = {"group_ids": torch.arange(4 * group_size) // group_size} if ids else {"group_size": group_size}
+        for advantages in (A.grpo(rewards, **group), A.rloo(rewards, **group)):
+            assert advantages.shape == rewards.shape
+        A.maxpo(rewards, k=2, mask=torch.ones(4 * group_size, dtype=torch.bool) if masked else None, **group)
     for i, (tokens, packed, masked, inplace) in enumerate(itertools.product((1, 2, 16, 33), *[(False, True)] * 3)):
+        others = {"denominator": [None, 7.0, torch.tensor(7.0)][i % 3]}
         batch = {
             "mask": torch.ones(1, tokens, dtype=torch.bool) if masked else None,
             "cu_seqlens": torch.tensor([0, tokens]) if packed else None,
@@ -55,10 +70,17 @@ def steps(size: int = SIZE) -> None:
             temperature=temperature,
             inplace=inplace,
             **batch,
+            **others,
         )
         (3 * out.loss).backward()
+        states = [torch.zeros(*shape, 24, dtype=BF16, requires_grad=True) for shape in ((1, tokens), (size,))]
+        for softcap in (None, 3.0):
+            hidden = fusedpo.policy_loss_from_hidden(
+                *states, zeros.int(), zeros, zeros, objective=objective, softcap=softcap, **batch, **others
+            )
+            (3 * hidden.loss).backward()
         logp, entropy = fusedpo.token_logprobs(logits * 1, zeros.int(), return_entropy=True, inplace_backward=inplace)
-        fusedpo.policy_loss(logp, zeros, zeros, objective=objective, entropy=entropy, **batch).loss.backward()
+        fusedpo.policy_loss(logp, zeros, zeros, objective=objective, entropy=entropy, **batch, **others).loss.backward()
 
 
 def count_variants() -> list[int]:

@@ -14,6 +14,7 @@ import triton.language as tl
 LOG_RATIO_CLAMP = tl.constexpr(20.0)
 SEQUENCE_LOG_RATIO_MAX = tl.constexpr(10.0)
 VESPO_LOG_WEIGHT_MIN = tl.constexpr(-18.420680743952367)  # log(1e-8)
+LARGEST = tl.constexpr(3.402823466e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -69,6 +70,7 @@ class Weight(NamedTuple):
     log_ratio: Any
     ratio: Any
     trace: Any
+    log_of_ratio: Any
     log_weight: Any  # log(ratio * trace)
     ratio_live: Any
     trace_live: Any
@@ -135,6 +137,18 @@ def exp_minus_1_minus(x, exp_x):
 
 
 @triton.jit
+def exp_minus_1(x, exp_x):
+    """exp(x) - 1 without cancellation, given exp(x)."""
+    return tl.where(tl.abs(x) < 1, exp_minus_1_minus(x, exp_x) + x, exp_x - 1)
+
+
+@triton.jit
+def times(factor, x):
+    """factor * x, 0 where the factor is 0, whatever x is."""
+    return tl.where(factor == 0, 0.0, factor * x)
+
+
+@triton.jit
 def log_ratio(logprob, old_logprob):
     return clamp(logprob - old_logprob, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
@@ -158,7 +172,8 @@ def weight_of(o, x):
         log_weight = tl.where(log_s > SEQUENCE_LOG_RATIO_MAX, SEQUENCE_LOG_RATIO_MAX, log_s)
         ratio_live = ratio_live & (log_s <= SEQUENCE_LOG_RATIO_MAX)
         clamped = clamped | (log_s > SEQUENCE_LOG_RATIO_MAX)
-    ratio = exp(log_weight)
+    log_of_ratio = log_weight
+    ratio = exp(log_of_ratio)
     trace = tl.full(own.shape, 1.0, tl.float32)
     trace_live = ratio_live
     if o.ratio == TRACE:
@@ -167,7 +182,7 @@ def weight_of(o, x):
         trace_live = tl.abs(x.log_trace) <= LOG_RATIO_CLAMP
         clamped = clamped | (tl.abs(x.log_trace) > LOG_RATIO_CLAMP)
         log_weight = own + log_trace
-    return Weight(own, ratio, trace, log_weight, ratio_live, trace_live, clamped)
+    return Weight(own, ratio, trace, log_of_ratio, log_weight, ratio_live, trace_live, clamped)
 
 
 # -------------------------------------------------------------------------------------------------------- trust regions
@@ -188,7 +203,7 @@ def through_ratio(loss, d_log_ratio, low, high):
 def through_logprob(x, weight, low, high):
     """-A * weight * lp with the weight detached."""
     coefficient = -x.advantage * weight
-    return Term(coefficient * x.logprob, tl.zeros_like(coefficient), coefficient, low, high)
+    return Term(times(coefficient, x.logprob), tl.zeros_like(coefficient), coefficient, low, high)
 
 
 @triton.jit
@@ -226,8 +241,9 @@ def ppo_clip(low, high, dual, cap, on_product, x, w):
 
 @triton.jit
 def log_clip(low, high, dual, power, x, w):
-    scale = exp(power * tl.log(x.place))
-    return clip(x.advantage, w.ratio * w.trace, 1.0, exp(-low * scale), exp(high * scale), exp(dual * scale))
+    scale = exp(power * tl.log(x.place))  # 0 or infinite for a large power
+    upper = exp(tl.where(dual == float("inf"), dual, times(dual, scale)))
+    return clip(x.advantage, w.ratio * w.trace, 1.0, exp(-times(low, scale)), exp(times(high, scale)), upper)
 
 
 @triton.jit
@@ -256,9 +272,10 @@ def binary_tv(low, high, cap, x, w):
 @triton.jit
 def binary_kl(low, high, cap, x, w):
     now, old = exp(x.logprob), exp(x.old_logprob)
-    moved = x.old_logprob - x.logprob
-    moved = tl.where(moved < -LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP, moved)  # old = 0 makes it -infinity
-    divergence = old * moved + (1 - old) * tl.log((1 - old + 1e-8) / (1 - now + 1e-8))
+    other_now = clamp(-exp_minus_1(x.logprob, now), 0.0, 1.0)  # 1 - p has no digits left where p is near 1
+    other_old = clamp(-exp_minus_1(x.old_logprob, old), 0.0, 1.0)
+    moved = clamp(x.old_logprob - x.logprob, -LOG_RATIO_CLAMP, LARGEST)  # infinite where one of them is 0
+    divergence = old * moved + other_old * tl.log((other_old + 1e-8) / (other_now + 1e-8))
     return binary(cap, x, w, (divergence > low) & (now < old), (divergence > high) & (now > old))
 
 
@@ -289,7 +306,7 @@ def cppo(threshold, budget, min_weight, x, w):
 @triton.jit
 def sapo(tau_pos, tau_neg, x, w):
     tau = tl.where(x.advantage > 0, tau_pos, tau_neg)
-    z = tau * (w.ratio - 1)
+    z = tau * exp_minus_1(w.log_of_ratio, w.ratio)
     decay = exp(-tl.abs(z))  # at most 1, so that no tau makes it overflow
     inverse = 1 / (1 + decay)
     gate = tl.where(z < 0, decay * inverse, inverse)
@@ -304,8 +321,12 @@ def vespo(k_pos, lambda_pos, k_neg, lambda_neg, x, w):
     k = tl.where(negative, k_neg, k_pos)
     rate = tl.where(negative, lambda_neg, lambda_pos)
     log_weight = clamp(w.log_weight, VESPO_LOG_WEIGHT_MIN, LOG_RATIO_CLAMP)
-    expm1 = exp_minus_1_minus(log_weight, exp(log_weight)) + log_weight
-    return through_logprob(x, exp(k * log_weight - rate * expm1), nowhere(x), nowhere(x))
+    exp_weight = exp(log_weight)
+    # near 1 the two terms nearly cancel where k is near the rate
+    near = (k - rate) * log_weight - rate * exp_minus_1_minus(log_weight, exp_weight)
+    log_phi = tl.where(tl.abs(log_weight) < 1, near, k * log_weight - rate * (exp_weight - 1))
+    log_phi = tl.where(log_phi > LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, log_phi)
+    return through_logprob(x, exp(log_phi), nowhere(x), nowhere(x))
 
 
 @triton.jit
@@ -378,28 +399,38 @@ def trust_region(o, x, w):
 
 @triton.jit
 def kl_of(o, x, own):
-    """The estimate of the KL divergence and its derivative. ``own`` is the log-ratio of the token."""
+    """The estimate of the KL divergence and its derivative. ``own`` is the log-ratio of the token.
+
+    ``d_weighted`` is the sum of both: the derivative of exp(lp) times the estimate, over exp(lp).
+    """
     d = x.logprob - x.ref_logprob
     value = tl.zeros_like(d)
     d_logprob = tl.zeros_like(d)
+    d_weighted = tl.zeros_like(d)
     weighted = o.kl > K3_PLUS
     kind = tl.where(weighted, o.kl - K3_PLUS, o.kl)
     if kind == K1:
         value = d
         d_logprob = tl.full(d.shape, 1.0, tl.float32)
+        d_weighted = 1 + d
     elif kind == K2:
         value = d * d * 0.5
         d_logprob = d
+        d_weighted = d * (1 + d * 0.5)
     elif kind != NO_KL:
         y = clamp(-d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-        value = exp_minus_1_minus(y, exp(y))
-        slope = tl.where(tl.abs(d) <= LOG_RATIO_CLAMP, -(value + y), 0.0)  # 1 - exp(-d)
-        d_logprob = tl.where(kind == K3, slope, d)
-    d_logprob = tl.where(tl.abs(value) > o.kl_clamp, 0.0, d_logprob)
+        exp_y = exp(y)
+        value = exp_minus_1_minus(y, exp_y)
+        live = tl.abs(d) <= LOG_RATIO_CLAMP
+        d_logprob = tl.where(kind == K3, tl.where(live, -exp_minus_1(y, exp_y), 0.0), d)
+        d_weighted = tl.where(kind == K3, tl.where(live, d, value), d + value)
+    beyond = tl.abs(value) > o.kl_clamp
     value = clamp(value, -o.kl_clamp, o.kl_clamp)
+    d_logprob = tl.where(beyond, 0.0, d_logprob)
+    d_weighted = tl.where(beyond, value, d_weighted)
     if weighted:
         ratio = exp(own)
-        d_logprob = ratio * (d_logprob + tl.where(log_ratio_live(x.logprob, x.old_logprob), value, 0.0))
+        d_logprob = ratio * tl.where(log_ratio_live(x.logprob, x.old_logprob), d_weighted, d_logprob)
         value = value * ratio
     return value, d_logprob
 
@@ -415,14 +446,13 @@ def evaluate(o, x):
     d_log_trace = tl.zeros_like(term.loss)
     if o.differentiate != 0:
         cut = term.low | term.high
-        ratio_minus_1 = exp_minus_1_minus(w.log_ratio, w.ratio) + w.log_ratio
-        loss = tl.where(cut, 0.0, -x.advantage * ratio_minus_1 * w.trace)
+        loss = tl.where(cut, 0.0, -x.advantage * exp_minus_1(w.log_ratio, w.ratio) * w.trace)
         d_log_ratio = tl.where(cut, 0.0, -x.advantage * w.ratio * w.trace)
-        d_log_trace = tl.where(w.trace_live, x.is_weight * loss, 0.0)
+        d_log_trace = tl.where(w.trace_live, times(x.is_weight, loss), 0.0)
         term = Term(loss, d_log_ratio, tl.zeros_like(loss), term.low, term.high)
     d_policy = tl.where(w.ratio_live, term.d_log_ratio, 0.0) + term.d_logprob
     kl, d_kl = kl_of(o, x, w.log_ratio)
     bonus = tl.where(o.entropy_coef != 0, o.entropy_coef * x.entropy, 0.0)
-    loss = x.is_weight * term.loss + o.kl_coef * kl - bonus
-    d_logprob = x.is_weight * d_policy + o.kl_coef * d_kl
+    loss = times(x.is_weight, term.loss) + times(o.kl_coef, kl) - bonus
+    d_logprob = times(x.is_weight, d_policy) + times(o.kl_coef, d_kl)
     return TokenResult(loss, d_logprob, d_log_trace, w, kl, term.low, term.high)

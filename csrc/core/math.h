@@ -62,4 +62,16 @@ FUSEDPO_HD F exp_minus_1_minus(F x, F exp_x) {
   return absolute(x) < 1.0f ? x * x * p : exp_x - 1.0f - x;
 }
 
+// exp(x) - 1 without cancellation, given exp(x).
+template <class F>
+FUSEDPO_HD F exp_minus_1(F x, F exp_x) {
+  return absolute(x) < 1.0f ? exp_minus_1_minus(x, exp_x) + x : exp_x - 1.0f;
+}
+
+// factor * x, 0 where the factor is 0, whatever x is.
+template <class F>
+FUSEDPO_HD F times(F factor, F x) {
+  return factor == 0.0f ? Math<F>::splat(0) : factor * x;
+}
+
 }  // namespace fusedpo

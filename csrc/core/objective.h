@@ -8,6 +8,7 @@
 namespace fusedpo {
 
 constexpr float kLogRatioClamp = 20.0f;
+constexpr float kLargest = 3.402823466e38f;
 constexpr float kSequenceLogRatioMax = 10.0f;
 constexpr float kVespoLogWeightMin = -18.420681f;  // log(1e-8)
 
@@ -93,7 +94,7 @@ template <class F>
 struct Weight {
   F log_ratio, own_ratio;  // of the token, clamped; and its exponential
   F ratio, trace;
-  F log_weight;                              // log(ratio * trace)
+  F log_of_ratio, log_weight;                // log(ratio), log(ratio * trace)
   Mask<F> own_live, ratio_live, trace_live;  // where no clamp of log_ratio, of the sequence's ratio, of the trace acts
   Mask<F> clamped;
 };
@@ -140,10 +141,10 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
   w.ratio_live = w.trace_live = own == own;
   w.clamped = absolute(x.logprob - x.old_logprob) > kLogRatioClamp;
   w.trace = M::splat(1);
-  w.log_weight = own;
+  w.log_of_ratio = w.log_weight = own;
   if (o.ratio == kSequenceRatio) {
     const F log_s = own - own + x.log_trace;  // NaN where the token's own ratio is
-    w.log_weight = log_s > kSequenceLogRatioMax ? M::splat(kSequenceLogRatioMax) : log_s;
+    w.log_of_ratio = w.log_weight = log_s > kSequenceLogRatioMax ? M::splat(kSequenceLogRatioMax) : log_s;
     w.ratio = M::exp(w.log_weight);
     w.ratio_live = log_s <= kSequenceLogRatioMax;
     w.clamped = w.clamped | (log_s > kSequenceLogRatioMax);
@@ -173,7 +174,7 @@ FUSEDPO_HD Term<F> through_ratio(const Weight<F>& w, F loss, F d_log_ratio, Mask
 template <class F>
 FUSEDPO_HD Term<F> through_logprob(const Token<F>& x, F weight, Mask<F> low, Mask<F> high) {
   const F coefficient = -x.advantage * weight;
-  return {coefficient * x.logprob, Math<F>::splat(0), coefficient, low, high};
+  return {times(coefficient, x.logprob), Math<F>::splat(0), coefficient, low, high};
 }
 
 template <class F>
@@ -209,10 +210,10 @@ FUSEDPO_HD Term<F> ppo_clip(const float* p, const Token<F>& x, const Weight<F>& 
 template <class F>
 FUSEDPO_HD Term<F> log_clip(const float* p, const Token<F>& x, const Weight<F>& w) {
   using M = Math<F>;
-  const float low = p[0], high = p[1], dual = p[2], power = p[3];
-  const F scale = M::exp(power * M::log(x.place));
-  return clip(w, x.advantage, w.ratio * w.trace, M::splat(1), M::exp(-low * scale), M::exp(high * scale),
-              M::exp(dual * scale));
+  const F low = M::splat(p[0]), high = M::splat(p[1]), dual = M::splat(p[2]), power = M::splat(p[3]);
+  const F scale = M::exp(power * M::log(x.place));  // 0 or infinite for a large power
+  return clip(w, x.advantage, w.ratio * w.trace, M::splat(1), M::exp(-times(low, scale)), M::exp(times(high, scale)),
+              M::exp(dual == kInfinity ? dual : times(dual, scale)));
 }
 
 template <class F>
@@ -250,8 +251,10 @@ FUSEDPO_HD Term<F> binary_kl(const float* p, const Token<F>& x, const Weight<F>&
   using M = Math<F>;
   const float low = p[0], high = p[1], cap = p[2];
   const F now = M::exp(x.logprob), old = M::exp(x.old_logprob);
-  const F moved = clamp(x.old_logprob - x.logprob, -kLogRatioClamp, kInfinity);  // old = 0 makes it -infinity
-  const F divergence = old * moved + (1.0f - old) * M::log((1.0f - old + 1e-8f) / (1.0f - now + 1e-8f));
+  const F other_now = clamp(-exp_minus_1(x.logprob, now), 0.0f, 1.0f);  // 1 - p has no digits left where p is near 1
+  const F other_old = clamp(-exp_minus_1(x.old_logprob, old), 0.0f, 1.0f);
+  const F moved = clamp(x.old_logprob - x.logprob, -kLogRatioClamp, kLargest);  // infinite where one of them is 0
+  const F divergence = old * moved + other_old * M::log((other_old + 1e-8f) / (other_now + 1e-8f));
   return binary<F>(cap, x, w, (divergence > low) & (now < old), (divergence > high) & (now > old));
 }
 
@@ -287,9 +290,11 @@ template <class F>
 FUSEDPO_HD Term<F> sapo(const float* p, const Token<F>& x, const Weight<F>& w) {
   using M = Math<F>;
   const F tau = x.advantage > 0.0f ? M::splat(p[0]) : M::splat(p[1]);
-  const F decay = M::exp(tau * (1.0f - w.ratio)), gate = 1.0f / (1.0f + decay);  // decay is at most e^tau
+  const F z = tau * exp_minus_1(w.log_of_ratio, w.ratio);
+  const F decay = M::exp(-absolute(z)), inverse = 1.0f / (1.0f + decay);  // decay is at most 1
+  const F gate = z < 0.0f ? decay * inverse : inverse;
   const F loss = -x.advantage * (4.0f / tau) * gate * w.trace;
-  const F d_log_ratio = -x.advantage * 4.0f * gate * (decay * gate) * w.ratio * w.trace;
+  const F d_log_ratio = -x.advantage * 4.0f * (decay * inverse * inverse) * w.ratio * w.trace;
   return through_ratio(w, loss, d_log_ratio, Mask<F>{}, Mask<F>{});
 }
 
@@ -300,8 +305,12 @@ FUSEDPO_HD Term<F> vespo(const float* p, const Token<F>& x, const Weight<F>& w) 
   const F k = negative ? M::splat(p[2]) : M::splat(p[0]);
   const F lambda = negative ? M::splat(p[3]) : M::splat(p[1]);
   const F log_weight = clamp(w.log_weight, kVespoLogWeightMin, kLogRatioClamp);
-  const F expm1 = exp_minus_1_minus(log_weight, M::exp(log_weight)) + log_weight;
-  return through_logprob(x, M::exp(k * log_weight - lambda * expm1), Mask<F>{}, Mask<F>{});
+  const F exp_weight = M::exp(log_weight);
+  // near 1 the two terms nearly cancel where k is near lambda
+  const F near = (k - lambda) * log_weight - lambda * exp_minus_1_minus(log_weight, exp_weight);
+  const F far = k * log_weight - lambda * (exp_weight - 1.0f);
+  const F log_phi = absolute(log_weight) < 1.0f ? near : far;
+  return through_logprob(x, M::exp(clamp(log_phi, -kInfinity, kLogRatioClamp)), Mask<F>{}, Mask<F>{});
 }
 
 template <class F>
@@ -372,28 +381,35 @@ FUSEDPO_HD Term<F> trust_region(const Objective& o, const Token<F>& x, const Wei
 
 // ------------------------------------------------------------------------------------------------------------------ KL
 
+// The estimate, its derivative, and the sum of both: the derivative of exp(lp) times the estimate, over exp(lp).
 template <class F>
 struct KLValue {
-  F value, d_logprob;
+  F value, d_logprob, d_weighted;
 };
 
 template <class F>
 FUSEDPO_HD KLValue<F> kl_of(const Objective& o, F d) {
   using M = Math<F>;
-  KLValue<F> kl{M::splat(0), M::splat(0)};
+  KLValue<F> kl{M::splat(0), M::splat(0), M::splat(0)};
   if (o.kl == kNoKL) return kl;
   if (o.kl == kK1) {
-    kl = {d, M::splat(1)};
+    kl = {d, M::splat(1), 1.0f + d};
   } else if (o.kl == kK2) {
-    kl = {d * d * 0.5f, d};
+    kl = {d * d * 0.5f, d, d * (1.0f + d * 0.5f)};
   } else {
-    const F x = clamp(-d, -kLogRatioClamp, kLogRatioClamp);
-    const F k3 = exp_minus_1_minus(x, M::exp(x));
-    const F slope = absolute(d) <= kLogRatioClamp ? -(k3 + x) : M::splat(0);  // 1 - exp(-d)
-    kl = {k3, o.kl == kK3 ? slope : d};
+    const F x = clamp(-d, -kLogRatioClamp, kLogRatioClamp), exp_x = M::exp(x);
+    const F k3 = exp_minus_1_minus(x, exp_x);
+    const Mask<F> live = absolute(d) <= kLogRatioClamp;
+    if (o.kl == kK3) {
+      kl = {k3, live ? -exp_minus_1(x, exp_x) : M::splat(0), live ? d : k3};
+    } else {
+      kl = {k3, d, d + k3};
+    }
   }
-  kl.d_logprob = absolute(kl.value) > o.kl_clamp ? M::splat(0) : kl.d_logprob;
+  const Mask<F> beyond = absolute(kl.value) > o.kl_clamp;
   kl.value = clamp(kl.value, -o.kl_clamp, o.kl_clamp);
+  kl.d_logprob = beyond ? M::splat(0) : kl.d_logprob;
+  kl.d_weighted = beyond ? kl.value : kl.d_weighted;
   return kl;
 }
 
@@ -410,21 +426,21 @@ FUSEDPO_HD TokenResult<F> evaluate(const Objective& o, const Token<F>& x) {
   F d_log_trace = zero;
   if (o.differentiate) {
     const Mask<F> cut = term.low | term.high;
-    const F ratio_minus_1 = exp_minus_1_minus(w.log_ratio, w.own_ratio) + w.log_ratio;
-    term.loss = cut ? zero : -x.advantage * ratio_minus_1 * w.trace;
+    term.loss = cut ? zero : -x.advantage * exp_minus_1(w.log_ratio, w.own_ratio) * w.trace;
     term.d_log_ratio = cut ? zero : -x.advantage * w.ratio * w.trace;
     term.d_logprob = zero;
-    d_log_trace = w.trace_live ? x.is_weight * term.loss : zero;
+    d_log_trace = w.trace_live ? times(x.is_weight, term.loss) : zero;
   }
   const F d_policy = (w.own_live ? term.d_log_ratio : zero) + term.d_logprob;
+  const F kl_coef = M::splat(o.kl_coef);
   KLValue<F> kl = kl_of(o, x.logprob - x.ref_logprob);
   if (o.kl_weighted) {
-    kl.d_logprob = w.own_ratio * (kl.d_logprob + (w.own_live ? kl.value : zero));
+    kl.d_logprob = w.own_ratio * (w.own_live ? kl.d_weighted : kl.d_logprob);
     kl.value = kl.value * w.own_ratio;
   }
   const F bonus = o.entropy_coef != 0 ? o.entropy_coef * x.entropy : zero;
-  const F loss = x.is_weight * term.loss + o.kl_coef * kl.value - bonus;
-  const F d_logprob = x.is_weight * d_policy + o.kl_coef * kl.d_logprob;
+  const F loss = times(x.is_weight, term.loss) + times(kl_coef, kl.value) - bonus;
+  const F d_logprob = times(x.is_weight, d_policy) + times(kl_coef, kl.d_logprob);
   return {loss, d_logprob, d_log_trace, w, kl.value, term.low, term.high};
 }
 

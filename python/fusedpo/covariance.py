@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _tokens
+from ._dtypes import wide
 from .reference.advantages.segments import result_dtype
 from .reference.layout import layout
 from .reference.losses import LOG_RATIO_CLAMP, pessimistic_clip
@@ -128,7 +129,7 @@ def _covariance(lp: Tensor, a: Tensor, kept: Tensor) -> Tensor:
 
 def _largest(score: Tensor, candidates: Tensor, kept: Tensor, fraction: float) -> Tensor:
     """The candidates with the largest scores, ``fraction`` of the kept tokens of them, at least 1."""
-    number = (fraction * kept.sum().double()).floor().clamp(min=1)
+    number = (fraction * kept.sum().to(wide(kept))).floor().clamp(min=1)
     order = score.masked_fill(~candidates, -torch.inf).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return candidates & (rank < number)

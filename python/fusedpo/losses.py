@@ -183,6 +183,7 @@ def policy_loss_from_hidden(
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
     num_live: int | None = None,
+    skip_zero_advantages: bool = False,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -196,25 +197,27 @@ def policy_loss_from_hidden(
     Where :func:`policy_loss_from_logits` takes one pass, the gradients are computed with the loss, by three matrix
     products; where it takes two, the logits are computed again in the backward.
 
-    Only tokens on which the loss or its gradient depends are evaluated; the others cost nothing. Those are the kept
-    tokens, without the ones whose advantage is 0 if the loss has neither KL nor entropy part and no ratio of another
-    token looks at them. The loss is that of the whole batch, whose tokens are counted for its denominator. (The
-    reference and ``torch.compile`` evaluate all kept tokens.)
+    Only the tokens that ``mask`` keeps are evaluated; the others cost nothing.
 
     Args:
         hidden: ``[B, T, H]``, or packed ``[T, H]`` or ``[1, T, H]``: the last hidden state. ``weight``: ``[V, H]``,
             same dtype.
         bias, softcap, logit_scale, chunk_tokens: as in :func:`fusedpo.linear_token_logprobs`.
-        num_live: how many tokens ``mask`` keeps, if the caller knows: it spares the sync that counts the rows to
-            evaluate, which are all kept ones then. A wrong number raises where data can be read at no cost (on the CPU,
-            or under ``FUSEDPO_DEBUG=1``) and gives a wrong result elsewhere.
+        num_live: how many tokens ``mask`` keeps, if the caller knows: it spares the sync that counts them. A wrong
+            number raises where data can be read at no cost (on the CPU, or under ``FUSEDPO_DEBUG=1``) and gives a wrong
+            result elsewhere. With ``skip_zero_advantages`` it spares nothing.
+        skip_zero_advantages: evaluate only tokens on which the loss or its gradient depends: not those whose advantage
+            is 0, if the loss has neither a KL nor an entropy part and no ratio of another token looks at them. Loss and
+            gradients are still those of the whole batch, whose tokens are counted for the denominator, for less work.
+            The price: ``metrics`` are statistics of the tokens that were evaluated, ``rows`` of them, and no longer
+            comparable between steps with more and with fewer zeros. (The reference, and so ``torch.compile``, does not
+            save the work.)
         Others as in :func:`policy_loss_from_logits`.
 
     Returns:
         As :func:`policy_loss_from_logits`; ``loss`` is differentiable with respect to ``hidden``, ``weight`` and
         ``bias``, once. ``logprobs`` and ``entropy`` are 0 at tokens that are not evaluated. ``metrics`` has one more
-        name, ``rows``: how many tokens were evaluated. The metrics are statistics of these, but for ``tokens``, which
-        counts the kept ones.
+        name, ``rows``: how many tokens were evaluated, all kept ones (``tokens``) unless ``skip_zero_advantages``.
 
     Raises:
         As :func:`policy_loss_from_logits` and :func:`fusedpo.linear_token_logprobs`.
@@ -239,31 +242,44 @@ def policy_loss_from_hidden(
     _check_token_ids(token_ids, "hidden", hidden)
     if num_live is not None:
         _check_num_live(num_live, token_ids, mask)
+    if not isinstance(skip_zero_advantages, bool):
+        raise TypeError(f"skip_zero_advantages must be a bool, got {type(skip_zero_advantages).__name__}")
     linear: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "chunk_tokens": chunk_tokens}
+    evaluated = mask
+    if skip_zero_advantages:
+        evaluated = ops_hidden.evaluated_tokens(token_ids, advantages, mask, cu_seqlens, objective)
+        num_live = num_live if evaluated is mask else None
     dtype = ops_hidden.compute_dtype(hidden)
     backend = ops_hidden.choose(hidden, dtype)
     if backend == "reference":
         logprobs, entropy = linear_token_logprobs(
-            hidden, weight, token_ids, bias=bias, temperature=temperature, mask=mask, return_entropy=True, **linear
+            hidden, weight, token_ids, bias=bias, temperature=temperature, mask=evaluated, return_entropy=True, **linear
         )
         out = _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction="mean", **options)
-        return out._replace(metrics={**out.metrics, "rows": out.metrics["tokens"]})
-
-    check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask, **linear)
-    hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
-    return _from_hidden(
-        backend,
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        old_logprobs,
-        advantages,
-        temperature=temperature,
-        num_live=num_live,
-        head=ops_hidden.Options(dtype, **linear),
-        **options,
-    )
+    else:
+        check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask, **linear)
+        hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
+        out = _from_hidden(
+            backend,
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            old_logprobs,
+            advantages,
+            temperature=temperature,
+            evaluated=evaluated,
+            num_live=num_live,
+            head=ops_hidden.Options(dtype, **linear),
+            **options,
+        )
+    tokens, of = out.metrics["tokens"], out.metrics
+    if evaluated is not mask:
+        others = {**options, "mask": evaluated}
+        of = _policy_loss(
+            out.logprobs, old_logprobs, advantages, entropy=out.entropy, reduction="mean", **others
+        ).metrics
+    return out._replace(metrics={**of, "tokens": tokens, "rows": of["tokens"]})
 
 
 def _policy_loss(logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **options: Any) -> PolicyLossOutput:
@@ -354,32 +370,26 @@ def _from_hidden(
     *,
     objective: Objective,
     temperature: float | Tensor,
+    evaluated: Tensor | None,
     num_live: int | None,
     head: ops_hidden.Options,
     **options: Any,
 ) -> PolicyLossOutput:
-    def loss_of(logprobs: Tensor, entropy: Tensor | None, mask: Tensor | None) -> PolicyLossOutput:
-        others = {**options, "objective": objective, "mask": mask}
-        return _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction="mean", **others)
-
     a = _as_kernels_take_them(token_ids, old_logprobs, advantages, **options)
-    evaluated = a.mask if num_live is not None else ops_hidden.evaluated_tokens(a, token_ids, objective)
+    evaluated = None if evaluated is None else evaluated != 0
     rows = ops_hidden.rows_where(evaluated, token_ids.numel(), hidden.device, num_live)
     if not isinstance(temperature, Tensor):
         temperature = ops.scalar(temperature, hidden.device)
     inputs = (hidden, weight, bias, token_ids.to(torch.int64), temperature.to(torch.float32), rows)
     one_pass = _one_pass_backend((hidden, weight, bias), head.dtype, objective, options["loss_scale"])
     if one_pass is not None:
-        out = _output(
+        return _output(
             *ops_hidden.policy_loss_from_hidden(*inputs, a, objective=objective, options=head, backend=one_pass)
         )
-    else:
-        logprobs, entropy = ops_hidden.linear_token_logprobs(
-            *inputs, options=head, return_entropy=True, backend=backend
-        )
-        out = loss_of(logprobs, entropy, a.mask)
-    of_rows = out.metrics if evaluated is a.mask else loss_of(out.logprobs, out.entropy, evaluated).metrics
-    return out._replace(metrics={**of_rows, "tokens": out.metrics["tokens"], "rows": of_rows["tokens"]})
+    logprobs, entropy = ops_hidden.linear_token_logprobs(*inputs, options=head, return_entropy=True, backend=backend)
+    return _policy_loss(
+        logprobs, old_logprobs, advantages, objective=objective, entropy=entropy, reduction="mean", **options
+    )
 
 
 def _as_kernels_take_them(

@@ -27,14 +27,17 @@ class PolicyLoss(nn.Module):
     Args:
         objective: what is computed.
         defaults: keyword arguments that all of those functions, or some of them, take: ``temperature``, ``inplace``,
-            ``softcap``, ``logit_scale``, ``chunk_tokens``, ``loss_scale``, ``reduction``. A call may give another
-            value.
+            ``softcap``, ``logit_scale``, ``chunk_tokens``, ``skip_zero_advantages``, ``loss_scale``, ``reduction``. A
+            call may give another value.
 
     Raises:
         TypeError: ``objective`` is no ``Objective``, or a default has another name.
     """
 
-    DEFAULTS = ("temperature", "inplace", "softcap", "logit_scale", "chunk_tokens", "loss_scale", "reduction")
+    DEFAULTS = (
+        *("temperature", "inplace", "softcap", "logit_scale", "chunk_tokens", "skip_zero_advantages"),
+        *("loss_scale", "reduction"),
+    )
 
     def __init__(self, objective: Objective, **defaults: Any) -> None:
         super().__init__()
@@ -69,7 +72,8 @@ class PolicyLoss(nn.Module):
         **arguments: Any,
     ) -> PolicyLossOutput:
         """:func:`fusedpo.policy_loss_from_hidden` with this objective."""
-        given = self._with("loss_scale", "temperature", "softcap", "logit_scale", "chunk_tokens", **arguments)
+        names = ("loss_scale", "temperature", "softcap", "logit_scale", "chunk_tokens", "skip_zero_advantages")
+        given = self._with(*names, **arguments)
         return policy_loss_from_hidden(hidden, weight, token_ids, old_logprobs, advantages, **given)
 
     def extra_repr(self) -> str:

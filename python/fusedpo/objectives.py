@@ -194,7 +194,8 @@ class NoTrustRegion(_Part):
 
 @dataclass(frozen=True)
 class PPOClip(_Part):
-    """``sg(F) * max(-A rho, -A clip(rho, 1 - low, 1 + high))``.
+    """``sg(F) * max(-A rho, -A clip(rho, 1 - low, 1 + high))``: ``rho`` counts for at most ``1 + high`` where ``A > 0``
+    and for at least ``1 - low`` where ``A < 0``.
 
     ``dual``: where ``A < 0`` the loss is at most ``-A * dual`` (dual clip, usually 3). ``cap``: the weight ``rho * F``
     is at most ``cap`` (``F`` is lowered to ``cap / rho``). ``on="product"``: the clip (and ``dual``) looks at
@@ -209,8 +210,9 @@ class PPOClip(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("PPOClip", ">=", 0, low=self.low, high=self.high)
-        _check("PPOClip", ">", 1, or_none=True, dual=self.dual)
+        _check("PPOClip", ">=", 0, low=self.low)
+        _check("PPOClip", ">", -1, high=self.high)
+        _check("PPOClip", ">", 0, or_none=True, dual=self.dual)
         _check("PPOClip", ">", 0, or_none=True, cap=self.cap)
         if self.on not in ("ratio", "product"):
             raise ValueError(f"PPOClip: on must be 'ratio' or 'product', got {_checks.brief(self.on)}")
@@ -239,14 +241,20 @@ class LogClip(_Part):
 
 @dataclass(frozen=True)
 class CISPO(_Part):
-    """``-A * sg(clip(rho, 1 - low, 1 + high) * F) * lp``: a clipped ratio is a weight, every token keeps a gradient."""
+    """``-A * sg(clip(rho, 1 - low, 1 + high) * F) * lp``: a clipped ratio is a weight, every token keeps a gradient.
+
+    TRL and Liger have no lower bound, and their ``epsilon_high`` is the upper one itself: ``high = epsilon_high - 1``.
+    """
 
     low: float = 10.0
     high: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("CISPO", ">=", 0, low=self.low, high=self.high)
+        _check("CISPO", ">=", 0, low=self.low)
+        _check("CISPO", ">", -1, high=self.high)
+        if not 1 - self.low <= 1 + self.high:
+            raise ValueError(f"CISPO: 1 - low must be <= 1 + high, got low={self.low} and high={self.high}")
 
 
 @dataclass(frozen=True)
@@ -271,7 +279,8 @@ class BinaryKL(_Part):
     """DPPO-KL: as :class:`BinaryTV`, where ``M`` bounds the KL divergence between the two Bernoulli distributions
     "this token or another": ``p_old (olp - lp) + (1 - p_old) log((1 - p_old + 1e-8) / (1 - p + 1e-8))``.
 
-    ``A > 0``: kept if that is ``<= high`` or ``p <= p_old``; otherwise if it is ``<= low`` or ``p >= p_old``.
+    ``A > 0``: kept if that is ``<= high`` or ``p <= p_old``; otherwise if it is ``<= low`` or ``p >= p_old``. In it
+    ``olp - lp`` is at least -20, and ``1 - p`` at least 0.
     """
 
     low: float = 0.05
@@ -321,7 +330,8 @@ class SAPO(_Part):
 class VESPO(_Part):
     """``-A * sg(phi(rho * F)) * lp`` with ``phi(w) = w^k exp(lambda (1 - w))``, which is 1 at ``w = 1``.
 
-    ``k_pos`` and ``lambda_pos`` hold where ``A >= 0``. ``log w`` is clamped to ``[log 1e-8, 20]``.
+    ``k_pos`` and ``lambda_pos`` hold where ``A >= 0``. ``log w`` is clamped to ``[log 1e-8, 20]``, and ``log phi``,
+    whose largest value is ``k log(k / lambda) - k + lambda``, to at most 20.
     """
 
     k_pos: float = 2.0
@@ -526,13 +536,13 @@ def two_sided_grpo(
     """GRPO whose ratio is bounded by ``delta`` where ``A < 0`` too (INTELLECT-2, 2505.07291; TRL's ``delta``).
 
     That is ``-min(min(rho, delta) A, clip(rho) A)``, which is dual clip for every ``delta > 1 + clip_high``, the range
-    that TRL recommends. The aggregation of the report is not known to us: the default is GRPO's.
+    that TRL recommends. Any other ``delta > 0`` and ``1 + clip_high`` change places: ``delta`` is the bound where
+    ``A > 0``. The aggregation of the report is not known to us: the default is GRPO's.
     """
     _check("two_sided_grpo", ">=", 0, clip_low=clip_low, clip_high=clip_high)
-    _checks.number("two_sided_grpo: delta", delta)
-    if not delta > 1 + clip_high:
-        raise ValueError(f"two_sided_grpo: delta must be > 1 + clip_high = {1 + clip_high}, got {delta}")
-    return Objective(TokenRatio(), PPOClip(clip_low, clip_high, delta), kl, aggregation=aggregation)
+    _check("two_sided_grpo", ">", 0, delta=delta)
+    region = PPOClip(clip_low, min(clip_high, delta - 1), max(delta, 1 + clip_high))
+    return Objective(TokenRatio(), region, kl, aggregation=aggregation)
 
 
 def dapo(clip_low: float = 0.2, clip_high: float = 0.28, *, dual: float | None = None) -> Objective:
@@ -577,7 +587,10 @@ def ctpo(low: float = 0.025, high: float = 0.05, *, dual: float | None = 0.05, p
 
 
 def cispo(low: float = 10.0, high: float = 0.2) -> Objective:
-    """CISPO: the clipped ratio as a detached weight; the default, of verl's example, has no lower clip."""
+    """CISPO: the clipped ratio as a detached weight; the default, of verl's example, has no lower clip.
+
+    TRL's and Liger's ``epsilon_high`` is ``1 + high``, the bound itself.
+    """
     return Objective(TokenRatio(), CISPO(low, high))
 
 

@@ -7,6 +7,7 @@ positions among the flattened tokens) are those that are evaluated, all others c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,7 +61,25 @@ def choose(hidden: Tensor, dtype: torch.dtype) -> str:
             "torch.compile nor a functorch transform nor fake tensors allow: call it outside of them, or force "
             "'reference' or nothing"
         )
+    if torch.compiler.is_compiling():
+        _warn_of_reference(backend)
     return "reference"
+
+
+_warned_of_reference = False
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_reference(backend: str) -> None:
+    """Once per process, and while a graph is traced, which it does not become a part of."""
+    global _warned_of_reference
+    if not _warned_of_reference:
+        _warned_of_reference = True
+        warnings.warn(
+            "policy_loss_from_hidden and linear_token_logprobs under torch.compile are the reference, which takes more "
+            f"time and memory than the {backend} kernels: these work in place. Call them outside of what is compiled",
+            stacklevel=2,
+        )
 
 
 def chunk_rows(rows: int, row_bytes: int, device: str) -> int:
@@ -70,18 +89,20 @@ def chunk_rows(rows: int, row_bytes: int, device: str) -> int:
     return -(-rows // chunks) if chunks > 1 else rows
 
 
-def evaluated_tokens(a: TokenArguments, token_ids: Tensor, objective: Objective) -> Tensor | None:
-    """The mask of the tokens on which the loss or its gradient depends: ``a.mask`` itself where these are all it keeps.
+def evaluated_tokens(
+    token_ids: Tensor, advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, objective: Objective
+) -> Tensor | None:
+    """The mask of the tokens on which the loss or its gradient depends: ``mask`` itself where these are all it keeps.
 
     A token with the advantage 0 has no policy term, and where a loss has no other, its log-prob matters only to those
     whose ratio looks at it. The penalty of DRO is no multiple of the advantage.
     """
     ratio, region = objective.ratio, objective.trust_region
     if objective.kl is not None or objective.entropy_coef != 0 or isinstance(region, objectives.DRO):
-        return a.mask
-    where = layout(token_ids, a.cu_seqlens)
-    kept = where.kept(a.mask)
-    moving = kept & (where.per_token(a.advantages) != 0)
+        return mask
+    where = layout(token_ids, cu_seqlens)
+    kept = where.kept(mask)
+    moving = kept & (where.per_token(advantages) != 0)
     back, ahead = getattr(ratio, "back", 0), getattr(ratio, "ahead", 0)
     if isinstance(ratio, objectives.SequenceRatio) or isinstance(region, objectives.CPPO):
         back = ahead = "all"

@@ -96,19 +96,22 @@ def policy_loss(
     lp = tokens(logprobs)
     olp = lp.detach() if old_logprobs is None else tokens(old_logprobs).detach()
     log_ratio = (lp - olp).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    ratio, trace, clamped = _RATIOS[type(objective.ratio)](objective.ratio, log_ratio, kept, where)
-    inputs = _Inputs(lp, olp, tokens(advantages).detach(), ratio, trace, log_ratio, kept, where)
+    log_of_ratio, log_trace, clamped = _RATIOS[type(objective.ratio)](objective.ratio, log_ratio, kept, where)
+    ratio, trace = log_of_ratio.exp(), log_trace.exp()
+    weights = torch.ones_like(lp) if is_weights is None else tokens(is_weights).detach()
+    own = lp.where(weights != 0, lp.detach())  # a token without weight has no gradient, not even 0 times infinity
+    a = tokens(advantages).detach()
+    inputs = _Inputs(own, olp, a, ratio, trace, log_of_ratio, log_trace, log_ratio, kept, where)
 
     loss, clipped_low, clipped_high = _policy_term(objective, inputs)
-    if is_weights is not None:
-        loss = loss * tokens(is_weights).detach()
+    loss = (loss * weights).where(weights != 0, 0)
     kl = entropies = torch.zeros_like(lp)
     if objective.kl is not None:
         assert ref_logprobs is not None
-        kl = _kl(objective.kl, lp - tokens(ref_logprobs).detach())
-        if objective.kl.weighted:
-            kl = kl * log_ratio.exp()
-        loss = loss + objective.kl.coef * kl
+        d = lp - tokens(ref_logprobs).detach()
+        kl = _weighted_kl(objective.kl, d, lp - olp) if objective.kl.weighted else _kl(objective.kl, d)
+        if objective.kl.coef != 0:
+            loss = loss + objective.kl.coef * kl
     if entropy is not None:
         entropies = tokens(entropy)
     if objective.entropy_coef != 0:
@@ -133,14 +136,35 @@ def policy_loss(
     )
 
 
+def exp_minus_1(x: Tensor) -> Tensor:
+    """``exp(x) - 1`` to all digits, its derivative too: that of ``torch.expm1`` has none left far below 0."""
+    near = x.abs() < 0.5
+    return torch.expm1(x.masked_fill(~near, 0)).where(near, x.exp() - 1)
+
+
+def exp_minus_1_minus(x: Tensor) -> Tensor:
+    """``exp(x) - 1 - x`` to all digits, derivatives too: near 0, where it cancels, by its Taylor series."""
+    near = x.abs() < 0.5
+    y = x.masked_fill(~near, 0)
+    series = torch.full_like(y, 1 / math.factorial(15))
+    for n in range(14, 1, -1):
+        series = series * y + 1 / math.factorial(n)
+    return (y.square() * series).where(near, torch.expm1(x) - x)
+
+
 class _Inputs(NamedTuple):
-    """What a trust region sees of each token, all ``[tokens]``. Most need the first five only."""
+    """What a trust region sees of each token, all ``[tokens]``. Most need the first five only.
+
+    ``log_ratio`` is that of the token, clamped; ``log_of_ratio`` the logarithm of ``ratio``.
+    """
 
     lp: Tensor
     olp: Tensor
     advantages: Tensor
     ratio: Tensor
     trace: Tensor
+    log_of_ratio: Tensor
+    log_trace: Tensor
     log_ratio: Tensor
     kept: Tensor
     where: Layout
@@ -164,32 +188,30 @@ class _Term(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
-# From the clamped log-ratio, 0 at masked tokens: ratio, trace, and where a clamp of its own acted.
+# From the clamped log-ratio, 0 at masked tokens: the logarithms of ratio and trace, and where a clamp of its own acted.
 
 _Ratio = tuple[Tensor, Tensor, Tensor]
 
 
 def _token_ratio(part: TokenRatio, log_ratio: Tensor, kept: Tensor, where: Layout) -> _Ratio:
-    return log_ratio.exp(), torch.ones_like(log_ratio), torch.zeros_like(kept)
+    return log_ratio, torch.zeros_like(log_ratio), torch.zeros_like(kept)
 
 
 def _on_policy(part: OnPolicy, log_ratio: Tensor, kept: Tensor, where: Layout) -> _Ratio:
-    return log_ratio.detach().exp(), torch.ones_like(log_ratio), torch.zeros_like(kept)
+    return log_ratio.detach(), torch.zeros_like(log_ratio), torch.zeros_like(kept)
 
 
 def _sequence_ratio(part: SequenceRatio, log_ratio: Tensor, kept: Tensor, where: Layout) -> _Ratio:
     own = log_ratio.detach()
     mean = where.sum_per_sequence(own) / where.sum_per_sequence(kept.to(own.dtype)).clamp(min=1)
     log_s = log_ratio - own + mean[where.sequence]
-    ratio = log_s.clamp(max=SEQUENCE_LOG_RATIO_MAX).exp()
-    return ratio, torch.ones_like(ratio), log_s > SEQUENCE_LOG_RATIO_MAX
+    return log_s.clamp(max=SEQUENCE_LOG_RATIO_MAX), torch.zeros_like(log_s), log_s > SEQUENCE_LOG_RATIO_MAX
 
 
 def _trace(part: Trace | ForwardTrace, log_ratio: Tensor, kept: Tensor, where: Layout) -> _Ratio:
     window = log_ratio if part.differentiate else log_ratio.detach()
     log_trace = where.sum_behind(window, part.back) + where.sum_ahead(window, part.ahead)
-    trace = log_trace.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-    return log_ratio.exp(), trace, log_trace.abs() > LOG_RATIO_CLAMP
+    return log_ratio, log_trace.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP), log_trace.abs() > LOG_RATIO_CLAMP
 
 
 _RATIOS: dict[type, Callable[[Any, Tensor, Tensor, Layout], _Ratio]] = {
@@ -208,11 +230,16 @@ def _policy_term(objective: Objective, x: _Inputs) -> _Term:
     ratio, region = objective.ratio, objective.trust_region
     term = _TRUST_REGIONS[type(region)](region, x)
     if isinstance(ratio, OnPolicy) and isinstance(region, NoTrustRegion):
-        return term._replace(loss=-x.advantages * x.lp)
+        return term._replace(loss=_times_logprob(-x.advantages, x))
     if isinstance(ratio, Trace | ForwardTrace) and ratio.differentiate:
-        surrogate = -x.advantages * (x.ratio - 1) * x.trace
+        surrogate = -x.advantages * exp_minus_1(x.log_ratio) * x.trace
         return term._replace(loss=surrogate.masked_fill(term.low | term.high, 0))
     return term
+
+
+def _times_logprob(coefficient: Tensor, x: _Inputs) -> Tensor:
+    """``coefficient * lp``, 0 where the coefficient is 0 and the log-prob infinite."""
+    return coefficient * x.lp.where(coefficient != 0, 0)
 
 
 def _nowhere(x: _Inputs) -> Tensor:
@@ -231,11 +258,13 @@ def _ppo_clip(part: PPOClip, x: _Inputs) -> _Term:
 
 
 def _log_clip(part: LogClip, x: _Inputs) -> _Term:
-    scale = x.place() ** part.power
-    dual = None if part.dual is None else (part.dual * scale).exp()
-    product, low, high = pessimistic_clip(
-        x.advantages, x.ratio * x.trace, (-part.low * scale).exp(), (part.high * scale).exp(), dual
-    )
+    scale = x.place() ** part.power  # 0 or infinite for a large power
+
+    def bound(log: float) -> Tensor:
+        return torch.ones_like(scale) if log == 0 else (log * scale).exp()
+
+    dual = None if part.dual is None or part.dual == math.inf else bound(part.dual)
+    product, low, high = pessimistic_clip(x.advantages, x.ratio * x.trace, bound(-part.low), bound(part.high), dual)
     return _Term(-x.advantages * product, low, high)
 
 
@@ -257,7 +286,7 @@ def pessimistic_clip(
 def _cispo(part: CISPO, x: _Inputs) -> _Term:
     ratio = x.ratio.detach()
     weight = ratio.clamp(1 - part.low, 1 + part.high) * x.trace
-    return _Term(-x.advantages * weight * x.lp, ratio < 1 - part.low, ratio > 1 + part.high)
+    return _Term(_times_logprob(-x.advantages * weight, x), ratio < 1 - part.low, ratio > 1 + part.high)
 
 
 def _binary_tv(part: BinaryTV, x: _Inputs) -> _Term:
@@ -268,8 +297,9 @@ def _binary_tv(part: BinaryTV, x: _Inputs) -> _Term:
 def _binary_kl(part: BinaryKL, x: _Inputs) -> _Term:
     lp = x.lp.detach()
     p, p_old = lp.exp(), x.olp.exp()
-    moved = (x.olp - lp).clamp(min=-LOG_RATIO_CLAMP)  # p_old = 0 makes it -inf
-    divergence = p_old * moved + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - p + 1e-8)).log()
+    other, other_old = (-torch.expm1(logprob).clamp(-1, 0) for logprob in (lp, x.olp))
+    moved = (x.olp - lp).clamp(-LOG_RATIO_CLAMP, torch.finfo(torch.float32).max)  # infinite where one of them is 0
+    divergence = p_old * moved + other_old * ((other_old + 1e-8) / (other + 1e-8)).log()
     return _binary(
         part, x, too_low=(divergence > part.low) & (p < p_old), too_high=(divergence > part.high) & (p > p_old)
     )
@@ -282,7 +312,7 @@ def _binary(part: BinaryTV | BinaryKL, x: _Inputs, too_low: Tensor, too_high: Te
     weight = x.ratio.detach() * x.trace
     if part.cap is not None:
         weight = weight.clamp(max=part.cap)
-    return _Term((-x.advantages * weight * x.lp).masked_fill(low | high, 0), low, high)
+    return _Term(_times_logprob(-x.advantages * weight, x).masked_fill(low | high, 0), low, high)
 
 
 def _cppo(part: CPPO, x: _Inputs) -> _Term:
@@ -301,17 +331,22 @@ def _cppo(part: CPPO, x: _Inputs) -> _Term:
 
 def _sapo(part: SAPO, x: _Inputs) -> _Term:
     tau = torch.full_like(x.advantages, part.tau_neg).masked_fill(x.advantages > 0, part.tau_pos)
-    gate = 4 / tau * torch.sigmoid(tau * (x.ratio - 1))
+    z = tau * exp_minus_1(x.log_of_ratio)
+    gate = torch.sigmoid(z.where(z < 0, -z))  # above 0, where it is rounded to 1, it has lost the digits of its slope
+    gate = 4 / tau * gate.where(z < 0, 1 - gate)
     return _Term(-x.advantages * gate * x.trace, _nowhere(x), _nowhere(x))
 
 
 def _vespo(part: VESPO, x: _Inputs) -> _Term:
-    log_weight = (x.ratio.detach() * x.trace).log().clamp(VESPO_LOG_WEIGHT_MIN, LOG_RATIO_CLAMP)
+    log_weight = (x.log_of_ratio.detach() + x.log_trace).clamp(VESPO_LOG_WEIGHT_MIN, LOG_RATIO_CLAMP)
     negative = x.advantages < 0
     k = torch.full_like(log_weight, part.k_pos).masked_fill(negative, part.k_neg)
     rate = torch.full_like(log_weight, part.lambda_pos).masked_fill(negative, part.lambda_neg)
-    phi = (k * log_weight - rate * torch.expm1(log_weight)).exp()
-    return _Term(-x.advantages * phi * x.lp, _nowhere(x), _nowhere(x))
+    # near 1 the two terms nearly cancel where k is near the rate
+    near = (k - rate) * log_weight - rate * exp_minus_1_minus(log_weight)
+    log_phi = near.where(log_weight.abs() < 1, k * log_weight - rate * torch.expm1(log_weight))
+    phi = log_phi.clamp(max=LOG_RATIO_CLAMP).exp()
+    return _Term(_times_logprob(-x.advantages * phi, x), _nowhere(x), _nowhere(x))
 
 
 def _gmpo(part: GMPO, x: _Inputs) -> _Term:
@@ -323,7 +358,7 @@ def _gmpo(part: GMPO, x: _Inputs) -> _Term:
 
 
 def _dro(part: DRO, x: _Inputs) -> _Term:
-    return _Term(-x.advantages * x.lp + part.beta / 2 * (x.lp - x.olp).square(), _nowhere(x), _nowhere(x))
+    return _Term(_times_logprob(-x.advantages, x) + part.beta / 2 * (x.lp - x.olp).square(), _nowhere(x), _nowhere(x))
 
 
 _TRUST_REGIONS: dict[type, Callable[[Any, _Inputs], _Term]] = {
@@ -345,17 +380,41 @@ _TRUST_REGIONS: dict[type, Callable[[Any, _Inputs], _Term]] = {
 
 
 def _kl(part: KL, d: Tensor) -> Tensor:
+    value = _estimate(part, d)
+    if part.clamp is None:
+        return value
+    beyond = value.detach().abs() > part.clamp
+    bound = value.detach().clamp(-part.clamp, part.clamp)
+    return _estimate(part, d.masked_fill(beyond, 0)).where(~beyond, bound)  # an infinite d has no gradient
+
+
+def _estimate(part: KL, d: Tensor) -> Tensor:
     if part.kind == "k1":
-        value = d
-    elif part.kind == "k2":
-        value = d.square() / 2
-    else:
-        bounded = d.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-        value = torch.expm1(-bounded) + bounded
-        if part.kind == "k3+":
-            k2 = d.square() / 2
-            value = value.detach() + (k2 - k2.detach())
-    return value if part.clamp is None else value.clamp(-part.clamp, part.clamp)
+        return d
+    k2 = d.square() / 2
+    if part.kind == "k2":
+        return k2
+    bounded = d.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    k3 = exp_minus_1_minus(-bounded)
+    return k3 if part.kind == "k3" else k3.detach() + (k2 - k2.detach())
+
+
+def _weighted_kl(part: KL, d: Tensor, log_ratio: Tensor) -> Tensor:
+    """The estimate times ``rho``, given the log-ratio before it is clamped.
+
+    The derivative of ``rho k3`` is ``rho d``. As ``rho (k3 + 1 - exp(-d))`` it cancels where ``exp(-d)`` is large, so
+    that there ``rho (d - 1)`` is differentiated: ``rho exp(-d)``, the difference to ``rho k3``, is constant in ``lp``.
+    """
+    rho = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    kl = _kl(part, d)
+    if part.kind != "k3":
+        return rho * kl
+    moving = (log_ratio.abs() <= LOG_RATIO_CLAMP) & (d.abs() <= LOG_RATIO_CLAMP)
+    if part.clamp is not None:
+        moving = moving & (kl.detach() < part.clamp)
+    steep = moving & (d.detach().abs() >= 1)
+    same_slope = (rho * (d.masked_fill(~steep, 0) - 1)).where(steep, 0)
+    return (rho * kl).detach().where(steep, rho * kl) + (same_slope - same_slope.detach())
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -398,7 +457,7 @@ def _metrics(
         -largest(-trace),
         largest(trace),
         mean(-log_ratio),
-        mean(torch.expm1(log_ratio) - log_ratio),
+        mean(exp_minus_1_minus(log_ratio)),
         mean(kl),
         mean(entropy),
         weight.sum().square() / (tokens * weight.square().sum()).clamp(min=1),
