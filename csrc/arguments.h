@@ -73,8 +73,8 @@ inline int64_t num_sequences_of(const Tensor& cu_seqlens, const Shape& tokens) {
   expect_dims("cu_seqlens", cu_seqlens, 1, 1);
   expect(tokens.size() == 1 || tokens[0] == 1, "cu_seqlens needs packed tokens [T] or [1, T], got ", text_of(tokens));
   const int64_t num_sequences = cu_seqlens.numel() - 1;
-  expect(num_sequences > 0 || (num_sequences == 0 && tokens.back() == 0), "cu_seqlens must have shape ",
-         "[num_sequences + 1] for ", tokens.back(), " tokens, got [", num_sequences + 1, "]");
+  expect(num_sequences > 0 || (num_sequences == 0 && tokens.back() == 0), "cu_seqlens must start with 0, never ",
+         "decrease and end with the number of tokens ", tokens.back(), ", got ", num_sequences + 1, " offsets");
   return num_sequences;
 }
 
