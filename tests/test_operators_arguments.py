@@ -190,12 +190,12 @@ def test_ids_that_changed_since_the_forward(backend, num_ids):
 @both
 def test_every_byte_but_0_is_true(backend):
     """The bytes of a bool tensor that is a view of other memory."""
-    bits = torch.rand(3, 21) < 0.6
+    bits = torch.rand(2, 9) < 0.6
     bytes_ = (bits.to(torch.uint8) * torch.randint(2, 256, bits.shape, dtype=torch.uint8)).view(torch.bool)
-    now, old, advantages = torch.randn(3, 21), torch.randn(3, 21), torch.randn(3, 21)
-    x, ids = torch.randn(3, 21, 9), torch.randint(9, (3, 21))
+    now, old, advantages = torch.randn(3, 2, 9).unbind()
+    x, ids = torch.randn(2, 9, 7), torch.randint(7, (2, 9))
     with fusedpo.backend(backend):
-        for objective in (O.gspo(), O.cppo(), O.nfpo(), O.grpo()):
+        for objective in (O.gspo(), O.cppo()):
             got, want = (fusedpo.policy_loss(now, old, advantages, objective=objective, mask=m) for m in (bytes_, bits))
             assert torch.equal(got.loss, want.loss)
             assert got.metrics.keys() == want.metrics.keys()

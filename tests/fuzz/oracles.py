@@ -98,7 +98,11 @@ def policy_loss(rng: random.Random) -> None:
     if isinstance(objective.ratio, O.Trace):
         summed = [
             [
-                sum(float(log_ratio[b, s]) for s in range(max(0, t - back), min(width, t + ahead + 1)) if s != t)
+                sum(
+                    float(log_ratio.detach()[b, s])
+                    for s in range(max(0, t - back), min(width, t + ahead + 1))
+                    if s != t
+                )
                 for t in range(width)
             ]
             for b in range(sequences)
