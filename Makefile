@@ -18,7 +18,7 @@ EXAMPLES := $(VENV)/.examples
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench docs lint clean
+.PHONY: demo test sanitize fuzz bench docs lint clean
 
 demo: $(EXAMPLES)
 	$(PY) examples/train_arithmetic.py --out out
@@ -27,6 +27,16 @@ demo: $(EXAMPLES)
 
 test: $(READY)
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+# The CPU kernels under the address and undefined-behaviour sanitizers: their tests, and a minute of the fuzzer.
+sanitize: $(READY)
+	.ci/sanitize -m pytest -q -x -m "not slow and not triton" -k "not compile and not opcheck" \
+	    tests/test_operators_arguments.py tests/test_one_pass.py tests/test_token_logprobs.py
+	.ci/sanitize -m fuzz --seconds 60 --seed 0
+
+# Longer: make fuzz SECONDS=3600 SEED=1
+fuzz: $(READY)
+	.ci/sanitize -m fuzz --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) --verbose
 
 bench: $(READY)
 	$(PY) -m fusedpo bench --out out/bench

@@ -5,20 +5,23 @@
 
 #include "cpu/advantages.h"
 #include "cpu/one_pass.h"
+#include "cpu/parallel.h"
 #include "cpu/policy_loss.h"
 #include "cpu/token_logprobs.h"
 
+#define BOX(name) TORCH_BOX(&fusedpo::cpu::InIeeeArithmetic<&fusedpo::cpu::name>::call)
+
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
-  m.impl("group_advantages.native", TORCH_BOX(&fusedpo::cpu::group_advantages));
-  m.impl("token_advantages.native", TORCH_BOX(&fusedpo::cpu::token_advantages));
-  m.impl("step_advantages.native", TORCH_BOX(&fusedpo::cpu::step_advantages));
-  m.impl("whiten.native", TORCH_BOX(&fusedpo::cpu::whiten));
-  m.impl("one_pass.native", TORCH_BOX(&fusedpo::cpu::one_pass));
-  m.impl("one_pass_.native", TORCH_BOX(&fusedpo::cpu::one_pass_));
-  m.impl("scale_.native", TORCH_BOX(&fusedpo::cpu::scale_));
-  m.impl("policy_loss.native", TORCH_BOX(&fusedpo::cpu::policy_loss));
-  m.impl("policy_loss_backward.native", TORCH_BOX(&fusedpo::cpu::policy_loss_backward));
-  m.impl("token_logprobs.native", TORCH_BOX(&fusedpo::cpu::token_logprobs));
-  m.impl("token_logprobs_backward.native", TORCH_BOX(&fusedpo::cpu::token_logprobs_backward));
-  m.impl("token_logprobs_backward_.native", TORCH_BOX(&fusedpo::cpu::token_logprobs_backward_));
+  m.impl("group_advantages.native", BOX(group_advantages));
+  m.impl("token_advantages.native", BOX(token_advantages));
+  m.impl("step_advantages.native", BOX(step_advantages));
+  m.impl("whiten.native", BOX(whiten));
+  m.impl("one_pass.native", BOX(one_pass));
+  m.impl("one_pass_.native", BOX(one_pass_));
+  m.impl("scale_.native", BOX(scale_));
+  m.impl("policy_loss.native", BOX(policy_loss));
+  m.impl("policy_loss_backward.native", BOX(policy_loss_backward));
+  m.impl("token_logprobs.native", BOX(token_logprobs));
+  m.impl("token_logprobs_backward.native", BOX(token_logprobs_backward));
+  m.impl("token_logprobs_backward_.native", BOX(token_logprobs_backward_));
 }

@@ -1,58 +1,67 @@
 // The operators of python/fusedpo/ops_policy_loss.py: their arguments as the kernels of every device take them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <optional>
-#include <vector>
-
+#include "arguments.h"
 #include "core/statistics.h"
 #include "core/tokens.h"
 
 namespace fusedpo {
 
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+// The objective that `parts` and `values` encode.
+inline Objective objective_of(const std::vector<int64_t>& parts, const std::vector<double>& values) {
+  expect((int64_t)parts.size() == kNumParts, "parts must hold ", (int)kNumParts, " numbers, got ", parts.size());
+  expect_in("the length of values", (int64_t)values.size(), kNumValues, kNumValues + kMaxBounds);
+  expect_in("parts[0], the ratio,", parts[0], kTokenRatio, kOnPolicy);
+  expect_in("parts[1], the positions back,", parts[1], 0, kWhole);
+  expect_in("parts[2], the positions ahead,", parts[2], 0, kWhole);
+  expect_in("parts[3], differentiate,", parts[3], 0, 1);
+  expect_in("parts[4], the trust region,", parts[4], kNoTrustRegion, kDRO);
+  expect_in("parts[5], the KL,", parts[5], kNoKL, 2 * kK3Plus);
+  expect_in("parts[6], the aggregation,", parts[6], kTokenMean, kSeqMeanTokenSumNorm);
+  return decode(parts.data(), values.data(), (int64_t)values.size());
+}
 
-// Contiguous versions of an operator's tensors, for as long as the kernels run.
-class BatchArguments {
- public:
+// Of these the coefficient of a token depends on nothing but itself and the tokens behind it.
+inline void expect_one_pass(const Objective& o) {
+  expect(o.ratio != kSequenceRatio && o.back == 0 && !o.differentiate && !needs_place(o) && !needs_mean(o),
+         "parts must encode an objective that one pass can compute: no sequence ratio, no window back, no ",
+         "differentiated trace, and none of the trust regions log-clip, CPPO and GMPO");
+}
+
+// The shape that the logits of tokens of this shape have; with `rows` they are those of some tokens.
+inline Shape logits_shape(const Tensor& logits, const Shape& tokens, const OptionalTensor& rows) {
+  expect(logits.dim() > 0, "logits must have at least one dimension");
+  Shape shape = rows ? Shape{rows->numel()} : tokens;
+  shape.push_back(logits.size(logits.dim() - 1));
+  return shape;
+}
+
+struct BatchArguments : Arguments {
   BatchArguments(const Tensor& logprobs, const OptionalTensor& old_logprobs, const OptionalTensor& mask,
                  const OptionalTensor& cu_seqlens)
-      : shape(logprobs.sizes().begin(), logprobs.sizes().end()), batch{} {
-    batch.tokens.logprobs.data = data<float>(logprobs);
-    batch.tokens.old_logprobs = old_logprobs ? per_token(old_logprobs) : batch.tokens.logprobs;
-    batch.tokens.mask = data<bool>(mask);
+      : Arguments("logprobs", logprobs), shape(shape_of(logprobs)), batch{} {
+    expect_dims("logprobs", logprobs, 1, 2);
     batch.num_tokens = logprobs.numel();
-    batch.cu_seqlens = data<int64_t>(cu_seqlens);
-    batch.num_sequences = cu_seqlens ? cu_seqlens->numel() - 1 : shape.size() == 2 ? shape[0] : 1;
+    batch.num_sequences = cu_seqlens ? num_sequences_of(*cu_seqlens, shape) : shape.size() == 2 ? shape[0] : 1;
+    batch.cu_seqlens = read<int64_t>("cu_seqlens", cu_seqlens, {batch.num_sequences + 1});
     batch.width = shape.back();
+    batch.tokens.logprobs = per_token("logprobs", logprobs);
+    batch.tokens.old_logprobs = old_logprobs ? per_token("old_logprobs", old_logprobs) : batch.tokens.logprobs;
+    batch.tokens.mask = read<uint8_t>("mask", mask, shape);
   }
 
-  // Null for a tensor that is not given.
-  template <class T>
-  const T* data(const OptionalTensor& tensor) {
-    if (!tensor) return nullptr;
-    tensors_.push_back(tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor));
-    return static_cast<const T*>(tensors_.back().data_ptr());
+  Values per_token(const char* name, const OptionalTensor& tensor) { return {read<float>(name, tensor, shape), true}; }
+
+  Values per_token_or_sequence(const char* name, const OptionalTensor& tensor) {
+    if (!tensor || has_shape(*tensor, shape)) return per_token(name, tensor);
+    const Shape of_sequences{batch.num_sequences, 1};
+    expect(has_shape(*tensor, of_sequences), name, " must have shape ", text_of(shape), " or ", text_of(of_sequences),
+           ", got ", text_of(tensor->sizes()));
+    return {read<float>(name, tensor, of_sequences), false};
   }
 
-  Values per_token(const OptionalTensor& tensor) { return {data<float>(tensor), true}; }
-
-  Values per_token_or_sequence(const OptionalTensor& tensor) {
-    const bool has_shape =
-        tensor && std::equal(shape.begin(), shape.end(), tensor->sizes().begin(), tensor->sizes().end());
-    return {data<float>(tensor), has_shape};
-  }
-
-  std::vector<int64_t> shape;
+  const Shape shape;
   Batch batch;
-
- private:
-  std::vector<Tensor> tensors_;
 };
 
 struct PolicyLossArguments : BatchArguments {
@@ -62,19 +71,16 @@ struct PolicyLossArguments : BatchArguments {
                       const OptionalTensor& denominator_, const Tensor& loss_scale_, const std::vector<int64_t>& parts,
                       const std::vector<double>& values)
       : BatchArguments(logprobs, old_logprobs, mask, cu_seqlens),
-        denominator(data<float>(denominator_)),
-        loss_scale(data<float>(loss_scale_)) {
-    STD_TORCH_CHECK((int64_t)parts.size() == kNumParts && (int64_t)values.size() >= kNumValues &&
-                        (int64_t)values.size() <= kNumValues + kMaxBounds,
-                    "parts and values do not encode an objective");
-    objective = decode(parts.data(), values.data(), (int64_t)values.size());
-    batch.tokens.advantages = per_token_or_sequence(advantages);
-    batch.tokens.ref_logprobs = per_token(ref_logprobs);
-    batch.tokens.entropy = per_token(entropy);
-    batch.tokens.is_weights = per_token_or_sequence(is_weights);
+        objective(objective_of(parts, values)),
+        denominator(read<float>("denominator", denominator_, {})),
+        loss_scale(read<float>("loss_scale", loss_scale_, {})) {
+    batch.tokens.advantages = per_token_or_sequence("advantages", advantages);
+    batch.tokens.ref_logprobs = per_token("ref_logprobs", ref_logprobs);
+    batch.tokens.entropy = per_token("entropy", entropy);
+    batch.tokens.is_weights = per_token_or_sequence("is_weights", is_weights);
   }
 
-  Objective objective;
+  const Objective objective;
   const float *denominator, *loss_scale;
 };
 

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpo import _checks
 from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
 
+from .checks import INT64, INTEGER, REAL, WHOLE, Arguments, dims, given, in_range, packed
 from .common import kernel, launch
 
 NAN = tl.constexpr(float("nan"))
@@ -70,6 +72,7 @@ class Samples(NamedTuple):
     mask: Any
     other: Any
     order: Any
+    count: Any
 
 
 class Group(NamedTuple):
@@ -131,6 +134,7 @@ def _load_part(s, group, first, BLOCK: tl.constexpr, REAL: tl.constexpr):
     sample = group.start + i
     if s.order is not None:
         sample = tl.load(s.order + sample, mask=inside, other=0)
+        sample = tl.where((sample >= 0) & (sample < s.count), sample, 0)
     kept = inside
     if s.mask is not None:
         kept = inside & (tl.load(s.mask + sample, mask=inside, other=0) != 0)
@@ -183,7 +187,7 @@ def _baseline_kernel(
     REAL: tl.constexpr,
 ):
     """``compare_with_baseline``: a program per group, or per position where there are ids."""
-    s = Samples(rewards, mask, other, order)
+    s = Samples(rewards, mask, other, order, count)
     group = _find_group(ids, count, group_size, BLOCK)
     every = _census(s, group, BLOCK, REAL)
     number = _number(number_high, number_low, REAL)
@@ -314,7 +318,7 @@ def _ranks_kernel(
     REAL: tl.constexpr,
 ):
     """``compare_ranks``: a program per group, or per position where there are ids."""
-    s = Samples(rewards, mask, other, order)
+    s = Samples(rewards, mask, other, order, count)
     group = _find_group(ids, count, group_size, BLOCK)
     every = _census(s, group, BLOCK, REAL)
     defined = (every.kept >= k + spare) & (every.kept > 0) & (every.nans == 0)
@@ -449,8 +453,8 @@ def _tokens_kernel(
         begin = sequence * length
         end = begin + length
     else:
-        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int64), 0), length)
+        end = tl.minimum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), length)
     gamma, lam = _number(gamma_high, gamma_low, REAL), _number(lam_high, lam_low, REAL)
     zero = tl.full([], 0.0, REAL)
     at_end = zero
@@ -597,10 +601,6 @@ def _result(like: Tensor, wide: bool) -> Tensor:
     return torch.empty(like.shape, dtype=torch.float64 if wide else torch.float32, device=like.device)
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
 def _two_parts(number: float) -> tuple[float, float]:
     """A number as the sum of two float32 numbers; one beyond their range is infinite."""
     high = torch.tensor(number, dtype=torch.float32).item()
@@ -610,6 +610,11 @@ def _two_parts(number: float) -> tuple[float, float]:
 def _block(elements: int, at_most: int, per_thread: int) -> dict[str, int]:
     block = max(16, min(triton.next_power_of_2(elements), at_most))
     return {"BLOCK": block, "num_warps": max(1, block // (32 * per_thread))}
+
+
+def _check_order(order: Tensor, count: int) -> None:
+    if not torch.equal(order.sort().values, torch.arange(count, device=order.device)):
+        raise ValueError(f"order must hold each of the {count} samples once, got {order.flatten()[:8].tolist()}...")
 
 
 def group_advantages(
@@ -626,13 +631,29 @@ def group_advantages(
     wide: bool,
 ) -> Tensor:
     """The operator ``fusedpo::group_advantages``."""
+    count, check = rewards.numel(), Arguments("rewards", rewards)
+    dims("rewards", rewards, 1, 1)
+    in_range("group_size", group_size, 1, WHOLE)
+    in_range("estimator", estimator, 0, ORDER_STATISTIC.value)
+    of_order, of_labels = estimator == ORDER_STATISTIC.value, estimator == REMAX.value
+    if estimator >= MAXPO.value:
+        in_range("k", k, 1, WHOLE)
+    given("other", other, of_order or of_labels or estimator == OPO.value)
+    size = k if of_order else count if other is None or not of_labels else other.numel()
+    arguments = (
+        check.read("rewards", rewards, REAL, (count,)),
+        check.read("mask", mask, REAL, (count,)),
+        check.read("other", other, REAL, (size,)),
+        check.read("order", order, INT64, (count,)),
+        check.read("ids", ids, INTEGER, (count,)),
+    )
+    if order is not None and _checks.values_are_free(order):
+        _check_order(order, count)
     advantages = _result(rewards, wide)
-    count = rewards.numel()
     if count == 0:
         return advantages
+    arguments = (*arguments, advantages)
     programs = count if ids is not None else triton.cdiv(count, group_size)
-    rewards, mask, other, order, ids = _contiguous(rewards, mask, other, order, ids)
-    arguments = (rewards, mask, other, order, ids, advantages)
     real = _real(advantages.device)
     likely_size = 64 if ids is not None else group_size
     if estimator < MAXPO.value:
@@ -669,13 +690,29 @@ def token_advantages(
     wide: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``fusedpo::token_advantages``."""
+    shape, check = rewards.shape, Arguments("rewards", rewards)
+    dims("rewards", rewards, 1, 2)
+    in_range("estimator", estimator, 0, VTRACE.value)
+    given("values", values, estimator >= GAE.value)
+    given("logprobs", logprobs, estimator == VTRACE.value)
+    given("old_logprobs", old_logprobs, estimator == VTRACE.value)
+    sequences = shape[:-1].numel() if cu_seqlens is None else packed(cu_seqlens, shape)
+    tensors = (
+        check.read("rewards", rewards, REAL, shape),
+        check.read("values", values, REAL, shape),
+        check.read("logprobs", logprobs, REAL, shape),
+        check.read("old_logprobs", old_logprobs, REAL, shape),
+        check.read("mask", mask, REAL, shape),
+        check.read("cu_seqlens", cu_seqlens, INTEGER, (sequences + 1,)),
+        check.read("per_sequence", per_sequence, REAL, (sequences,)),
+    )
+    if cu_seqlens is not None:
+        _checks.cu_seqlens(cu_seqlens, rewards.numel(), "rewards", rewards)
     advantages = _result(rewards, wide)
     returns = advantages.new_empty(0) if values is None else _result(rewards, wide)
     if rewards.numel() == 0:
         return advantages, returns
-    length = rewards.shape[-1]
-    sequences = cu_seqlens.numel() - 1 if cu_seqlens is not None else rewards.numel() // length
-    tensors = _contiguous(rewards, values, logprobs, old_logprobs, mask, cu_seqlens, per_sequence)
+    length = shape[-1]
     numbers = (part for number in (gamma, lam, rho_bar, c_bar) for part in _two_parts(number))
     launch(
         _tokens_kernel,
@@ -695,10 +732,18 @@ def token_advantages(
 
 def step_advantages(values: Tensor, step_rewards: Tensor, step_ids: Tensor, wide: bool) -> Tensor:
     """The operator ``fusedpo::step_advantages``."""
+    check = Arguments("values", values)
+    dims("step_ids", step_ids, 2, 2)
+    dims("step_rewards", step_rewards, 2, 2)
+    batch, steps = step_ids.shape[0], step_rewards.shape[1]
+    tensors = (
+        check.read("values", values, REAL, (batch, steps + 1)),
+        check.read("step_rewards", step_rewards, REAL, (batch, steps)),
+        check.read("step_ids", step_ids, INTEGER, step_ids.shape),
+    )
     advantages = _result(step_ids, wide)
     count = step_ids.numel()
     if count > 0:
-        tensors = _contiguous(values, step_rewards, step_ids)
         numbers = (count, step_ids.shape[1], step_rewards.shape[1])
         real = _real(values.device)
         programs = triton.cdiv(count, 256)
@@ -710,14 +755,19 @@ def step_advantages(values: Tensor, step_rewards: Tensor, step_ids: Tensor, wide
 
 def whiten(x: Tensor, lengths: Tensor | None, mask: Tensor | None, wide: bool) -> Tensor:
     """The operator ``fusedpo::whiten``."""
+    check, shape = Arguments("x", x), x.shape
+    tensors = (
+        check.read("x", x, REAL, shape),
+        check.read("lengths", lengths, REAL, shape),
+        check.read("mask", mask, REAL, shape),
+    )
     whitened = _result(x, wide)
     count = x.numel()
     if count > 0:
         real = _real(x.device)
         blocks = triton.cdiv(count, 2048)
         partial = _scratch(x, real, blocks, 3)
-        tensors = _contiguous(x, lengths, mask)
-        shape = {"BLOCK": 2048, "REAL": real, "num_warps": 8}
-        launch(_moments_kernel, blocks, x.device, *tensors, partial, count, **shape)
-        launch(_whiten_kernel, blocks, x.device, *tensors, partial, whitened, count, blocks, **shape)
+        block = {"BLOCK": 2048, "REAL": real, "num_warps": 8}
+        launch(_moments_kernel, blocks, x.device, *tensors, partial, count, **block)
+        launch(_whiten_kernel, blocks, x.device, *tensors, partial, whitened, count, blocks, **block)
     return whitened

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fusedpo import _checks
 
+from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
 from .common import cdiv, kernel, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -274,6 +275,7 @@ class RowLayout(NamedTuple):
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
     """None where V is strided, or the leading dimensions need more than two strides."""
+    expect(tensor.dim() > 0, "rows must have at least one dimension")
     if tensor.is_contiguous():
         return RowLayout(tensor.shape[:-1].numel(), 0, tensor.shape[-1])
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -323,9 +325,19 @@ def _tile(vocab_size: int, num_ids: int, itemsize: int, width: int) -> dict[str,
     return {"ROWS": rows, "BLOCK": block, "IDS": ids, "WIDTH": width, "num_warps": num_warps}
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    """None also for an empty tensor: a traced graph passes one as the gradient of an entropy that was not asked for."""
-    return None if tensor is None or tensor.numel() == 0 else tensor.contiguous()
+def _check(arguments: Arguments, logits: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``token_ids``, ``temperature`` and ``mask``, checked and contiguous."""
+    token_ids, temperature, mask = inputs
+    assert token_ids is not None
+    expect(logits.dim() > 0, "logits must have at least one dimension")
+    rows = logits.shape[:-1]
+    arguments.check("logits", logits, LOGITS, logits.shape)
+    ids_shape = (*rows, token_ids.shape[-1]) if token_ids.dim() > len(rows) else rows
+    return (
+        arguments.read("token_ids", token_ids, INT64, ids_shape),
+        arguments.read("temperature", temperature, FLOAT, (), rows),
+        arguments.read("mask", mask, BOOL, rows),
+    )
 
 
 def check_values(vocab_size: int, token_ids: Tensor, temperature: Tensor, mask: Tensor | None) -> None:
@@ -347,6 +359,8 @@ def token_logprobs(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``fusedpo::token_logprobs``; its third result is (reference, rest, weighted) of every row."""
+    arguments = Arguments("logits", logits)
+    token_ids, temperature, mask = _check(arguments, logits, token_ids, temperature, mask)
     *shape, vocab_size = logits.shape
     if _checks.values_are_free(token_ids):
         check_values(vocab_size, token_ids, temperature, mask)
@@ -363,9 +377,9 @@ def token_logprobs(
             cdiv(num_rows, tile["ROWS"]),
             logits.device,
             logits,
-            token_ids.contiguous(),
-            temperature.contiguous(),
-            _contiguous(mask),
+            token_ids,
+            temperature,
+            mask,
             logprobs,
             entropy,
             stats,
@@ -380,6 +394,16 @@ def token_logprobs(
     return logprobs, entropy, stats
 
 
+def _reached(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, mask: Tensor | None, rows: torch.Size
+) -> Tensor | None:
+    """The kept rows that a gradient reaches: no others are looked at."""
+    reached = torch.zeros(rows, dtype=torch.bool) if grad_entropy is None else grad_entropy != 0
+    if grad_logprobs is not None:
+        reached = reached.to(grad_logprobs.device) | (grad_logprobs != 0).reshape(*rows, -1).any(-1)
+    return reached if mask is None else reached & mask
+
+
 def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -392,7 +416,20 @@ def _backward(
     mask: Tensor | None,
     stats: Tensor,
 ) -> None:
-    vocab_size, num_rows = logits.shape[-1], stats.numel() // 3
+    arguments = Arguments("logits", logits)
+    rows, vocab_size = logits.shape[:-1], logits.shape[-1]
+    token_ids, temperature, mask = _check(arguments, logits, token_ids, temperature, mask)
+    stats = arguments.read("stats", stats, FLOAT, (*rows, 3))
+    grad_logprobs = arguments.read("grad_logprobs", grad_logprobs, FLOAT, token_ids.shape)
+    if grad_entropy is not None and grad_entropy.numel() == 0:
+        grad_entropy = None  # a traced graph passes it for an entropy that was not asked for
+    grad_entropy = arguments.read("grad_entropy", grad_entropy, FLOAT, rows)
+    num_rows = rows.numel()
+    if num_rows == 0:
+        return
+    if _checks.values_are_free(token_ids):
+        reached = _reached(grad_logprobs, grad_entropy, mask, rows)
+        check_values(vocab_size, token_ids, temperature, reached)
     num_ids = token_ids.numel() // num_rows
     width = min(row_width(logits, layout), row_width(grad_logits, grad_layout))
     tile = _tile(vocab_size, num_ids, logits.element_size(), width)
@@ -400,13 +437,13 @@ def _backward(
         _token_logprobs_backward_kernel,
         cdiv(num_rows, tile["ROWS"]),
         logits.device,
-        _contiguous(grad_logprobs),
-        _contiguous(grad_entropy),
+        grad_logprobs,
+        grad_entropy,
         logits,
         grad_logits,
-        token_ids.contiguous(),
-        temperature.contiguous(),
-        _contiguous(mask),
+        token_ids,
+        temperature,
+        mask,
         stats,
         num_rows,
         vocab_size,
@@ -430,11 +467,10 @@ def token_logprobs_backward(
 ) -> Tensor:
     """The operator ``fusedpo::token_logprobs_backward``: the gradient of the logits."""
     grad_logits = logits.new_empty(logits.shape)
-    if stats.numel() > 0:
-        logits, layout = with_layout(logits)
-        vocab_size = logits.shape[-1]
-        to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
-        _backward(grad_logprobs, grad_entropy, logits, layout, grad_logits, to, token_ids, temperature, mask, stats)
+    logits, layout = with_layout(logits)
+    vocab_size = logits.shape[-1]
+    to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
+    _backward(grad_logprobs, grad_entropy, logits, layout, grad_logits, to, token_ids, temperature, mask, stats)
     return grad_logits
 
 
@@ -450,7 +486,7 @@ def token_logprobs_backward_(
     """The operator ``fusedpo::token_logprobs_backward_``: the gradient of the logits overwrites them."""
     layout = row_layout(logits)
     others = (token_ids, temperature, mask, stats)
-    if layout is None or stats.numel() == 0:
+    if layout is None:
         logits.copy_(token_logprobs_backward(grad_logprobs, grad_entropy, logits, *others))
     else:
         _backward(grad_logprobs, grad_entropy, logits, layout, logits, layout, *others)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fusedpo import _checks
 
+from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
 from .common import kernel, launch
 from .logprobs import (
     LN2,
@@ -46,8 +47,8 @@ from .logprobs import (
     row_width,
     with_layout,
 )
-from .objective import TRACE, Objective, Token, evaluate, log_ratio
-from .policy_loss import Weights, contiguous, decode, only_if, token_layout
+from .objective import CPPO, GMPO, LOG_CLIP, SEQUENCE_RATIO, TRACE, Objective, Token, evaluate, log_ratio
+from .policy_loss import Weights, decode, only_if, token_layout
 
 # ----------------------------------------------------------------------------------------------------- segments of rows
 
@@ -69,14 +70,16 @@ class Rows(NamedTuple):
     order: Any  # the token of each
     has_order: Any  # otherwise row k is that of token k
     num_live: Any
+    num_tokens: Any
 
 
 @triton.jit
 def _token_of(rows, k, exists):
-    """The token of row number k; 0 if there is no such row."""
+    """The token of row number k; 0 if there is no such row. Always a token of the batch, whatever the order holds."""
     token = tl.where(exists, k, 0).to(tl.int64)
     if rows.has_order != 0:
         token = tl.load(rows.order + k, mask=exists, other=0)
+        token = tl.minimum(tl.maximum(token, 0), rows.num_tokens - 1)
     return token
 
 
@@ -102,7 +105,7 @@ def _sequence_of(token, sequences):
             begun = tl.load(sequences.cu_seqlens + middle) <= token
             sequence = tl.where(begun, middle, sequence)
             above = tl.where(begun, above, middle)
-        end = tl.load(sequences.cu_seqlens + sequence + 1)
+        end = tl.minimum(tl.load(sequences.cu_seqlens + sequence + 1), sequences.width)
     return sequence, end
 
 
@@ -401,7 +404,8 @@ def _one_pass_kernel(
     num_live = num_rows
     if (has_order != 0) & (gathered == 0):
         num_live = tl.load(counts + num_rows - 1).to(tl.int32)
-    rows = Rows(order, has_order, num_live)
+    num_tokens = tl.cast(num_sequences if cu_seqlens is None else 1, tl.int64) * width
+    rows = Rows(order, has_order, num_live, num_tokens)
     program = tl.program_id(0)
     if halo == 0:
         begin, end = _segment(num_live, program, num_segments)
@@ -495,23 +499,34 @@ def _live_first(mask: Tensor) -> tuple[Tensor, Tensor]:
     return order, counts
 
 
-def _check(
-    logprobs: Tensor,
-    entropy: Tensor,
-    rows: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    vocab_size: int,
+def _check_values(
+    rows: Tensor | None, token_ids: Tensor, temperature: Tensor, mask: Tensor | None, vocab_size: int
 ) -> None:
-    torch._check(
-        logprobs.is_contiguous() and entropy.is_contiguous(), lambda: "logprobs and entropy must be contiguous"
+    if not _checks.values_are_free(token_ids):
+        return
+    if rows is not None:
+        count = token_ids.numel()
+        bad = (rows < 0) | (rows >= count) | (rows.diff(prepend=rows.new_tensor([-1])) <= 0)
+        if mask is not None and not bad.any():
+            bad = ~mask.flatten()[rows]
+        for row in rows[bad][:1].tolist():
+            raise ValueError(f"rows must be ascending positions of kept tokens, got {row}")
+        mask = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)
+        mask.view(-1)[rows] = True
+    check_values(vocab_size, token_ids, temperature, mask)
+
+
+def _decode(parts: list[int], values: list[float], num_tokens: int) -> Objective:
+    """Of the objectives, those whose coefficient of a token depends on nothing but itself and the tokens behind it."""
+    o = decode(parts, values, num_tokens, per_token=False)
+    expect(
+        o.ratio != SEQUENCE_RATIO.value
+        and (o.back, o.differentiate) == (0, 0)
+        and o.trust_region not in (LOG_CLIP.value, CPPO.value, GMPO.value),
+        "parts must encode an objective that one pass can compute: no sequence ratio, no window back, no "
+        "differentiated trace, and none of the trust regions log-clip, CPPO and GMPO",
     )
-    if _checks.values_are_free(token_ids):
-        if rows is not None:
-            mask = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)
-            mask.view(-1)[rows] = True
-        check_values(vocab_size, token_ids, temperature, mask)
+    return o
 
 
 def _one_pass(
@@ -534,17 +549,33 @@ def _one_pass(
     parts: list[int],
     values: list[float],
 ) -> None:
-    shape, vocab_size = token_ids.shape, logits.shape[-1]
+    shape, vocab_size = logprobs.shape, logits.shape[-1]
     num_rows = logits.shape[:-1].numel()
-    _check(logprobs, entropy, rows, token_ids, temperature, mask, vocab_size)
-    o = decode(parts, values, shape.numel(), per_token=False)
-    token_ids, temperature, scale, mask, cu_seqlens, order = contiguous(
-        token_ids, temperature, scale, mask, cu_seqlens, rows
+    arguments, tokens = Arguments("logprobs", logprobs), token_layout(logprobs, cu_seqlens)
+    per_sequence = (tokens.num_sequences, 1)
+    arguments.check("logits", logits, LOGITS, (*(shape if rows is None else (rows.numel(),)), vocab_size))
+    arguments.write("logprobs", logprobs, FLOAT, shape)
+    arguments.write("entropy", entropy, FLOAT, shape)
+    order = arguments.read("rows", rows, INT64, (num_rows,))
+    token_ids = arguments.read("token_ids", token_ids, INT64, shape)
+    temperature = arguments.read("temperature", temperature, FLOAT, (), shape)
+    advantages = arguments.read("advantages", advantages, FLOAT, shape, per_sequence)
+    mask = arguments.read("mask", mask, BOOL, shape)
+    cu_seqlens = arguments.read("cu_seqlens", cu_seqlens, INT64, (tokens.num_sequences + 1,))
+    scale = arguments.read("scale", scale, FLOAT, shape)
+    given = (
+        arguments.read("old_logprobs", old_logprobs, FLOAT, shape),
+        arguments.read("ref_logprobs", ref_logprobs, FLOAT, shape),
+        arguments.read("is_weights", is_weights, FLOAT, shape, per_sequence),
     )
+    o = _decode(parts, values, shape.numel())
+    _check_values(order, token_ids, temperature, mask, vocab_size)
+    if logits.numel() == 0:
+        return
     counts = None
     if rows is None and mask is not None:
         order, counts = _live_first(mask)
-    olp, ref, weights = (logprobs if x is None else x for x in contiguous(old_logprobs, ref_logprobs, is_weights))
+    olp, ref, weights = (logprobs if x is None else x for x in given)
     tile = _tile(vocab_size, min(row_width(logits, layout), row_width(grad_logits, grad_layout)))
     num_segments = _num_segments(logits.device, num_rows, vocab_size * logits.element_size())
     halo = min(o.ahead, triton.cdiv(num_rows, num_segments)) if o.ratio == TRACE.value else 0
@@ -564,7 +595,7 @@ def _one_pass(
             token_ids,
             temperature,
             olp,
-            advantages.contiguous(),
+            advantages,
             mask,
             cu_seqlens,
             ref,
@@ -576,7 +607,7 @@ def _one_pass(
             vocab_size,
             int(order is not None),
             int(rows is not None),
-            *token_layout(logprobs, cu_seqlens),
+            *tokens,
             *layout,
             grad_layout.outer_stride,
             grad_layout.inner_stride,
@@ -595,11 +626,10 @@ def _one_pass(
 def one_pass(logits: Tensor, *args: Any) -> Tensor:
     """The operator ``fusedpo::one_pass``."""
     grad_logits = logits.new_empty(logits.shape)
-    if grad_logits.numel() > 0:
-        logits, layout = with_layout(logits)
-        vocab_size = logits.shape[-1]
-        to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
-        _one_pass(logits, layout, grad_logits, to, *args)
+    logits, layout = with_layout(logits)
+    vocab_size = logits.shape[-1]
+    to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
+    _one_pass(logits, layout, grad_logits, to, *args)
     return grad_logits
 
 
@@ -608,13 +638,16 @@ def one_pass_(logits: Tensor, *args: Any) -> None:
     layout = row_layout(logits)
     if layout is None:
         logits.copy_(one_pass(logits, *args))
-    elif logits.numel() > 0:
+    else:
         _one_pass(logits, layout, logits, layout, *args)
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
     """The operator ``fusedpo::scale_``."""
     layout = row_layout(gradient)
+    arguments = Arguments("gradient", gradient)
+    arguments.check("gradient", gradient, LOGITS, gradient.shape)
+    factor = arguments.read("factor", factor, FLOAT, ())
     if layout is None:
         gradient.copy_(gradient.float() * factor)
     elif gradient.numel() > 0:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 from fusedpo import _checks
 from fusedpo.reference import METRICS
 
+from .checks import BOOL, FLOAT, INT64, WHOLE, Arguments, dims, expect, in_range, packed
 from .common import kernel, launch
 from .objective import (
     CPPO,
@@ -92,8 +94,8 @@ def _begin(cu_seqlens, sequence, exists, width):
     """Where a sequence begins; rows of a padded batch are ``width`` apart."""
     if cu_seqlens is None:
         begin = sequence.to(tl.int64) * width
-    else:
-        begin = tl.load(cu_seqlens + sequence, mask=exists, other=0)
+    else:  # packed tokens are one row; offsets that are none give results without meaning, of tokens in it
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence, mask=exists, other=0), 0), width)
     return begin
 
 
@@ -109,7 +111,9 @@ def _find_tile(index, cu_seqlens, num_sequences, width, TILE: tl.constexpr, CHUN
     begin = _begin(cu_seqlens, sequence, begun > 0, width)
     end = _begin(cu_seqlens, sequence + 1, begun > 0, width)
     first = begin + (index - begin // TILE - sequence) * TILE
-    return Tile(sequence, first, (first - begin).to(tl.int32), (end - first).to(tl.int32))
+    there = (first >= begin) & (first < end)  # otherwise the tile is empty
+    before, left = tl.where(there, first - begin, 0), tl.where(there, end - first, 0)
+    return Tile(tl.maximum(sequence, 0), tl.where(there, first, 0), before.to(tl.int32), left.to(tl.int32))
 
 
 @triton.jit
@@ -588,20 +592,27 @@ class TokenLayout(NamedTuple):
 
 
 def token_layout(logprobs: Tensor, cu_seqlens: Tensor | None) -> TokenLayout:
+    dims("logprobs", logprobs, 1, 2)
     width = logprobs.shape[-1]
     if cu_seqlens is None:
         return TokenLayout(logprobs.shape[0] if logprobs.dim() == 2 else 1, width)
+    sequences = packed(cu_seqlens, logprobs.shape)
     _checks.cu_seqlens(cu_seqlens, logprobs.numel(), "logprobs", logprobs)
-    return TokenLayout(cu_seqlens.numel() - 1, width)
-
-
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    return TokenLayout(sequences, width)
 
 
 def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bool) -> Objective:
     """The objective as the kernels take it. Losses per token are not aggregated: they are summed with no weight."""
+    expect(len(parts) == 7, f"parts must hold 7 numbers, got {len(parts)}")
+    in_range("the length of values", len(values), 4, 9)
     ratio, back, ahead, differentiate, trust_region, kl, aggregation = parts
+    in_range("parts[0], the ratio,", ratio, 0, 3)
+    in_range("parts[1], the positions back,", back, 0, WHOLE)
+    in_range("parts[2], the positions ahead,", ahead, 0, WHOLE)
+    in_range("parts[3], differentiate,", differentiate, 0, 1)
+    in_range("parts[4], the trust region,", trust_region, 0, 10)
+    in_range("parts[5], the KL,", kl, 0, 8)
+    in_range("parts[6], the aggregation,", aggregation, 0, 4)
     values = [math.inf if value >= _checks.FLOAT32_MAX else value for value in values]  # as AOTInductor writes infinity
     bounds = values[4:] + [0.0] * (9 - len(values))
     return Objective(
@@ -637,10 +648,21 @@ def policy_loss(
     layout = token_layout(logprobs, cu_seqlens)
     num_tiles = layout.num_tiles(shape.numel())
     o = decode(parts, values, shape.numel(), per_token)
-    x, mask, cu_seqlens = contiguous(logprobs, mask, cu_seqlens)
+    arguments, per_sequence = Arguments("logprobs", logprobs), (layout.num_sequences, 1)
+    x = arguments.read("logprobs", logprobs, FLOAT, shape)
+    mask = arguments.read("mask", mask, BOOL, shape)
+    cu_seqlens = arguments.read("cu_seqlens", cu_seqlens, INT64, (layout.num_sequences + 1,))
+    advantages = arguments.read("advantages", advantages, FLOAT, shape, per_sequence)
+    denominator = arguments.read("denominator", denominator, FLOAT, ())
+    loss_scale = arguments.read("loss_scale", loss_scale, FLOAT, ())
     # An array that was not given is another one, which is not read: its absence is a number, not a variant to compile.
-    given = [x if array is None else array for array in contiguous(old_logprobs, ref_logprobs, entropy, is_weights)]
-    old_logprobs, ref_logprobs, entropies, weights = given
+    given = (
+        arguments.read("old_logprobs", old_logprobs, FLOAT, shape),
+        arguments.read("ref_logprobs", ref_logprobs, FLOAT, shape),
+        arguments.read("entropy", entropy, FLOAT, shape),
+        arguments.read("is_weights", is_weights, FLOAT, shape, per_sequence),
+    )
+    old_logprobs, ref_logprobs, entropies, weights = (x if array is None else array for array in given)
 
     loss = logprobs.new_empty(shape if per_token else ())
     metrics = logprobs.new_empty(len(METRICS))
@@ -654,7 +676,7 @@ def policy_loss(
         logprobs.device,
         x,
         old_logprobs,
-        advantages.contiguous(),
+        advantages,
         mask,
         cu_seqlens,
         ref_logprobs,
@@ -720,15 +742,22 @@ def policy_loss_backward(
 ) -> Tensor:
     """The operator ``fusedpo::policy_loss_backward``."""
     layout = token_layout(logprobs, cu_seqlens)
-    result = logprobs.new_empty(logprobs.shape)
-    x = logprobs.contiguous()
+    arguments, shape = Arguments("logprobs", logprobs), logprobs.shape
+    in_range("back", back, 0, WHOLE)
+    in_range("ahead", ahead, 0, WHOLE)
+    x = arguments.read("logprobs", logprobs, FLOAT, shape)
+    result = torch.empty_like(x)
     launch(
         _backward_kernel,
         layout.num_tiles(logprobs.numel()),
         logprobs.device,
-        *contiguous(grad_loss, grad_logprobs, grad_log_trace),
+        arguments.read("grad_loss", grad_loss, FLOAT, shape),
+        arguments.read("grad_logprobs", grad_logprobs, FLOAT, shape),
+        arguments.read("grad_log_trace", grad_log_trace, FLOAT, shape),
         x,
-        *contiguous(x if old_logprobs is None else old_logprobs, mask, cu_seqlens),
+        arguments.read("old_logprobs", x if old_logprobs is None else old_logprobs, FLOAT, shape),
+        arguments.read("mask", mask, BOOL, shape),
+        arguments.read("cu_seqlens", cu_seqlens, INT64, (layout.num_sequences + 1,)),
         result,
         *layout,
         min(back, logprobs.numel()),

@@ -31,7 +31,7 @@ struct Array {
 
   FUSEDPO_DEVICE double operator[](int64_t i) const {
     if (dtype == DType::kFloat32) return ((const float*)data)[i];
-    if (dtype == DType::kBool) return ((const uint8_t*)data)[i];
+    if (dtype == DType::kBool) return ((const uint8_t*)data)[i] != 0;
     switch (dtype) {
       case DType::kUInt8:
         return ((const uint8_t*)data)[i];

@@ -41,6 +41,7 @@ struct Samples {
   Array other;           // kOPO: lengths; kReMax: baselines, one per label; kOrderStatistic: k weights
   int64_t num_other;     // how many of these
   const int64_t* order;  // the sample at each position, or null where that is the position
+  int64_t count;
   Result advantages;
 
   FUSEDPO_DEVICE bool kept(int64_t sample) const { return !mask || mask[sample] != 0; }
@@ -51,7 +52,11 @@ struct Group {
   const Samples& samples;
   int64_t start, size, label;
 
-  FUSEDPO_DEVICE int64_t sample(int64_t i) const { return samples.order ? samples.order[start + i] : start + i; }
+  FUSEDPO_DEVICE int64_t sample(int64_t i) const {
+    if (!samples.order) return start + i;
+    const int64_t sample = samples.order[start + i];
+    return sample >= 0 && sample < samples.count ? sample : 0;
+  }
   FUSEDPO_DEVICE bool kept(int64_t i) const { return samples.kept(sample(i)); }
   FUSEDPO_DEVICE double reward(int64_t i) const { return samples.rewards[sample(i)]; }
   FUSEDPO_DEVICE void set(int64_t i, double advantage) const { samples.advantages.set(sample(i), advantage); }

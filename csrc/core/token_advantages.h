@@ -19,7 +19,7 @@ struct Tokens {
   Array rewards, values, logprobs, old_logprobs, mask;
   Array per_sequence;   // kToTokens: advantages; else what follows the end of a sequence, 0 without it
   Integers cu_seqlens;  // null: all sequences have `length` tokens
-  int64_t length;
+  int64_t length, num_tokens;
   Result advantages, returns;  // kGAE and kVTrace alone have returns
 };
 
@@ -45,8 +45,12 @@ FUSEDPO_DEVICE double importance_ratio(const Tokens& tokens, int64_t t) {
 // A token left out passes on what follows it, and gets 0.
 template <class Team>
 FUSEDPO_DEVICE void token_advantages(Team& team, const Tokens& tokens, const TokenParams& params, int64_t sequence) {
-  const int64_t begin = tokens.cu_seqlens ? tokens.cu_seqlens[sequence] : sequence * tokens.length;
-  const int64_t end = tokens.cu_seqlens ? tokens.cu_seqlens[sequence + 1] : begin + tokens.length;
+  const auto offset = [&](int64_t s) {
+    if (!tokens.cu_seqlens) return s * tokens.length;
+    const int64_t t = tokens.cu_seqlens[s];
+    return t < 0 ? 0 : t < tokens.num_tokens ? t : tokens.num_tokens;
+  };
+  const int64_t begin = offset(sequence), end = offset(sequence + 1);
   const Step pass_on{0, 1};
   const double at_end = tokens.per_sequence ? tokens.per_sequence[sequence] : 0;
   const bool to_go = params.estimator == TokenEstimator::kRewardToGo;

@@ -16,7 +16,7 @@ struct Tokens {
   Values logprobs, old_logprobs, ref_logprobs, advantages, is_weights, entropy;
   Values log_trace;  // for kTrace only where the window is a long one
   Values place, length, sequence_sum;
-  const bool* mask = nullptr;  // null: all are kept
+  const uint8_t* mask = nullptr;  // 0 leaves a token out; null: all are kept
 };
 
 // Tokens and where their sequences begin.

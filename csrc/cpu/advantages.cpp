@@ -2,27 +2,18 @@
 
 #include <algorithm>
 #include <atomic>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "advantage_arguments.h"
+#include "parallel.h"
 
 namespace fusedpo::cpu {
 namespace {
 
 using namespace fusedpo::advantages;
-using torch::stable::parallel_for;
 
 constexpr int64_t kGrain = 4096;  // elements below which a thread is not worth waking
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 void check_lengths(const Array& lengths, const Array& mask, int64_t count) {
   for (int64_t i = 0; lengths && i < count; ++i)
@@ -38,6 +29,13 @@ void check_values(const GroupArguments& a) {
   for (int64_t i = 0; a.params.estimator == Estimator::kReMax && a.ids && i < a.count; ++i)
     if (samples.kept(i) && (a.ids[i] < 0 || a.ids[i] >= samples.num_other))
       fail("group_ids must be 0 to ", samples.num_other - 1, ", as baselines, got ", a.ids[i]);
+  std::vector<bool> seen(samples.order ? a.count : 0);
+  for (int64_t i = 0; samples.order && i < a.count; ++i) {
+    const int64_t sample = samples.order[i];
+    if (sample < 0 || sample >= a.count || seen[sample])
+      fail("order must hold each of the ", a.count, " samples once, got ", sample, " at position ", i);
+    seen[sample] = true;
+  }
 }
 
 void check_offsets(const Integers& cu_seqlens, int64_t num_sequences, int64_t num_tokens) {

@@ -11,12 +11,12 @@
 
 namespace fusedpo::cpu {
 
-const RowKernels& row_kernels_for(torch::headeronly::ScalarType dtype) {
-  using torch::headeronly::ScalarType;
+const RowKernels& row_kernels_for(const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
   const RowKernelTable& table = row_kernels();
   if (dtype == ScalarType::Float) return table.float32;
   if (dtype == ScalarType::BFloat16) return table.bfloat16;
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "logits must be float16, bfloat16 or float32");
+  expect(dtype == ScalarType::Half, name, " must be float16, bfloat16 or float32, got ", dtype);
   return table.float16;
 }
 

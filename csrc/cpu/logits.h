@@ -1,22 +1,18 @@
 // The rows of a tensor of logits, and work on many of them over threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "arguments.h"
 #include "dispatch.h"
+#include "parallel.h"
 
 namespace fusedpo::cpu {
 
-using torch::stable::Tensor;
-
-// The row kernels for this dtype, of the best instruction set.
-const RowKernels& row_kernels_for(torch::headeronly::ScalarType dtype);
+// The row kernels for the dtype of `tensor`, the argument `name`, of the best instruction set.
+const RowKernels& row_kernels_for(const char* name, const Tensor& tensor);
 
 // A fresh buffer of hundreds of megabytes costs more in page faults than in arithmetic, with pages of 4 KiB.
 void ask_for_huge_pages(const Tensor& tensor);
@@ -27,11 +23,13 @@ void clear(char* row, size_t bytes);
 // Where the rows of a tensor [..., V] start: leading dimensions of any strides, unit stride along V.
 class Rows {
  public:
-  explicit Rows(const Tensor& tensor) : base_(static_cast<char*>(tensor.data_ptr())), bytes_(tensor.element_size()) {
+  Rows(const char* name, const Tensor& tensor)
+      : base_(static_cast<char*>(tensor.data_ptr())), bytes_(tensor.element_size()) {
     const int64_t dims = tensor.dim() - 1;
+    expect(dims >= 0, name, " must have at least one dimension");
     size = tensor.size(dims);
-    STD_TORCH_CHECK(size <= 1 || tensor.stride(dims) == 1 || tensor.numel() == 0,
-                    "logits must have stride 1 along the vocabulary");
+    expect(size <= 1 || tensor.stride(dims) == 1 || tensor.numel() == 0, name, " must have stride 1 along the last ",
+           "dimension, got ", tensor.stride(dims));
     for (int64_t d = 0; d < dims; ++d) {
       sizes_.push_back(tensor.size(d));
       strides_.push_back(tensor.stride(d));
@@ -73,8 +71,13 @@ struct RowSummary {
 };
 
 struct Temperatures {
+  // One for all rows, or one for each.
+  Temperatures(Arguments& arguments, const Tensor& temperature, const Shape& rows)
+      : per_row(temperature.dim() > 0),
+        value(arguments.read<float>("temperature", temperature, per_row ? rows : Shape{})) {}
+
+  const bool per_row;
   const float* value;
-  bool per_row;
   float operator[](int64_t row) const { return value[per_row ? row : 0]; }
 };
 
@@ -91,14 +94,18 @@ std::vector<int64_t> rows_where(int64_t count, Predicate predicate) {
 // How many rows make waking a thread worth it.
 inline int64_t grain_of(int64_t row_size) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_size)); }
 
-// Calls visit(row, scratch) for every row, on several threads; `scratch` holds `scratch_size` floats of the thread's
-// own.
-template <class Visit>
-void for_each_row(const std::vector<int64_t>& rows, int64_t row_size, int64_t scratch_size, Visit visit) {
-  torch::stable::parallel_for(0, (int64_t)rows.size(), grain_of(row_size), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(scratch_size);
-    for (int64_t i = begin; i < end; ++i) visit(rows[i], scratch.data());
+// Calls visit(row, scratch) for every row, on several threads, each of which has a copy of `scratch` of its own.
+template <class Scratch, class Visit>
+void for_each_row(const std::vector<int64_t>& rows, int64_t row_size, const Scratch& scratch, Visit visit) {
+  parallel_for(0, (int64_t)rows.size(), grain_of(row_size), [&](int64_t begin, int64_t end) {
+    Scratch own = scratch;
+    for (int64_t i = begin; i < end; ++i) visit(rows[i], own);
   });
+}
+
+template <class Visit>
+void for_each_row(const std::vector<int64_t>& rows, int64_t row_size, Visit visit) {
+  for_each_row(rows, row_size, nullptr, [&](int64_t row, std::nullptr_t) { visit(row); });
 }
 
 }  // namespace fusedpo::cpu

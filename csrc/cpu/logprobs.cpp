@@ -240,11 +240,9 @@ void gradient_row(const T* row, T* grad, int64_t size, const RowStats& stats, co
   for (int64_t k = 0; k < up.num_ids; ++k) total += up.grad_logprobs[k];
 
   for (int64_t k = 0; k < up.num_ids; ++k) {
-    double here = 0;
-    for (int64_t l = 0; l < up.num_ids; ++l) here += up.token_ids[l] == up.token_ids[k] ? up.grad_logprobs[l] : 0.0f;
     const double x = to_float(row[up.token_ids[k]]);
     const double logprob = (x - stats.reference) / up.temperature - log_sum;
-    double value = (here - total) - total * std::expm1(logprob);
+    double value = (up.grad_at_ids[k] - total) - total * std::expm1(logprob);
     if (kEntropy && logprob != -kInfinity) value -= up.grad_entropy * std::exp(logprob) * (logprob + entropy);
     up.scratch[k] = (float)(value / up.temperature);
   }

@@ -9,8 +9,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "dispatch.h"
 #include "logits.h"
@@ -26,25 +24,27 @@ struct Walk : BatchArguments {
        const OptionalTensor& cu_seqlens, const OptionalTensor& ref_logprobs, const OptionalTensor& is_weights,
        const Tensor& scale_, const std::vector<int64_t>& parts, const std::vector<double>& values)
       : BatchArguments(logprobs_, old_logprobs, mask, cu_seqlens),
-        objective(decode(parts.data(), values.data(), (int64_t)values.size())),
+        objective(objective_of(parts, values)),
         tokens(batch.tokens),
-        from(logits),
-        to(grad_logits),
-        kernels(row_kernels_for(logits.scalar_type())),
+        from("logits", logits),
+        to("logits", grad_logits),
+        kernels(row_kernels_for("logits", logits)),
         offsets(offsets_of(batch)),
-        token_ids(data<int64_t>(token_ids_)),
-        temperatures{data<float>(temperature_), temperature_.numel() > 1},
-        scale(data<float>(scale_)),
-        logprobs(static_cast<float*>(logprobs_.data_ptr())),
-        entropy(static_cast<float*>(entropy_.data_ptr())),
+        token_ids(read<int64_t>("token_ids", token_ids_, shape)),
+        temperatures(*this, temperature_, shape),
+        scale(read<float>("scale", scale_, shape)),
+        logprobs(write<float>("logprobs", logprobs_, shape)),
+        entropy(write<float>("entropy", entropy_, shape)),
         stats(from.count),
         grad_logprobs(batch.num_tokens),
         grad_entropy(batch.num_tokens) {
-    STD_TORCH_CHECK(logprobs_.is_contiguous() && entropy_.is_contiguous(), "logprobs and entropy must be contiguous");
-    tokens.advantages = per_token_or_sequence(advantages);
-    tokens.ref_logprobs = per_token(ref_logprobs);
-    tokens.is_weights = per_token_or_sequence(is_weights);
-    find_rows(data<int64_t>(rows_));
+    expect_one_pass(objective);
+    expect_device("logits", logits);
+    expect_shape("logits", logits, logits_shape(logits, shape, rows_));
+    tokens.advantages = per_token_or_sequence("advantages", advantages);
+    tokens.ref_logprobs = per_token("ref_logprobs", ref_logprobs);
+    tokens.is_weights = per_token_or_sequence("is_weights", is_weights);
+    find_rows(read<int64_t>("rows", rows_, {from.count}));
     if (objective.ratio == kTrace && objective.ahead > kMaxReach) remember_log_ratios();
   }
 
@@ -53,11 +53,11 @@ struct Walk : BatchArguments {
     std::vector<int64_t> behind;
     for (const Segment& segment : segments) add_rows_behind(segment, behind);
     std::vector<char> known(from.count, 0);
-    for_each_row(behind, from.size, 0, [&](int64_t row, float*) {
+    for_each_row(behind, from.size, [&](int64_t row) {
       reduce(row);
       known[row] = 1;
     });
-    torch::stable::parallel_for(0, (int64_t)segments.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, (int64_t)segments.size(), 1, [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) {
         for (int64_t i = segments[s].end - 1; i >= segments[s].begin; --i) {
           if (!known[live[i]]) reduce(live[i]);
@@ -66,7 +66,7 @@ struct Walk : BatchArguments {
       }
     });
     const auto dead = rows_where(token_of.empty() ? from.count : 0, [&](int64_t row) { return !is_kept(row); });
-    for_each_row(dead, from.size, 0, [&](int64_t row, float*) { clear(to[row], to.bytes_per_row()); });
+    for_each_row(dead, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
   }
 
  private:
@@ -76,7 +76,7 @@ struct Walk : BatchArguments {
   };
 
   int64_t token(int64_t row) const { return token_of.empty() ? row : token_of[row]; }
-  bool is_kept(int64_t token) const { return tokens.mask == nullptr || tokens.mask[token]; }
+  bool is_kept(int64_t token) const { return tokens.mask == nullptr || tokens.mask[token] != 0; }
 
   int64_t sequence_of(int64_t token) const {
     return std::upper_bound(offsets.begin(), offsets.end(), token) - offsets.begin() - 1;
@@ -88,7 +88,7 @@ struct Walk : BatchArguments {
       for (int64_t row = 0; row < from.count; ++row) {
         const int64_t t = rows[row], before = row == 0 ? -1 : rows[row - 1];
         if (t <= before || t >= batch.num_tokens || !is_kept(t))
-          throw std::invalid_argument("rows must be ascending positions of kept tokens, got " + std::to_string(t));
+          fail("rows must be ascending positions of kept tokens, got ", t);
       }
       live = rows_where(from.count, [](int64_t) { return true; });
     } else {
@@ -97,11 +97,9 @@ struct Walk : BatchArguments {
     for (const int64_t row : live) {
       const int64_t t = token(row);
       if (token_ids[t] < 0 || token_ids[t] >= from.size)
-        throw std::invalid_argument("token_ids must be in [0, " + std::to_string(from.size) + ") at kept rows, got " +
-                                    std::to_string(token_ids[t]) + " at flat position " + std::to_string(t));
+        fail("token_ids must be in [0, ", from.size, ") at kept rows, got ", token_ids[t], " at flat position ", t);
       if (!(temperatures[t] > 0 && temperatures[t] < INFINITY))
-        throw std::invalid_argument("temperature must be positive and finite, got " + std::to_string(temperatures[t]) +
-                                    " at row " + std::to_string(t));
+        fail("temperature must be positive and finite, got ", std::to_string(temperatures[t]), " at row ", t);
     }
   }
 
@@ -143,12 +141,13 @@ struct Walk : BatchArguments {
     const TokenOutputs out{nullptr, grad_logprobs.data(), objective.entropy_coef != 0 ? grad_entropy.data() : nullptr,
                            nullptr};
     token_kernels().evaluate(objective, tokens, {t, t + 1, sequence, offsets[sequence], end}, scale[t], out);
+    const double at_id = grad_logprobs[t];
     float scratch;
     if (grad_logprobs[t] == 0 && grad_entropy[t] == 0)
       std::memset(to[row], 0, to.bytes_per_row());  // in the cache, where the row was just read
     else
       kernels.gradient(from[row], to[row], from.size, stats[row],
-                       {token_ids + t, &grad_logprobs[t], &scratch, 1, grad_entropy[t], temperatures[t]});
+                       {token_ids + t, &grad_logprobs[t], &at_id, &scratch, 1, grad_entropy[t], temperatures[t]});
   }
 
   // A window too long for the token kernels is summed here, from log-ratios that are kept.
@@ -202,12 +201,12 @@ void one_pass_(Tensor logits, Tensor logprobs, Tensor entropy, OptionalTensor ro
 }
 
 void scale_(Tensor gradient, Tensor factor_) {
-  const float factor = *static_cast<const float*>(factor_.data_ptr());
+  const float factor = *Arguments("gradient", gradient).read<float>("factor", factor_, {});
+  const Rows rows("gradient", gradient);
+  const RowKernels& kernels = row_kernels_for("gradient", gradient);
   if (factor == 1) return;
-  const Rows rows(gradient);
-  const RowKernels& kernels = row_kernels_for(gradient.scalar_type());
-  for_each_row(rows_where(rows.count, [](int64_t) { return true; }), rows.size, 0,
-               [&](int64_t row, float*) { kernels.scale(rows[row], rows.size, factor); });
+  for_each_row(rows_where(rows.count, [](int64_t) { return true; }), rows.size,
+               [&](int64_t row) { kernels.scale(rows[row], rows.size, factor); });
 }
 
 }  // namespace fusedpo::cpu

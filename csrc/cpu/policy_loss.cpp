@@ -5,6 +5,7 @@
 #include "core/aggregation.h"
 #include "core/window.h"
 #include "dispatch.h"
+#include "parallel.h"
 #include "sequences.h"
 
 namespace fusedpo::cpu {
@@ -28,7 +29,7 @@ class Tiling {
   template <class Visit>
   void for_each_tile(Visit visit) const {
     const int64_t grain = 16;  // below some thousand tokens a thread is not worth waking
-    torch::stable::parallel_for(0, num_tiles(), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_tiles(), grain, [&](int64_t begin, int64_t end) {
       int64_t s = std::upper_bound(first_tile_.begin(), first_tile_.end(), begin) - first_tile_.begin() - 1;
       for (int64_t i = begin; i < end; ++i) {
         while (first_tile_[s + 1] <= i) ++s;
@@ -42,7 +43,7 @@ class Tiling {
   template <class Visit>
   void for_each_sequence(Visit visit) const {
     const int64_t grain = 1 + 8192 * num_sequences() / (num_tokens() + 1);
-    torch::stable::parallel_for(0, num_sequences(), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_sequences(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) visit(offsets_[s], offsets_[s + 1]);
     });
   }
@@ -88,12 +89,12 @@ Floats means(const Tiling& tiling, const std::vector<int64_t>& kept, Write write
   return result;
 }
 
-Floats places(const Tiling& tiling, const bool* mask) {
+Floats places(const Tiling& tiling, const uint8_t* mask) {
   Floats result(tiling.num_tokens());
   tiling.for_each_sequence([&](int64_t begin, int64_t end) {
     int64_t count = 0;
     for (int64_t t = begin; t < end; ++t) {
-      count += mask == nullptr || mask[t];
+      count += mask == nullptr || mask[t] != 0;
       result[t] = (float)std::max<int64_t>(count, 1);
     }
   });
@@ -151,7 +152,7 @@ void add_through_traces(const Tiling& tiling, const Tokens& tokens, const float*
   tiling.for_each_sequence([&](int64_t begin, int64_t end) {
     sum_windows(grad_log_trace, reaching.data(), begin, end, ahead, back);
     for (int64_t t = begin; t < end; ++t) {
-      const bool kept = tokens.mask == nullptr || tokens.mask[t];
+      const bool kept = tokens.mask == nullptr || tokens.mask[t] != 0;
       if (kept && log_ratio_live(tokens.logprobs.data[t], tokens.old_logprobs.data[t])) grad_logprobs[t] += reaching[t];
     }
   });
@@ -208,8 +209,12 @@ Tensor policy_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_
                             OptionalTensor old_logprobs, OptionalTensor mask, OptionalTensor cu_seqlens, int64_t back,
                             int64_t ahead) {
   BatchArguments a(logprobs, old_logprobs, mask, cu_seqlens);
-  const float *upstream = a.data<float>(grad_loss), *own = a.data<float>(grad_logprobs);
-  const float* own_log_trace = a.data<float>(grad_log_trace);
+  expect_in("back", back, 0, kWhole);
+  expect_in("ahead", ahead, 0, kWhole);
+  const float* upstream = a.read<float>("grad_loss", grad_loss, a.shape);
+  const float* own = a.read<float>("grad_logprobs", grad_logprobs, a.shape);
+  const float* own_log_trace = a.read<float>("grad_log_trace", grad_log_trace, a.shape);
+  const Tiling tiling(a.batch);
   const Tensor result = torch::stable::new_empty(logprobs, logprobs.sizes());
   float* grad = static_cast<float*>(result.data_ptr());
   Floats through(a.batch.num_tokens);
@@ -217,7 +222,7 @@ Tensor policy_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_
     grad[t] = upstream[t] * own[t];
     through[t] = upstream[t] * own_log_trace[t];
   }
-  add_through_traces(Tiling(a.batch), a.batch.tokens, through.data(), grad, back, ahead);
+  add_through_traces(tiling, a.batch.tokens, through.data(), grad, back, ahead);
   return result;
 }
 

@@ -21,6 +21,7 @@ struct RowStats {
 struct RowGradient {
   const int64_t* token_ids;    // [num_ids], the ids whose log-probs were taken; repeats are fine
   const float* grad_logprobs;  // [num_ids]
+  const double* grad_at_ids;   // [num_ids], the sum of grad_logprobs over all places of that id
   float* scratch;              // [num_ids]
   int64_t num_ids;
   float grad_entropy;

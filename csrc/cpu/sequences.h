@@ -3,10 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "core/tokens.h"
 
 namespace fusedpo::cpu {
@@ -19,8 +18,7 @@ inline std::vector<int64_t> offsets_of(const Batch& batch) {
     offsets.push_back(batch.cu_seqlens ? batch.cu_seqlens[s] : s * batch.width);
   if (offsets.empty() || offsets.front() != 0 || offsets.back() != batch.num_tokens ||
       !std::is_sorted(offsets.begin(), offsets.end()))
-    throw std::invalid_argument("cu_seqlens must start with 0, never decrease and end with the number of tokens " +
-                                std::to_string(batch.num_tokens));
+    fail("cu_seqlens must start with 0, never decrease and end with the number of tokens ", batch.num_tokens);
   return offsets;
 }
 

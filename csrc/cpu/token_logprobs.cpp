@@ -1,109 +1,121 @@
 #include "token_logprobs.h"
 
 #include <atomic>
-#include <stdexcept>
-#include <string>
+#include <vector>
 
 #include "logits.h"
+#include "repeats.h"
 
 namespace fusedpo::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
+// A row of K ids, or one id, for each row of logits.
+struct Ids {
+  Ids(Arguments& arguments, const Tensor& token_ids, const Shape& rows) : shape(rows) {
+    if (token_ids.dim() > (int64_t)rows.size()) shape.push_back(count = token_ids.size(token_ids.dim() - 1));
+    data = arguments.read<int64_t>("token_ids", token_ids, shape);
+  }
 
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.data_ptr());
+  const int64_t* operator[](int64_t row) const { return data + row * count; }
+
+  Shape shape;
+  int64_t count = 1;
+  const int64_t* data;
+};
+
+Shape rows_of(const Tensor& logits) {
+  expect(logits.dim() > 0, "logits must have at least one dimension");
+  return {logits.sizes().begin(), logits.sizes().end() - 1};
 }
 
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
+Shape with(Shape shape, int64_t size) {
+  shape.push_back(size);
+  return shape;
 }
 
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
+// What a thread needs for the gradient of a row.
+struct Scratch {
+  explicit Scratch(int64_t num_ids) : order(num_ids), grad_at_ids(num_ids), at_ids(num_ids) {}
+  std::vector<int64_t> order;
+  std::vector<double> grad_at_ids;
+  std::vector<float> at_ids;
+};
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
-void gradient(const std::optional<Tensor>& grad_logprobs_, const std::optional<Tensor>& grad_entropy_,
-              const Tensor& logits, const Tensor& grad_logits, const Tensor& token_ids_, const Tensor& temperature_,
-              const std::optional<Tensor>& mask_, const Tensor& stats_) {
-  const auto grad_logprobs = contiguous(grad_logprobs_), grad_entropy = contiguous(grad_entropy_),
-             mask = contiguous(mask_);
-  const Tensor token_ids = torch::stable::contiguous(token_ids_);
-  const Tensor temperature_rows = torch::stable::contiguous(temperature_);
-  const Rows from(logits), to(grad_logits);
-  const RowKernels& kernels = row_kernels_for(logits.scalar_type());
-  const int64_t num_ids = from.count == 0 ? 1 : token_ids.numel() / from.count;
-  const int64_t* ids = data<int64_t>(token_ids);
-  const float* grad_logprob = data<float>(grad_logprobs);
-  const float* grad_of_entropy = data<float>(grad_entropy);
-  const float* stats = data<float>(stats_);
-  const bool* kept = data<bool>(mask);
-  const Temperatures temperatures{data<float>(temperature_rows), temperature_rows.numel() > 1};
-  const std::vector<float> zeros(grad_logprob ? 0 : num_ids, 0.0f);
-  const auto upstream = [&](int64_t row) { return grad_logprob ? grad_logprob + row * num_ids : zeros.data(); };
+void gradient(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const Tensor& logits,
+              const Tensor& grad_logits, const Tensor& token_ids, const Tensor& temperature, const OptionalTensor& mask,
+              const Tensor& stats_) {
+  const Shape shape = rows_of(logits);
+  Arguments arguments("logits", logits);
+  const Rows from("logits", logits), to("logits", grad_logits);
+  const RowKernels& kernels = row_kernels_for("logits", logits);
+  const Ids ids(arguments, token_ids, shape);
+  const float* grad_logprob = arguments.read<float>("grad_logprobs", grad_logprobs, ids.shape);
+  const float* grad_of_entropy = arguments.read<float>("grad_entropy", grad_entropy, shape);
+  const float* stats = arguments.read<float>("stats", stats_, with(shape, 3));
+  const uint8_t* kept = arguments.read<uint8_t>("mask", mask, shape);
+  const Temperatures temperatures(arguments, temperature, shape);
+  const std::vector<float> zeros(grad_logprob ? 0 : ids.count, 0.0f);
+  const auto upstream = [&](int64_t row) { return grad_logprob ? grad_logprob + row * ids.count : zeros.data(); };
   const auto upstream_entropy = [&](int64_t row) { return grad_of_entropy ? grad_of_entropy[row] : 0.0f; };
-  const auto live = [&](int64_t row) {
-    if (kept && !kept[row]) return false;
+  const auto is_live = [&](int64_t row) {
+    if (kept && kept[row] == 0) return false;
     return upstream_entropy(row) != 0 ||
-           std::any_of(upstream(row), upstream(row) + num_ids, [](float g) { return g != 0; });
+           std::any_of(upstream(row), upstream(row) + ids.count, [](float g) { return g != 0; });
   };
 
-  for_each_row(rows_where(from.count, live), from.size, num_ids, [&](int64_t row, float* scratch) {
+  const auto live = rows_where(from.count, is_live);
+  for (const int64_t row : live)
+    for (int64_t k = 0; k < ids.count; ++k)
+      if (ids[row][k] < 0 || ids[row][k] >= from.size)
+        fail("token_ids must be in [0, ", from.size, ") at kept rows, got ", ids[row][k], " at flat position ",
+             row * ids.count + k, " in the backward: they were others in the forward");
+  for_each_row(live, from.size, Scratch(ids.count), [&](int64_t row, Scratch& scratch) {
     const RowStats row_stats{stats[3 * row], stats[3 * row + 1], stats[3 * row + 2]};
+    sum_over_equal(ids[row], upstream(row), ids.count, scratch.order.data(), scratch.grad_at_ids.data());
     kernels.gradient(from[row], to[row], from.size, row_stats,
-                     {ids + row * num_ids, upstream(row), scratch, num_ids, upstream_entropy(row), temperatures[row]});
+                     {ids[row], upstream(row), scratch.grad_at_ids.data(), scratch.at_ids.data(), ids.count,
+                      upstream_entropy(row), temperatures[row]});
   });
-  const auto dead = rows_where(from.count, [&](int64_t row) { return !live(row); });
-  for_each_row(dead, from.size, 0, [&](int64_t row, float*) { clear(to[row], to.bytes_per_row()); });
+  const auto dead = rows_where(from.count, [&](int64_t row) { return !is_live(row); });
+  for_each_row(dead, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_ids_, Tensor temperature_,
-                                                  std::optional<Tensor> mask_, bool return_entropy) {
-  const Rows rows(logits);
-  const RowKernels& kernels = row_kernels_for(logits.scalar_type());
-  const Tensor token_ids = torch::stable::contiguous(token_ids_);
-  const Tensor temperature_rows = torch::stable::contiguous(temperature_);
-  const auto mask = contiguous(mask_);
-  const std::vector<int64_t> row_shape(logits.sizes().begin(), logits.sizes().end() - 1);
-  std::vector<int64_t> stats_shape = row_shape;
-  stats_shape.push_back(3);
-  const auto filled = [&](const std::vector<int64_t>& shape) {
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_ids, Tensor temperature,
+                                                  OptionalTensor mask, bool return_entropy) {
+  const Shape shape = rows_of(logits);
+  Arguments arguments("logits", logits);
+  const Rows rows("logits", logits);
+  const RowKernels& kernels = row_kernels_for("logits", logits);
+  const Ids ids(arguments, token_ids, shape);
+  const Temperatures temperatures(arguments, temperature, shape);
+  const uint8_t* kept = arguments.read<uint8_t>("mask", mask, shape);
+  const auto filled = [&](const Shape& shape) {
     Tensor result = torch::stable::new_empty(logits, shape, ScalarType::Float);
     if (mask) torch::stable::zero_(result);  // masked rows are visited by nobody
     return result;
   };
-  const Tensor logprobs = filled({token_ids.sizes().begin(), token_ids.sizes().end()});
-  const Tensor entropy = filled(return_entropy ? row_shape : std::vector<int64_t>{0});
-  const Tensor stats = filled(stats_shape);
+  const Tensor logprobs = filled(ids.shape);
+  const Tensor entropy = filled(return_entropy ? shape : Shape{0});
+  const Tensor stats = filled(with(shape, 3));
 
-  const int64_t num_ids = rows.count == 0 ? 1 : token_ids.numel() / rows.count;
-  const int64_t* ids = data<int64_t>(token_ids);
-  const Temperatures temperatures{data<float>(temperature_rows), temperature_rows.numel() > 1};
-  float* logprob_out = mutable_data<float>(logprobs);
-  float* entropy_out = mutable_data<float>(entropy);
-  float* stats_out = mutable_data<float>(stats);
-  const bool* kept = data<bool>(mask);
+  float* logprob_out = static_cast<float*>(logprobs.data_ptr());
+  float* entropy_out = static_cast<float*>(entropy.data_ptr());
+  float* stats_out = static_cast<float*>(stats.data_ptr());
   std::atomic<int64_t> bad_id{-1}, bad_row{-1};  // a throw inside parallel_for would lose its message
 
-  for_each_row(rows_where(rows.count, [&](int64_t row) { return !kept || kept[row]; }), rows.size, 0,
-               [&](int64_t row, float*) {
+  for_each_row(rows_where(rows.count, [&](int64_t row) { return !kept || kept[row] != 0; }), rows.size,
+               [&](int64_t row) {
                  const float temperature = temperatures[row];
                  if (!(temperature > 0 && temperature < INFINITY)) bad_row = row;
                  const char* x = rows[row];
                  const RowStats row_stats = kernels.reduce(x, rows.size, temperature, return_entropy);
                  const RowSummary summary(row_stats, temperature);
-                 for (int64_t k = row * num_ids; k < (row + 1) * num_ids; ++k) {
-                   if (ids[k] >= 0 && ids[k] < rows.size)
-                     logprob_out[k] = summary.logprob(kernels.value(x, ids[k]));
+                 for (int64_t k = row * ids.count; k < (row + 1) * ids.count; ++k) {
+                   const int64_t id = ids.data[k];
+                   if (id >= 0 && id < rows.size)
+                     logprob_out[k] = summary.logprob(kernels.value(x, id));
                    else
                      bad_id = k;
                  }
@@ -113,24 +125,22 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_id
                  stats_out[3 * row + 2] = row_stats.weighted;
                });
   if (const int64_t k = bad_id; k >= 0)
-    throw std::invalid_argument("token_ids must be in [0, " + std::to_string(rows.size) + ") at kept rows, got " +
-                                std::to_string(ids[k]) + " at flat position " + std::to_string(k));
+    fail("token_ids must be in [0, ", rows.size, ") at kept rows, got ", ids.data[k], " at flat position ", k);
   if (const int64_t row = bad_row; row >= 0)
-    throw std::invalid_argument("temperature must be positive and finite, got " + std::to_string(temperatures[row]) + " at row " +
-                                std::to_string(row));
+    fail("temperature must be positive and finite, got ", std::to_string(temperatures[row]), " at row ", row);
   return {logprobs, entropy, stats};
 }
 
-Tensor token_logprobs_backward(std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy, Tensor logits,
-                               Tensor token_ids, Tensor temperature, std::optional<Tensor> mask, Tensor stats) {
+Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
+                               Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats) {
   const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
   ask_for_huge_pages(grad_logits);
   gradient(grad_logprobs, grad_entropy, logits, grad_logits, token_ids, temperature, mask, stats);
   return grad_logits;
 }
 
-void token_logprobs_backward_(std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy, Tensor logits,
-                              Tensor token_ids, Tensor temperature, std::optional<Tensor> mask, Tensor stats) {
+void token_logprobs_backward_(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
+                              Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats) {
   gradient(grad_logprobs, grad_entropy, logits, logits, token_ids, temperature, mask, stats);
 }
 

@@ -26,8 +26,8 @@ FUSEDPO_INLINE Group group_at(const Tokens& tokens, const Tile& tile, int64_t be
   if (group.count == kLanes) {
     if (tokens.mask != nullptr) group.kept = M::load(tokens.mask + begin);
   } else {
-    bool kept[kLanes] = {};
-    for (int64_t i = 0; i < group.count; ++i) kept[i] = tokens.mask == nullptr || tokens.mask[begin + i];
+    uint8_t kept[kLanes] = {};
+    for (int64_t i = 0; i < group.count; ++i) kept[i] = tokens.mask == nullptr || tokens.mask[begin + i] != 0;
     group.kept = M::load(kept);
   }
   return group;
@@ -73,14 +73,15 @@ FUSEDPO_INLINE Token<Vec> load_token(const Tokens& tokens, const Group& group) {
   return token;
 }
 
-int64_t count(const bool* mask, const Tile& tile) {
+int64_t count(const uint8_t* mask, const Tile& tile) {
   if (mask == nullptr) return tile.end - tile.begin;
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;  // all bits of a byte but the highest
   int64_t total = 0, i = tile.begin;
   for (uint64_t eight; i + 8 <= tile.end; i += 8) {
     std::memcpy(&eight, mask + i, sizeof eight);
-    total += __builtin_popcountll(eight);  // a bool is 0 or 1
+    total += __builtin_popcountll((((eight & kLow) + kLow) | eight) & ~kLow);  // the highest bit: is the byte not 0
   }
-  for (; i < tile.end; ++i) total += mask[i];
+  for (; i < tile.end; ++i) total += mask[i] != 0;
   return total;
 }
 

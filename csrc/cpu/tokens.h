@@ -15,7 +15,7 @@ struct Tile {
 };
 
 struct TokenKernels {
-  int64_t (*count)(const bool* mask, const Tile&);
+  int64_t (*count)(const uint8_t* mask, const Tile&);
   // Writes the clamped log-ratios of the tile, or the summands of its trust region, 0 at masked tokens; returns the
   // sum.
   double (*log_ratios)(const Tokens&, const Tile&, float* out);

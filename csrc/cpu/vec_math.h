@@ -22,8 +22,8 @@ struct Math<FUSEDPO_ISA::Vec> {
 
   FUSEDPO_HD Vec fma(Vec a, Vec b, Vec c) { return FUSEDPO_ISA::fma(a, b, c); }
 
-  // kLanes bools as a mask.
-  FUSEDPO_HD Int load(const bool* p) {
+  // kLanes bytes as a mask: where they are not 0.
+  FUSEDPO_HD Int load(const uint8_t* p) {
 #if defined(__AVX512F__)
     return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)) != 0;
 #elif defined(__AVX2__)

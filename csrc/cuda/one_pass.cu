@@ -12,15 +12,14 @@
 namespace fusedpo::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
 // Calls visit with a null pointer to the type of the elements.
 template <class Visit>
-void dispatch(ScalarType dtype, Visit visit) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "logits must be float16, bfloat16 or float32");
+void dispatch(const char* name, const Tensor& rows, Visit visit) {
+  const ScalarType dtype = rows.scalar_type();
+  expect(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+         " must be float16, bfloat16 or float32, got ", dtype);
   if (dtype == ScalarType::Float) return visit((float*)nullptr);
   if (dtype == ScalarType::BFloat16) return visit((__nv_bfloat16*)nullptr);
   visit((__half*)nullptr);
@@ -32,11 +31,11 @@ int64_t num_rows_of(const Tensor& x) {
   return rows;
 }
 
-RowOffsets rows_of(const Tensor& x) {
+RowOffsets rows_of(const char* name, const Tensor& x) {
+  expect_dims(name, x, 1, 3);
   const int64_t dims = x.dim() - 1, size = x.size(dims);
-  STD_TORCH_CHECK(dims <= 2, "rows must be [V], [T, V] or [B, T, V]");
-  STD_TORCH_CHECK(size <= 1 || x.stride(dims) == 1, "rows must have stride 1");
-  STD_TORCH_CHECK(size <= INT_MAX - kSliceBytes, "rows are too long");
+  expect(size <= 1 || x.stride(dims) == 1, name, " must have stride 1 along the last dimension, got ", x.stride(dims));
+  expect(size <= INT_MAX - kSliceBytes, name, " must have shorter rows than ", size);
   if (dims == 0) return {1, 0, 0};
   return {std::max<int64_t>(1, x.size(dims - 1)), dims == 2 ? x.stride(0) : 0, x.stride(dims - 1)};
 }
@@ -100,35 +99,37 @@ void run(const Tensor& logits, const Tensor& gradient, const Tensor& logprobs, c
          const OptionalTensor& old_logprobs, const Tensor& advantages, const OptionalTensor& mask,
          const OptionalTensor& cu_seqlens, const OptionalTensor& ref_logprobs, const OptionalTensor& is_weights,
          const Tensor& scale, const std::vector<int64_t>& parts, const std::vector<double>& values) {
-  STD_TORCH_CHECK(logprobs.is_contiguous() && entropy.is_contiguous(), "logprobs and entropy must be contiguous");
-  const Launch launch(logits);
   BatchArguments a(logprobs, old_logprobs, mask, cu_seqlens);
+  a.expect_device("logits", logits);
+  expect_shape("logits", logits, logits_shape(logits, a.shape, rows));
   OnePass p{};
-  p.objective = decode(parts.data(), values.data(), (int64_t)values.size());
+  p.objective = objective_of(parts, values);
+  expect_one_pass(p.objective);
   p.batch = a.batch;
   p.batch.tokens.logprobs = {};
   if (!old_logprobs) p.batch.tokens.old_logprobs = {};
-  p.batch.tokens.advantages = a.per_token_or_sequence(advantages);
-  p.batch.tokens.ref_logprobs = a.per_token(ref_logprobs);
-  p.batch.tokens.is_weights = a.per_token_or_sequence(is_weights);
-  p.rows = a.data<int64_t>(rows);
-  p.token_ids = a.data<int64_t>(token_ids);
-  p.temperature = a.data<float>(temperature);
-  p.temperature_per_token = temperature.numel() > 1;
-  p.scale = a.data<float>(scale);
-  p.logprobs = static_cast<float*>(logprobs.data_ptr());
-  p.entropy = static_cast<float*>(entropy.data_ptr());
+  p.batch.tokens.advantages = a.per_token_or_sequence("advantages", advantages);
+  p.batch.tokens.ref_logprobs = a.per_token("ref_logprobs", ref_logprobs);
+  p.batch.tokens.is_weights = a.per_token_or_sequence("is_weights", is_weights);
+  p.num_rows = num_rows_of(logits);
+  p.rows = a.read<int64_t>("rows", rows, {p.num_rows});
+  p.token_ids = a.read<int64_t>("token_ids", token_ids, a.shape);
+  p.temperature_per_token = temperature.dim() > 0;
+  p.temperature = a.read<float>("temperature", temperature, p.temperature_per_token ? a.shape : Shape{});
+  p.scale = a.read<float>("scale", scale, a.shape);
+  p.logprobs = a.write<float>("logprobs", logprobs, a.shape);
+  p.entropy = a.write<float>("entropy", entropy, a.shape);
   p.logits = logits.data_ptr();
   p.gradient = gradient.data_ptr();
-  p.from = rows_of(logits);
-  p.to = rows_of(gradient);
-  p.num_rows = num_rows_of(logits);
+  p.from = rows_of("logits", logits);
+  p.to = rows_of("logits", gradient);
   p.size = (int)logits.size(logits.dim() - 1);
+  const Launch launch(logits);
   const Tensor memory = torch::stable::new_empty(logits, {p.num_rows * (int64_t)sizeof(Row) + (int64_t)sizeof(int64_t)},
                                                  ScalarType::Byte);
   p.order = static_cast<Row*>(memory.data_ptr());
   p.num_live = (int64_t*)(p.order + p.num_rows);
-  dispatch(logits.scalar_type(), [&](auto* element) {
+  dispatch("logits", logits, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     fit<T>(p);
     launch_one_pass<T>(p, launcher(launch));
@@ -154,10 +155,12 @@ void one_pass_(Tensor logits, Tensor logprobs, Tensor entropy, OptionalTensor ro
 }
 
 void scale_(Tensor gradient, Tensor factor) {
+  Arguments arguments("gradient", gradient);
+  const RowOffsets rows = rows_of("gradient", gradient);
+  const Scaling s{gradient.data_ptr(), rows, num_rows_of(gradient), (int)gradient.size(gradient.dim() - 1),
+                  arguments.read<float>("factor", factor, {})};
   const Launch launch(gradient);
-  const Scaling s{gradient.data_ptr(), rows_of(gradient), num_rows_of(gradient), (int)gradient.size(gradient.dim() - 1),
-                  static_cast<const float*>(factor.data_ptr())};
-  dispatch(gradient.scalar_type(),
+  dispatch("gradient", gradient,
            [&](auto* element) { launch_scale<std::remove_pointer_t<decltype(element)>>(s, launcher(launch)); });
 }
 

@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kOrderThreads, 1) order_kernel(const __grid_co
   const bool live = row < p.num_rows && is_live(row);
   const int64_t later = block.after((int64_t)live, behind, plus);
   if (row < p.num_rows) {
-    const int64_t token = p.rows == nullptr ? row : p.rows[row], sequence = sequence_of(p.batch, token);
+    const int64_t token = p.rows == nullptr ? row : position_in(p.batch.num_tokens - 1, p.rows[row]);
+    const int64_t sequence = sequence_of(p.batch, token);
     p.order[live ? later : row + later] = {p.from[row], p.to[row], token, sequence, begin_of(p.batch, sequence + 1)};
   }
   if (row == 0) *p.num_live = behind;

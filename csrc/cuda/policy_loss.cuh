@@ -150,7 +150,7 @@ __device__ int64_t look_at_sequence(Team& team, const PolicyLoss& p, int64_t seq
   int64_t kept = length;
   if (batch.tokens.mask != nullptr) {
     int64_t mine = 0;
-    for (int64_t t = begin + team.rank(); t < end; t += team.size()) mine += batch.tokens.mask[t];
+    for (int64_t t = begin + team.rank(); t < end; t += team.size()) mine += is_kept(batch, t);
     kept = reduce(team, mine, (int64_t)0, plus);
   }
   const double divisor = (double)(kept > 1 ? kept : 1);
@@ -209,7 +209,8 @@ __device__ inline int64_t sequence_of_tile(const PolicyLoss& p, int64_t tile) {
   for (int64_t size = p.batch.num_sequences; size > 1;) {
     const int64_t step = (size + 31) / 32, offset = threadIdx.x % 32 * step;
     const bool reached = offset < size && first_tile(p, first + offset) <= tile;
-    const int64_t chosen = (__popc(__ballot_sync(0xffffffffu, reached)) - 1) * step;
+    const int64_t num_reached = __popc(__ballot_sync(0xffffffffu, reached));
+    const int64_t chosen = num_reached > 0 ? (num_reached - 1) * step : 0;
     first += chosen;
     size = size - chosen < step ? size - chosen : step;
   }
@@ -276,7 +277,8 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const __grid_constan
   for (int64_t tile = blockIdx.x; tile < p.num_tiles(); tile += gridDim.x) {
     const int64_t sequence = sequence_of_tile(p, tile);
     const int64_t sequence_begin = begin_of(batch, sequence), sequence_end = begin_of(batch, sequence + 1);
-    const int64_t begin = sequence_begin + (tile - first_tile(p, sequence)) * p.tile_size;
+    const int64_t begin =
+        position_in(batch.num_tokens, sequence_begin + (tile - first_tile(p, sequence)) * p.tile_size);
     const int64_t end = begin + p.tile_size < sequence_end ? begin + p.tile_size : sequence_end;
     const int64_t kept = p.kept[sequence];
 

@@ -7,13 +7,19 @@
 
 namespace fusedpo {
 
-// Where a sequence begins; that of the number of sequences: where the last one ends.
+// A position in [0, count], or the nearest one.
+__device__ inline int64_t position_in(int64_t count, int64_t position) {
+  return position < 0 ? 0 : position < count ? position : count;
+}
+
+// Where a sequence begins; that of the number of sequences: where the last one ends. Offsets that are none give results
+// without meaning, of tokens of the batch.
 __device__ inline int64_t begin_of(const Batch& batch, int64_t sequence) {
-  return batch.cu_seqlens ? batch.cu_seqlens[sequence] : sequence * batch.width;
+  return batch.cu_seqlens ? position_in(batch.num_tokens, batch.cu_seqlens[sequence]) : sequence * batch.width;
 }
 
 __device__ inline bool is_kept(const Batch& batch, int64_t t) {
-  return batch.tokens.mask == nullptr || batch.tokens.mask[t];
+  return batch.tokens.mask == nullptr || batch.tokens.mask[t] != 0;
 }
 
 __device__ inline float load(const Values& values, int64_t t, int64_t sequence) {

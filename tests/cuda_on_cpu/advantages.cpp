@@ -31,6 +31,7 @@ struct Written {
 void group_advantages(Calls& calls, unsigned threads) {
   Samples samples{};
   const int64_t count = calls.integer();
+  samples.count = count;
   samples.rewards = array(calls.tensor());
   const Integers ids = integers(calls.tensor());
   samples.order = (const int64_t*)integers(calls.tensor()).data;
@@ -61,6 +62,7 @@ void token_advantages(Calls& calls, unsigned threads) {
   Tokens tokens{};
   const int64_t count = calls.integer(), sequences = calls.integer();
   tokens.length = calls.integer();
+  tokens.num_tokens = count;
   tokens.rewards = array(calls.tensor());
   tokens.values = array(calls.tensor());
   tokens.logprobs = array(calls.tensor());

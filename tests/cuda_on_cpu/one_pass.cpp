@@ -59,7 +59,7 @@ void one_pass(Calls& calls) {
   Tokens& tokens = p.batch.tokens;
   tokens.old_logprobs.data = data<float>(calls.tensor());
   tokens.advantages.data = data<float>(calls.tensor());
-  tokens.mask = data<bool>(calls.tensor());
+  tokens.mask = data<uint8_t>(calls.tensor());
   p.batch.cu_seqlens = data<int64_t>(calls.tensor());
   tokens.ref_logprobs.data = data<float>(calls.tensor());
   tokens.is_weights.data = data<float>(calls.tensor());

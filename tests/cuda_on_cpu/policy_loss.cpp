@@ -38,7 +38,7 @@ void policy_loss(Calls& calls, const Sizes& sizes) {
   tokens.old_logprobs.data = data<float>(calls.tensor());
   if (tokens.old_logprobs.data == nullptr) tokens.old_logprobs = tokens.logprobs;
   tokens.advantages.data = data<float>(calls.tensor());
-  tokens.mask = data<bool>(calls.tensor());
+  tokens.mask = data<uint8_t>(calls.tensor());
   p.batch.cu_seqlens = data<int64_t>(calls.tensor());
   tokens.ref_logprobs.data = data<float>(calls.tensor());
   tokens.entropy.data = data<float>(calls.tensor());
