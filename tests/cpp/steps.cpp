@@ -16,13 +16,13 @@ int main(int, char** argv) {
     const int64_t n = std::atoll(argv[i]);
     std::vector<double> values(n + 1, NAN), rewards(n, 1), of_steps(n), advantages(n);
     std::vector<int64_t> ids(n);
-    for (int64_t t = 0; t < n; ++t) ids[t] = t / 2;
-    values[0] = values[1] = 0;
+    for (int64_t t = 0; t < n; ++t) ids[t] = t % 2;
+    values[0] = 0;
     const Array v{values.data(), DType::kFloat64}, r{rewards.data(), DType::kFloat64};
     const Steps steps{v, r, {ids.data(), true}, n, n};
     OneThread team;
     blocks = 0;
     step_advantages(team, steps, 0, of_steps.data(), {advantages.data(), true});
-    std::printf("%llu %g\n", (unsigned long long)blocks, advantages[3]);
+    std::printf("%llu %g\n", (unsigned long long)blocks, advantages[0]);
   }
 }
