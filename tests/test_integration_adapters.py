@@ -903,6 +903,17 @@ def test_nemo_rl_refuses(interfaces, flags, message):
         nemo_rl.ClippedPGLossFn({**NEMO, **flags})
 
 
+@pytest.mark.parametrize("tokens", [0.0, 40.0])
+def test_nemo_rl_without_a_kept_token(batch, interfaces, tokens):
+    """The extremes of a micro-batch without tokens must not be those of the step; NeMo-RL drops infinite ones."""
+    loss_fn = nemo_rl.ClippedPGLossFn({**NEMO, "reference_policy_kl_penalty": 0.2})
+    data = {**nemo_data(batch), "sample_mask": torch.zeros(B)}
+    loss, metrics = loss_fn(batch.logprobs, data, torch.tensor(tokens / 4), torch.tensor(tokens))
+    assert (metrics.pop("probs_ratio_min"), metrics.pop("probs_ratio_max")) == (math.inf, -math.inf)
+    assert set(metrics.values()) == {0.0}
+    assert not torch.autograd.grad(loss, batch.logprobs)[0].any()
+
+
 @pytest.mark.parametrize(
     ("kind", "correct", "bound", "message"),
     [

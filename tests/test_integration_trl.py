@@ -460,7 +460,7 @@ def test_objective_is_normalised_as_by_trl(build: Build, loss_type: str, objecti
 def test_metrics_of_an_objective_over_processes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(fused={"objective": "nfpo"})
     here = {"tokens": 3.0, "clip_frac": 0.5, "ratio_min": 0.8, "ratio_max": 1.1, "kl": 0.0, "entropy": 1.0}
-    there = torch.tensor([[1.0, 0.1, 0.7, 1.3, 0.0, 2.0]])
+    there = torch.tensor([[1.0, 0.1, 0.7, 1.3, 0.0, 2.0], [0.0] * 6])  # the last has no kept token
     monkeypatch.setattr(trainer.accelerator, "gather", lambda values: torch.cat((values, there)))
     metrics = {name: torch.tensor(value) for name, value in here.items()}
     trainer._log_objective(fusedpo.PolicyLossOutput(torch.tensor(0.0), metrics, torch.tensor(0.0), None))
