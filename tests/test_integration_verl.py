@@ -269,7 +269,7 @@ def test_grpo_agrees(std):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_reinforce_plus_plus_agrees(gamma):
-    rewards, config = torch.randn(ROWS, WIDTH), AlgoConfig(gamma=gamma)
+    rewards, config = torch.randn(ROWS, WIDTH) * MASK, AlgoConfig(gamma=gamma)
     got = advantage("fusedpo_reinforce_plus_plus", config, rewards)
     want = advantage("reinforce_plus_plus", config, rewards)
     for ours, theirs in zip(got, want, strict=True):
