@@ -116,7 +116,7 @@ def _groups(count: int, size: int, device: str) -> Iterator[Case]:
 def _tokens(rows: int, width: int, device: str) -> Case:
     rewards, values = torch.randn(2, rows, width, device=device)
     mask = torch.arange(width, device=device) < torch.randint(width // 2, width, (rows, 1), device=device)
-    numbers = {"gamma": 0.99, "lam": 0.95}
+    rewards, numbers = rewards * mask, {"gamma": 0.99, "lam": 0.95}
 
     def gae() -> Tensor:
         return advantages.whiten(advantages.gae(rewards, values, mask=mask, **numbers).advantages, mask=mask)

@@ -35,7 +35,7 @@ def main(device: str, rows: int, vocab: int) -> None:
     for _ in range(2):
         adv = advantages.maxpo(rewards, k=4, group_size=16)[:2]
         advantages.maxpo(rewards, k=4, group_ids=torch.arange(64, device=device) % 5)
-        advantages.whiten(advantages.gae(old, old, mask=mask, gamma=0.99, lam=0.95).advantages, mask=mask)
+        advantages.whiten(advantages.gae(old * mask, old, mask=mask, gamma=0.99, lam=0.95).advantages, mask=mask)
         x = logits.detach().requires_grad_()
         logprobs, entropy = fusedpo.token_logprobs(x, ids, mask=mask, return_entropy=True)
         fusedpo.policy_loss(logprobs, old, adv, objective=objective, mask=mask, entropy=entropy).loss.backward()

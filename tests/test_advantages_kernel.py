@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -373,6 +376,45 @@ def test_steps(kernels, whiten):
             arguments = {"step_rewards": step_rewards.to(dtype), "step_ids": step_ids, "whiten": whiten}
             result, expected = (source.vineppo(v.to(dtype), **arguments) for source in (kernels, reference))
             torch.testing.assert_close(result, expected, **(CLOSE if dtype == torch.float64 else {}))
+
+
+def test_steps_without_values_take_linear_time(tmp_path):
+    """Counted in basic blocks: twice the steps and tokens take twice as many."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    tests, program = Path(__file__).parent, str(tmp_path / "steps")
+    flags = ["-std=c++17", "-O1", "-fsanitize-coverage=trace-pc", "-I", str(tests.parent / "csrc")]
+    subprocess.run([compiler, *flags, str(tests / "cpp" / "steps.cpp"), "-o", program], check=True)
+    run = subprocess.run([program, "1000", "2000"], check=True, capture_output=True, text=True)
+    few, of_few, many, of_many = map(float, run.stdout.split())
+    assert (of_few, of_many) == (1000, 2000)
+    assert 0 < many < 2.1 * few
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="not under the interpreter")
+def test_steps_without_values_take_linear_time_with_triton(monkeypatch):
+    """Counted in elements loaded."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loaded, load = [], InterpreterBuilder.create_masked_load
+
+    def counted(self, pointers, *args):
+        loaded.append(pointers.data.size)
+        return load(self, pointers, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
+
+    def elements(n):
+        loaded.clear()
+        values, step_ids = torch.full((1, n + 1), NAN), torch.arange(n)[None] % 2
+        values[0, 0] = 0
+        result = TRITON.vineppo(values, step_rewards=torch.ones(1, n), step_ids=step_ids)
+        assert result.tolist() == [[n, 0] * (n // 2)]
+        return sum(loaded)
+
+    assert elements(2048) <= 2.1 * elements(1024)
 
 
 @both

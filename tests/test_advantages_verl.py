@@ -161,15 +161,15 @@ def test_a_group_of_one_where_all_tokens_are_whitened():
 # ------------------------------------------------------------------------------------------------------------ tokens
 
 
-def token_batch():
+def token_batch(mask=1):
     rewards, values = torch.randn(2, 12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return rewards, values
+    return rewards * mask, values
 
 
 @pytest.mark.parametrize("mask", [MASK, INSIDE])
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0)])
 def test_gae(mask, gamma, lam):
-    rewards, values = token_batch()
+    rewards, values = token_batch(mask)
     expected, expected_returns = verl.compute_gae_advantage_return(rewards, values, mask.double(), gamma, lam)
     result = advantages.gae(rewards, values, mask=mask, gamma=gamma, lam=lam)
     check(advantages.whiten(result.advantages, mask=mask), expected, mask)
@@ -179,7 +179,7 @@ def test_gae(mask, gamma, lam):
 @pytest.mark.parametrize("mask", [MASK, INSIDE])
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_reinforce_plus_plus(mask, gamma):
-    rewards, _ = token_batch()
+    rewards, _ = token_batch(mask)
     expected, returns = verl.compute_reinforce_plus_plus_outcome_advantage(
         rewards, mask.double(), config=Config(gamma=gamma)
     )
@@ -188,7 +188,7 @@ def test_reinforce_plus_plus(mask, gamma):
 
 
 def test_remax():
-    rewards, _ = token_batch()
+    rewards, _ = token_batch(MASK)
     greedy = torch.randn(12, dtype=torch.float64)
     expected = verl.compute_remax_outcome_advantage(rewards, greedy, MASK.double())[0]
     result = advantages.reward_to_go(rewards, mask=MASK) - advantages.to_tokens(greedy, MASK)
@@ -199,7 +199,7 @@ def test_remax():
 
 @pytest.mark.parametrize("with_is_weights", [False, True])
 def test_optimal_token_baseline(with_is_weights):
-    rewards, _ = token_batch()
+    rewards, _ = token_batch(MASK)
     old, squares, weights = torch.rand(3, 12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     given = {"old_logprobs": old.log(), "sum_pi_squared": squares, "is_weights": weights if with_is_weights else None}
     expected = verl.compute_optimal_token_baseline_advantage(
@@ -222,7 +222,7 @@ def test_optimal_token_baseline_of_a_token_alone():
     """Its baseline is 0 here, where verl compares it with itself; verl finds the tail of the longest by counts."""
     rewards, _ = token_batch()
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [1, 0, 1, 1, 0]], dtype=torch.bool)
-    rewards, old, squares = rewards[:3, :5], *torch.rand(2, 3, 5, dtype=torch.float64)
+    rewards, old, squares = rewards[:3, :5] * mask, *torch.rand(2, 3, 5, dtype=torch.float64)
     expected = verl.compute_optimal_token_baseline_advantage(
         rewards, mask.double(), np.zeros(3), old_log_probs=old.log(), sum_pi_squared=squares
     )[0]

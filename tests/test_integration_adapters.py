@@ -7,6 +7,7 @@ oracle too.
 
 import enum
 import inspect
+import math
 import sys
 import types
 from types import SimpleNamespace
@@ -200,6 +201,35 @@ def test_skyrl_advantages():
     scaled, _ = skyrl.advantage_estimator("grpo")(**given, grpo_norm_by_std=True)
     std = torch.tensor([0.5, 2.0, 0.5, 2.0]) / 2**0.5
     torch.testing.assert_close(scaled, scores[:, None] / 2 / std[:, None] * MASK, **CLOSE)
+
+
+ESTIMATORS = {
+    **{name: {"k": 2} for name in ("maxpo", "pkpo", "passk")},
+    "order_statistic": {"k": 2, "weights": [0.0, 1.0]},
+}
+
+
+@pytest.mark.parametrize("name", skyrl.ESTIMATORS)
+def test_rewards_that_no_token_was_kept_for(name):
+    """verl's and SkyRL's: the outcome of a rollout that ended in a tool's answer, a judge that gave none."""
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0]] * 8)
+    at_end, at_kept = torch.zeros(8, 6), torch.zeros(8, 6)
+    at_end[:, 5] = at_kept[:, 3] = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 1])
+    index = np.array(["a", "a", "a", "b", "c", "b", "a", "c"])
+
+    def estimate(rewards, chosen=slice(None)):
+        return _common.estimate(name, rewards[chosen], mask[chosen], index[chosen], ESTIMATORS.get(name, {}))
+
+    for got, want in zip(estimate(at_end), estimate(at_kept), strict=True):
+        torch.testing.assert_close(got, want)
+        assert want.any()
+    # Without the two that are not scored, one of each of two groups is left.
+    for i, where in ((3, 5), (4, 1)):
+        at_end[i, where] = math.nan
+    scored = [0, 1, 2, 5, 6, 7]
+    for got, want in zip(estimate(at_end), estimate(at_kept, scored), strict=True):
+        torch.testing.assert_close(got[scored], want)
+        assert not got[[3, 4]].any()
 
 
 def test_skyrl_registration(monkeypatch):
@@ -499,6 +529,67 @@ def test_slime_rewards(mpu):
         slime.post_process_rewards(slime_args(fusedpo_advantage="gae"), samples)
 
 
+class SlimeSample:
+    def __init__(self, reward, group=0, **fields):
+        self.reward, self.group_index, self.response_length = reward, group, 3
+        vars(self).update(fields)
+
+    def get_reward_value(self, args):
+        return self.reward["score"]  # as with --reward-key
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "maxpo", "opo", "reinforce_plus_plus_baseline"])
+def test_slime_samples_that_count_for_nobody(mpu, name):
+    """Removed, aborted and unscorable ones; the group of 5 has none left, that of 6 too few for k."""
+    args = slime_args(fusedpo_advantage=name, fusedpo_advantage_options={"k": 2} if name == "maxpo" else {})
+    scores, groups = [1.0, 0.0, 0.5, 2.0, 0.0, 1.0, 3.0], [7, 7, 7, 5, 5, 6, 6]
+    samples = [SlimeSample({"score": score}, group) for score, group in zip(scores, groups, strict=True)]
+    for i in (3, 4, 6):
+        samples[i].remove_sample = True
+    samples[4].reward = None
+    others = [SlimeSample(None, 7), SlimeSample({"score": None}, 7), SlimeSample({"score": math.nan}, 6)]
+    raw, processed = slime.post_process_rewards(args, samples[:2] + others + samples[2:])
+    assert raw == [1.0, 0.0, 0.0, 0.0, 0.0, 0.5, 2.0, 0.0, 1.0, 3.0]
+    assert processed[2:5] == [0.0, 0.0, 0.0]
+    assert [processed[i] for i in (6, 7, 9)] == [0.0, 0.0, 0.0]
+    left = [samples[i] for i in (0, 1, 2, 5)]
+    _, want = slime.post_process_rewards(args, left)
+    assert [processed[i] for i in (0, 1, 5, 8)] == want
+    assert any(want)
+    assert slime.post_process_rewards(args, others)[1] == [0.0] * 3
+
+
+def test_slime_a_trajectory_counts_once(mpu):
+    rollouts = (0, 1, 0, 2, 0, 1)
+    scores = [{0: 1.0, 1: 0.0, 2: 0.5}[rollout] for rollout in rollouts]
+    fan = [SlimeSample({"score": s}, rollout_id=r) for s, r in zip(scores, rollouts, strict=True)]
+    fan += [SlimeSample({"score": s}, 1, rollout_id=r) for s, r in ((2.0, 0), (1.0, 3))]  # another prompt's
+    for name in ("dr_grpo", "opo"):
+        _, got = slime.post_process_rewards(slime_args(fusedpo_advantage=name), fan)
+        rewards, lengths = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([9, 6, 3])
+        weights = torch.ones(3) if name == "dr_grpo" else lengths
+        want = rewards - (weights * rewards).sum() / weights.sum()
+        torch.testing.assert_close(torch.tensor(got), torch.tensor([*want[list(rollouts)], 0.5, -0.5]))
+    fan[2].reward = {"score": 0.0}
+    with pytest.raises(ValueError, match=r"one trajectory must have one reward, got 1.0 and 0.0 for rollout_id 0"):
+        slime.post_process_rewards(slime_args(), fan)
+
+
+def test_slime_advantages_of_samples_that_count_for_nobody(mpu):
+    args = slime_args(fusedpo_advantage="maxpo", fusedpo_advantage_options={"k": 1}, n_samples_per_prompt=4)
+    masks = [torch.ones(n, dtype=torch.int64) for n in (2, 1, 3, 2, 2, 4, 1, 1)]
+    masks[2][:] = 0
+    data = {"rewards": [1.0, 0.0, 9.0, None, math.nan, None, 2.0, None], "loss_masks": masks}
+    slime.advantages(args, data)
+    assert [a[0].item() for a in data["advantages"]] == [1, -1, 0, 0, 0, 0, 0, 0]
+
+
+def test_slime_opo_over_the_batch(mpu):
+    options = {"fusedpo_advantage": "opo", "fusedpo_advantage_options": {"scope": "batch"}}
+    _, got = slime.post_process_rewards(slime_args(**options), [SlimeSample({"score": r}, r) for r in (0.0, 1.0)])
+    assert got == [-0.5, 0.5]
+
+
 def test_slime_tis():
     old, rollout = (
         [torch.tensor([-1.0, -0.5]), torch.tensor([-2.0])],
@@ -577,6 +668,13 @@ def test_openrlhf_loss(batch, kind, token_level, counts):
         ratio = log_ratio.detach().exp()
         cut = -advantages * ratio < -advantages * ratio.clamp(0.85, 1.3)
         torch.testing.assert_close(clip_ratio, sum_of(cut.float()) / MASK.sum())
+
+
+def test_openrlhf_without_a_kept_token():
+    logprobs = torch.randn(2, 3, requires_grad=True)
+    given = (logprobs, logprobs.detach() + 1, torch.ones(2, 3), torch.zeros(2, 3), logprobs.detach())
+    for module, numbers in ((openrlhf.PolicyLoss(**CORRECTION), 5), (openrlhf.PolicyLoss(), 3)):
+        assert [float(x.detach()) for x in module(*given) if x is not None] == [0.0] * numbers
 
 
 @pytest.mark.parametrize("mode", ["mask", "clip"])
@@ -803,6 +901,17 @@ def test_nemo_rl_garbage_at_masked_tokens(batch, interfaces, key, garbage):
 def test_nemo_rl_refuses(interfaces, flags, message):
     with pytest.raises(NotImplementedError, match=message):
         nemo_rl.ClippedPGLossFn({**NEMO, **flags})
+
+
+@pytest.mark.parametrize("tokens", [0.0, 40.0])
+def test_nemo_rl_without_a_kept_token(batch, interfaces, tokens):
+    """The extremes of a micro-batch without tokens must not be those of the step; NeMo-RL drops infinite ones."""
+    loss_fn = nemo_rl.ClippedPGLossFn({**NEMO, "reference_policy_kl_penalty": 0.2})
+    data = {**nemo_data(batch), "sample_mask": torch.zeros(B)}
+    loss, metrics = loss_fn(batch.logprobs, data, torch.tensor(tokens / 4), torch.tensor(tokens))
+    assert (metrics.pop("probs_ratio_min"), metrics.pop("probs_ratio_max")) == (math.inf, -math.inf)
+    assert set(metrics.values()) == {0.0}
+    assert not torch.autograd.grad(loss, batch.logprobs)[0].any()
 
 
 @pytest.mark.parametrize(

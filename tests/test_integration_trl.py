@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +27,7 @@ import accelerate
 import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -31,7 +35,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from fusedpo import objectives
 from fusedpo.integrations.trl import FusedGRPOTrainer
-from fusedpo.integrations.trl.heads import LogitsHead, logit_scale
+from fusedpo.integrations.trl.heads import LogitsHead, add_fused_forward, logit_scale
 from fusedpo.integrations.trl.objective import from_config
 
 VOCABULARY = ["<pad>", "<eos>", *"0123456789+=", *(f"w{i}" for i in range(33))]  # 47 tokens, a prime
@@ -352,6 +356,35 @@ def test_heads_of_models(build: Build, fused: dict[str, Any], kind: str, config:
     assert_same_loss(build, micro_batch(), fused, lambda: model(kind, **config), **trl_config)
 
 
+def by_pickle(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize(
+    ("copied", "hooked"),
+    [(copy.deepcopy, False), (copy.deepcopy, True), (AveragedModel, False), (AveragedModel, True), (by_pickle, False)],
+)
+def test_copies_of_a_model_have_their_own_weights(copied: Callable[..., Any], hooked: bool) -> None:
+    """Also where somebody else had replaced the forward of the model, as accelerate's hooks do."""
+    policy = model("llama").eval()
+    if hooked:
+        accelerate.hooks.add_hook_to_module(policy, accelerate.hooks.ModelHook())
+    ids = torch.randint(0, len(VOCABULARY), (2, 7))
+    with torch.no_grad():
+        before = policy(input_ids=ids).logits
+        for _ in range(2):  # two trainers
+            add_fused_forward(policy)
+        snapshot = copied(policy)
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(snapshot(input_ids=ids).logits, before)
+        assert not torch.allclose(policy(input_ids=ids).logits, before)
+        for each in (policy, snapshot)[: 1 if copied is by_pickle else 2]:  # it leaves out what is no class's
+            who, logits = each(input_ids=ids, fused=lambda m, forward, **inputs: (m, forward(**inputs).logits))
+            assert who is getattr(each, "module", each)
+            assert torch.equal(logits, each(input_ids=ids).logits)
+
+
 def test_mixed_precision_is_as_accurate_as_trl(build: Build) -> None:
     inputs = micro_batch()
 
@@ -427,7 +460,7 @@ def test_objective_is_normalised_as_by_trl(build: Build, loss_type: str, objecti
 def test_metrics_of_an_objective_over_processes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(fused={"objective": "nfpo"})
     here = {"tokens": 3.0, "clip_frac": 0.5, "ratio_min": 0.8, "ratio_max": 1.1, "kl": 0.0, "entropy": 1.0}
-    there = torch.tensor([[1.0, 0.1, 0.7, 1.3, 0.0, 2.0]])
+    there = torch.tensor([[1.0, 0.1, 0.7, 1.3, 0.0, 2.0], [0.0] * 6])  # the last has no kept token
     monkeypatch.setattr(trainer.accelerator, "gather", lambda values: torch.cat((values, there)))
     metrics = {name: torch.tensor(value) for name, value in here.items()}
     trainer._log_objective(fusedpo.PolicyLossOutput(torch.tensor(0.0), metrics, torch.tensor(0.0), None))
@@ -480,6 +513,8 @@ def rewards_of(scores: list[float | None]) -> Callable[..., list[float | None]]:
 
 
 SCORES = [0.1, 0.9, 0.3, None, 1.0, 0.0, 0.0, 0.5]
+LAST = torch.arange(4, 8)
+maxpo_of_3 = functools.partial(fusedpo.advantages.maxpo, k=3, group_size=4)
 
 
 @pytest.mark.parametrize(
@@ -489,6 +524,7 @@ SCORES = [0.1, 0.9, 0.3, None, 1.0, 0.0, 0.0, 0.5]
         ("rloo", lambda r, **o: fusedpo.advantages.rloo(r, group_size=4, mask=o["mask"])),
         ("opo", lambda r, **o: fusedpo.advantages.opo(r, group_size=4, **o)),
         (("opo", {"scope": "batch"}), lambda r, **o: fusedpo.advantages.opo(r, scope="batch", **o)),
+        (("maxpo", {"k": 3}), lambda r, **o: r.new_zeros(8).index_copy(0, LAST, maxpo_of_3(r[4:]))),
         (lambda rewards, group_size: rewards * group_size + 1, lambda r, **o: r * 4 + 1),
     ],
 )
@@ -510,6 +546,11 @@ def test_advantages_in_evaluation(build: Build) -> None:
     output = trainer._generate_and_score_completions([{"prompt": "w1"}] * 2)  # fewer than in training
     torch.testing.assert_close(output["advantages"], torch.tensor([-0.8, 0.8]))
     assert list(trainer._logs["advantages"]) == output["advantages"].tolist()
+    trainer = build(
+        fused={"advantage_estimator": ("maxpo", {"k": 2})}, reward=rewards_of(SCORES), num_generations_eval=2
+    )
+    trainer.model.eval()
+    assert trainer._generate_and_score_completions([{"prompt": "w1"}] * 2)["advantages"].tolist() == [0, 0]
 
 
 @pytest.mark.slow

@@ -269,7 +269,7 @@ def test_grpo_agrees(std):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_reinforce_plus_plus_agrees(gamma):
-    rewards, config = torch.randn(ROWS, WIDTH), AlgoConfig(gamma=gamma)
+    rewards, config = torch.randn(ROWS, WIDTH) * MASK, AlgoConfig(gamma=gamma)
     got = advantage("fusedpo_reinforce_plus_plus", config, rewards)
     want = advantage("reinforce_plus_plus", config, rewards)
     for ours, theirs in zip(got, want, strict=True):
@@ -471,10 +471,33 @@ def test_the_plugin_registers_once_the_registry_has_run(monkeypatch, tmp_path):
     hook = verl_plugin.AfterImport()
     monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
     importlib.import_module("registry_package")
+    for _ in range(2):  # asking where it is loads nothing
+        spec = importlib.util.find_spec("registry_package.registry")
+        assert (spec.name, spec.origin) == ("registry_package.registry", str(package / "registry.py"))
+        assert "ready = True" in spec.loader.get_source(spec.name)
+    assert importlib.util.find_spec("registry_package.nothing") is None
+    (package / "registry.py").write_text("raise RuntimeError('this import fails')")
+    with pytest.raises(RuntimeError, match="this import fails"):
+        importlib.import_module("registry_package.registry")
     assert seen == []
-    importlib.import_module("registry_package.registry")
+    (package / "registry.py").write_text("ready = True  # by now")
+    module = importlib.import_module("registry_package.registry")
     assert seen == [True]
     assert hook not in sys.meta_path
+    assert type(module.__loader__).__module__ == type(module.__spec__.loader).__module__ != verl_plugin.__name__
+
+
+@pytest.mark.slow
+def test_the_plugin_survives_a_look_for_the_registry():
+    done = run(
+        "import importlib.util\n"
+        "from fusedpo.integrations import verl_plugin\n"
+        "importlib.util.find_spec(verl_plugin.REGISTRY)\n"
+        "from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as names\n"
+        "print('fusedpo_nfpo' in names)\n",
+        VERL_USE_EXTERNAL_PLUGINS="0",
+    )
+    assert done.stdout.split() == ["True"]
 
 
 @pytest.mark.parametrize(

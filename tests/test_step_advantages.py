@@ -158,7 +158,9 @@ def test_one_dimension_is_one_sequence():
 
 def test_a_token_left_out_costs_no_discount():
     kept = torch.tensor([1, 0, 0, 1])
-    result = advantages.gae(torch.tensor([0, 9, 9, 1]), torch.tensor([0.0, 5, 5, 0]), mask=kept, gamma=0.5, lam=1.0)
+    result = advantages.gae(
+        torch.tensor([0.0, NAN, NAN, 1]), torch.tensor([0.0, 5, 5, 0]), mask=kept, gamma=0.5, lam=1.0
+    )
     assert result.advantages.tolist() == [0.5, 0, 0, 1]
 
 
@@ -324,6 +326,68 @@ def test_to_tokens(mask_dtype):
     assert advantages.to_tokens(samples.double(), mask).dtype == torch.float64
     assert advantages.to_tokens(samples.long().bool(), mask).dtype == torch.float32
     assert advantages.to_tokens(samples[:0], mask[:0]).shape == (0, 4)
+
+
+# ----------------------------------------------------------------------------------------------------- rewards_on_kept
+
+
+def moved(rewards, mask, bounds):
+    """By a loop: to the last kept token before, else to the first, else nowhere."""
+    result = [0.0] * len(rewards)
+    for start, end in itertools.pairwise(bounds):
+        kept = [t for t in range(start, end) if mask[t]]
+        for t in range(start, end):
+            if kept and (mask[t] or not math.isnan(rewards[t])):
+                result[max((k for k in kept if k <= t), default=kept[0])] += rewards[t]
+    return result
+
+
+@given(st.data(), st.integers(0, 12))
+@settings(max_examples=100)
+def test_rewards_on_kept_against_a_loop(data, length):
+    mask = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    number = st.integers(-3, 3).map(float)
+    rewards = [data.draw(number if kept else number | st.just(NAN)) for kept in mask]
+    bounds = [0, *sorted(data.draw(st.lists(st.integers(0, length), max_size=3))), length]
+    r, m = torch.tensor(rewards), torch.tensor(mask, dtype=torch.bool)
+    packed = advantages.rewards_on_kept(r, m, cu_seqlens=torch.tensor(bounds))
+    assert packed.tolist() == moved(rewards, mask, bounds)
+    assert advantages.rewards_on_kept(r, m).tolist() == moved(rewards, mask, [0, length])
+    rows = advantages.rewards_on_kept(torch.stack([r, r.nan_to_num(2)]), torch.stack([m, ~m]))
+    assert rows[0].tolist() == moved(rewards, mask, [0, length])
+    assert rows[1].tolist() == moved(r.nan_to_num(2).tolist(), (~m).tolist(), [0, length])
+
+
+def test_rewards_on_kept_dtypes():
+    mask = torch.tensor([1, 0])
+    for rewards in (torch.tensor([0, 1]), torch.tensor([False, True]), torch.tensor([0.0, 1.0]).bfloat16()):
+        result = advantages.rewards_on_kept(rewards, mask)
+        assert (result.tolist(), result.dtype) == ([1, 0], torch.float32)
+    inf = advantages.rewards_on_kept(torch.tensor([1.0, 2.0, -math.inf], dtype=torch.float64), torch.tensor([1, 1, 0]))
+    assert (inf.tolist(), inf.dtype) == ([1, -math.inf, 0], torch.float64)
+
+
+ZEROS = torch.zeros(2, 3)
+READ_REWARDS = {
+    "reward_to_go": lambda r, m: advantages.reward_to_go(r, mask=m),
+    "gae": lambda r, m: advantages.gae(r, ZEROS, mask=m, gamma=1.0, lam=0.9),
+    "vtrace": lambda r, m: advantages.vtrace(r, ZEROS, logprobs=ZEROS, old_logprobs=ZEROS, mask=m, gamma=1.0),
+    "reinforce_plus_plus": lambda r, m: advantages.reinforce_plus_plus(r, mask=m),
+    "optimal_token_baseline": lambda r, m: advantages.optimal_token_baseline(
+        r, old_logprobs=ZEROS, sum_pi_squared=ZEROS, mask=m, group_size=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ_REWARDS)
+def test_a_reward_at_a_skipped_token_is_not_lost_in_silence(name):
+    mask = torch.tensor([[1, 1, 0], [0, 0, 1]])
+    for lost in (0.5, -math.inf):
+        rewards = torch.tensor([[0, 0, lost], [0, 0, 1]])
+        with pytest.raises(ValueError, match=rf"rewards must be 0 where mask is 0, got {lost}.*rewards_on_kept"):
+            READ_REWARDS[name](rewards, mask)
+    READ_REWARDS[name](advantages.rewards_on_kept(rewards, mask), mask)
+    READ_REWARDS[name](torch.tensor([[1, 2, NAN], [NAN, 0, 1]]), mask)  # nothing that stands there is read
 
 
 # ------------------------------------------------------------------------------------------- optimal token baseline

@@ -1,6 +1,7 @@
 """From text to advantages: reasoning steps, tokens by their offsets, values from rollouts."""
 
 import math
+import pickle
 import re
 from itertools import pairwise
 
@@ -107,9 +108,14 @@ def test_padding_and_masks():
         ((["a"], [[]]), {"answer_prefix": ""}, ValueError, "answer_prefix must not be empty"),
         ((["a"], [[]]), {"starts": [0, 0]}, ValueError, "starts must have one entry per text, got 2 for 1"),
         ((["a"], [[]]), {"starts": [2]}, ValueError, "starts must lie in their texts, got 2 for one of 1"),
-        ((["abc"], [[]]), {"delimiter": lambda s: [2, 1]}, ValueError, r"increasing positions .* 3 char.*\[2, 1\]"),
-        ((["abc"], [[]]), {"delimiter": lambda s: [0]}, ValueError, r"increasing positions .*\[0\]"),
-        ((["abc"], [[]]), {"delimiter": lambda s: [4]}, ValueError, r"increasing positions .*\[4\]"),
+        (
+            (["abc"], [[]]),
+            {"delimiter": lambda s: [2, 1]},
+            ValueError,
+            "increasing pos.* 3 char.*got 1 at index 1",
+        ),
+        ((["abc"], [[]]), {"delimiter": lambda s: [0]}, ValueError, "increasing positions .*got 0 at index 0"),
+        ((["abc"], [[]]), {"delimiter": lambda s: [4]}, ValueError, "increasing positions .*got 4 at index 0"),
         ((["a"], [[(0, 1)]]), {"mask": torch.ones(2, 1)}, ValueError, r"mask .*\[1, 1\].*\[2, 1\]"),
     ],
 )
@@ -132,6 +138,60 @@ def test_pool_rollouts():
     assert pool_rollouts([], []).shape == (0, 1)
     with pytest.raises(ValueError, match="rollouts must start from a state in states, got 1 .*'Qb'"):
         pool_rollouts(states, [("Qb", 1.0)])
+
+
+class Counting(str):
+    """A text that counts the characters and pieces that are copied out of it, and where that is asked of it."""
+
+    copied = 0
+
+    def __getitem__(self, index):
+        piece = str.__getitem__(self, index)
+        Counting.copied += len(piece)
+        return Counting(piece)
+
+    def partition(self, separator):
+        return tuple(map(Counting, str.partition(self, separator)))
+
+    def join(self, pieces):
+        pieces = list(pieces)
+        Counting.copied += sum(map(len, pieces))
+        return str.join(self, pieces)
+
+
+@pytest.mark.parametrize("answer_prefix", [None, "\n#### "])
+def test_a_text_of_many_steps_takes_linear_time(answer_prefix):
+    """Counted in characters copied: a model writes the text, and may write a line break after every letter."""
+
+    def copied(steps):
+        text = Counting("Q: ?\n" + "a\n" * steps + "\n#### 1")
+        Counting.copied = 0
+        split = segment_steps([text], [[]], starts=[5], delimiter=Counting("\n"), answer_prefix=answer_prefix)
+        states = split.states[0]
+        assert len(states) == (steps if answer_prefix else steps + 2)
+        values = pool_rollouts(split.states, [("Q: ?\n", 0.5), ("Q: ?\na\na", 0.25)])
+        assert values[0, [0, 2]].tolist() == [0.5, 0.25]
+        return Counting.copied
+
+    assert 0 < copied(2000) < 2.1 * copied(1000)
+
+
+def test_prefixes():
+    texts = ["Q\na\nb\nc", "Q\na\n\ud800\n\u00e9", "Q"]
+    states = segment_steps(texts, [[], [], []]).states
+    assert states == [["", "Q", "Q\na", "Q\na\nb"], ["", "Q", "Q\na", "Q\na\n\ud800"], [""]]
+    first = states[0]
+    assert (first[-1], first[1:3], first[::-2]) == ("Q\na\nb", ["Q", "Q\na"], ["Q\na\nb", "Q"])
+    assert first != ["Q"]
+    assert first != "QQQ"
+    assert pickle.loads(pickle.dumps(states)) == states
+    every = [(state, float(len(state))) for row in states for state in row]
+    expected = [[float(len(state)) for state in row] + [NAN] * (5 - len(row)) for row in states]
+    for given in (states, [list(row) for row in states], [states[0], *map(list, states[1:])]):
+        torch.testing.assert_close(pool_rollouts(given, every), torch.tensor(expected), equal_nan=True)
+    with pytest.raises(ValueError, match="got 1 that do not") as error:
+        pool_rollouts(states, [("x" * 100_000, 1.0)])
+    assert len(str(error.value)) < 400
 
 
 # -------------------------------------------------------------------------------------------------------- all of it

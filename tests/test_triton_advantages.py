@@ -231,7 +231,7 @@ def test_nan_and_inf_of_a_token(estimator):
 
 
 def test_more_steps_than_a_block():
-    """Tokens of three blocks and rows of different numbers of steps, values missing at either end of a row."""
+    """Rows of different numbers of steps, values missing at either end; then steps and tokens of three blocks."""
     values = random(5, 9)
     values[0, :3], values[1, 5:], values[2], values[3, ::2] = NAN, NAN, NAN, NAN
     step_rewards = random(5, 8, seed=1)
@@ -240,6 +240,11 @@ def test_more_steps_than_a_block():
         arguments = {"step_rewards": step_rewards, "step_ids": ids, "whiten": whiten}
         result, expected = (source.vineppo(values, **arguments) for source in (KERNELS, reference))
         torch.testing.assert_close(result, expected, **CLOSE)
+    values, step_ids = random(2, 601), torch.randint(-1, 600, (2, 700), generator=torch.Generator().manual_seed(0))
+    values[0, 100:550], values[1, 1:] = NAN, NAN
+    arguments = {"step_rewards": random(2, 600, seed=1), "step_ids": step_ids}
+    result, expected = (source.vineppo(values, **arguments) for source in (KERNELS, reference))
+    torch.testing.assert_close(result, expected, **CLOSE)
 
 
 def test_whitening_blocks_without_weight():

@@ -507,30 +507,44 @@ def _tokens_kernel(
 
 @kernel
 def _steps_kernel(
-    values, step_rewards, step_ids, advantages, count, num_tokens, num_steps, BLOCK: tl.constexpr, REAL: tl.constexpr
+    values,
+    step_rewards,
+    step_ids,
+    advantages,
+    of_steps,
+    num_tokens,
+    num_steps,
+    BLOCK: tl.constexpr,
+    REAL: tl.constexpr,
 ):
-    """``step_advantage``: a token per lane."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < count
-    step = tl.load(step_ids + token, mask=inside, other=-1).to(tl.int64)
-    row = token // num_tokens
+    """``step_advantages``: a program per row, whose steps it walks backwards."""
+    row = tl.program_id(0).to(tl.int64)
     values += row * (num_steps + 1)
     step_rewards += row * num_steps
-    there = (step >= 0) & (step < num_steps)
-    value = tl.load(values + step, mask=there, other=0).to(REAL)
-    there = there & (value == value)
-    total = tl.load(step_rewards + step, mask=there, other=0).to(REAL)
-    s = step + 1
-    searching = there
-    while tl.max(searching.to(tl.int32), 0) != 0:
-        following = tl.load(values + s, mask=searching, other=0).to(REAL)
-        missing = searching & (following != following)
-        total += tl.where(searching & ~missing, following, 0.0)
-        searching = missing & (s < num_steps)
-        total += tl.load(step_rewards + s, mask=searching, other=0).to(REAL)
-        s += 1
-    a = tl.where(there, total - value, 0.0)
-    tl.store(advantages + token, tl.where(step >= num_steps, NAN, a), mask=inside)
+    of_steps += row * num_steps
+    last = tl.load(values + num_steps).to(REAL)
+    following = tl.where(last == last, last, 0.0)
+    tiles = tl.cdiv(num_steps, BLOCK)
+    for tile in range(0, tiles):
+        s = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
+        inside = s < num_steps
+        value = tl.load(values + s, mask=inside, other=0).to(REAL)
+        reward = tl.load(step_rewards + s, mask=inside, other=0).to(REAL)
+        known = inside & (value == value)
+        filled = _walk(tl.where(known, value, reward), 1 - known.to(REAL), following)
+        a = reward + _following(filled, following, BLOCK) - value
+        tl.store(of_steps + s, tl.where(known, a, 0.0), mask=inside)
+        following = _at(filled, 0, BLOCK)
+    tl.debug_barrier()
+
+    step_ids += row * num_tokens
+    advantages += row * num_tokens
+    for first in range(0, num_tokens, BLOCK):
+        t = first + tl.arange(0, BLOCK)
+        step = tl.load(step_ids + t, mask=t < num_tokens, other=-1).to(tl.int64)
+        there = (step >= 0) & (step < num_steps)
+        a = tl.load(of_steps + step, mask=there, other=0)
+        tl.store(advantages + t, tl.where(step >= num_steps, NAN, a), mask=t < num_tokens)
 
 
 # -------------------------------------------------------------------------------------------------------- whitening
@@ -744,12 +758,11 @@ def step_advantages(values: Tensor, step_rewards: Tensor, step_ids: Tensor, wide
     advantages = _result(step_ids, wide)
     count = step_ids.numel()
     if count > 0:
-        numbers = (count, step_ids.shape[1], step_rewards.shape[1])
         real = _real(values.device)
-        programs = triton.cdiv(count, 256)
-        launch(
-            _steps_kernel, programs, values.device, *tensors, advantages, *numbers, BLOCK=256, REAL=real, num_warps=4
-        )
+        (rows, num_tokens), num_steps = step_ids.shape, step_rewards.shape[1]
+        results = (advantages, _scratch(values, real, rows, num_steps))
+        shape = {"BLOCK": 256, "REAL": real, "num_warps": 4}
+        launch(_steps_kernel, rows, values.device, *tensors, *results, num_tokens, num_steps, **shape)
     return advantages
 
 

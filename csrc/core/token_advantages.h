@@ -100,22 +100,29 @@ struct Steps {
   int64_t num_steps, num_tokens;
 };
 
-// The advantage r_s + V_{s+1} - V_s of the step of a token, 0 for a token without step and nan for a step that is not
-// there. A value that is missing (nan) is that of the next step and its reward; missing at the end it is 0.
-FUSEDPO_DEVICE double step_advantage(const Steps& steps, int64_t token) {
-  const int64_t step = steps.ids[token], row = token / steps.num_tokens;
-  if (step < 0) return 0;
-  if (step >= steps.num_steps) return NAN;
-  const int64_t first_value = row * (steps.num_steps + 1), first_reward = row * steps.num_steps;
-  const double value = steps.values[first_value + step];
-  if (value != value) return 0;
-  double total = steps.rewards[first_reward + step];
-  for (int64_t s = step + 1; s <= steps.num_steps; ++s) {
-    const double next = steps.values[first_value + s];
-    if (next == next) return total + next - value;
-    if (s < steps.num_steps) total += steps.rewards[first_reward + s];
+// Writes the advantage r_s + V_{s+1} - V_s of its step to each token of a row, 0 to a token without step and nan for a
+// step that is not there. A value that is missing (nan) is that of the next step and its reward, and its step's
+// advantage is 0; missing at the end it is 0. `of_steps` has room for each step of the row, which is walked once,
+// backwards.
+template <class Team>
+FUSEDPO_DEVICE void step_advantages(Team& team, const Steps& steps, int64_t row, double* of_steps,
+                                    const Result& result) {
+  const int64_t num_steps = steps.num_steps, first_value = row * (num_steps + 1), first_reward = row * num_steps;
+  const double last = steps.values[first_value + num_steps];
+  const auto known_or_passed_on = [&](int64_t s) {
+    const double value = steps.values[first_value + s];
+    return value == value ? Step{value, 0} : Step{steps.rewards[first_reward + s], 1};
+  };
+  suffix_scan(team, num_steps, Step{0, 1}, Step{last == last ? last : 0, 0}, known_or_passed_on, Chain{},
+              [&](int64_t s, const Step& mine, const Step& following) {
+                of_steps[s] = mine.c == 0 ? steps.rewards[first_reward + s] + following.x - mine.x : 0;
+              });
+  team.sync();
+  const int64_t begin = row * steps.num_tokens;
+  for (int64_t t = begin + team.rank(); t < begin + steps.num_tokens; t += team.size()) {
+    const int64_t step = steps.ids[t];
+    result.set(t, step < 0 ? 0 : step < num_steps ? of_steps[step] : (double)NAN);
   }
-  return total - value;
 }
 
 // --------------------------------------------------------------------------------------------------------- whitening

@@ -127,8 +127,12 @@ Tensor step_advantages(Tensor values, Tensor step_rewards, Tensor step_ids, bool
   for (int64_t t = 0; t < a.count; ++t) last = std::max(last, a.steps.ids[t]);
   if (last >= a.steps.num_steps)
     fail("step_ids must be less than the number of steps ", a.steps.num_steps, ", got ", last);
-  parallel_for(0, a.count, kGrain, [&](int64_t token, int64_t end) {
-    for (; token < end; ++token) a.result.set(token, step_advantage(a.steps, token));
+  if (a.count == 0) return a.advantages;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (a.steps.num_steps + a.steps.num_tokens));
+  parallel_for(0, step_ids.size(0), grain, [&](int64_t row, int64_t end) {
+    OneThread team;
+    std::vector<double> of_steps(a.steps.num_steps);
+    for (; row < end; ++row) advantages::step_advantages(team, a.steps, row, of_steps.data(), a.result);
   });
   return a.advantages;
 }

@@ -48,8 +48,11 @@ std::tuple<Tensor, Tensor> token_advantages(Tensor rewards, OptionalTensor value
 Tensor step_advantages(Tensor values, Tensor step_rewards, Tensor step_ids, bool wide) {
   const StepArguments a(values, step_rewards, step_ids, wide);
   if (a.count == 0) return a.advantages;
+  const int64_t rows = step_ids.size(0), num_steps = a.steps.num_steps, num_tokens = a.steps.num_tokens;
+  const Tensor of_steps = torch::stable::new_empty(values, {rows, num_steps}, ScalarType::Double);
+  const int threads = threads_for(num_steps > num_tokens ? num_steps : num_tokens);
   const Launch launch(values);
-  step_advantages_kernel<<<(a.count - 1) / kThreads + 1, kThreads, 0, launch.stream()>>>(a.steps, a.count, a.result);
+  step_advantages_kernel<<<rows, threads, 0, launch.stream()>>>(a.steps, (double*)of_steps.data_ptr(), a.result);
   launch.check();
   return a.advantages;
 }

@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    step_advantages_kernel(const __grid_constant__ Steps steps, int64_t count, Result result) {
-  const int64_t token = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (token < count) result.set(token, step_advantage(steps, token));
+    step_advantages_kernel(const __grid_constant__ Steps steps, double* of_steps, Result result) {
+  Block block;
+  step_advantages(block, steps, blockIdx.x, of_steps + blockIdx.x * steps.num_steps, result);
 }
 
 __global__ void __launch_bounds__(kThreads)

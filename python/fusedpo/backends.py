@@ -118,7 +118,7 @@ class backend(ContextDecorator):
     ``FUSEDPO_BACKEND`` does the same for a whole process. Raises ``ValueError`` for an unknown name; an operator that
     the forced backend cannot run raises :class:`BackendUnavailable`. There is one implementation, which runs whatever
     is forced, of ``next_tokens``, ``aggregate``, ``global_denominator``, ``value_loss``, ``importance_weights``,
-    ``rejection_mask``, ``clip_cov_weights`` and ``kl_cov_penalty``.
+    ``rejection_mask``, ``clip_cov_weights``, ``kl_cov_penalty`` and ``rewards_on_kept``.
     """
 
     def __init__(self, name: str) -> None:

@@ -9,8 +9,8 @@
     step_advantages(values, step_rewards, step_ids, wide) -> advantages
     whiten(x, lengths?, mask?, wide) -> whitened
 
-Tensors that are not said to hold integers may have any real dtype, masks too. Everything is computed in float64;
-results are float64 if ``wide``, else float32.
+Tensors that are not said to hold integers may have any real dtype, masks too. Everything is computed in float64, in
+float32 on devices that have no float64; results are float64 if ``wide``, else float32.
 
 * ``group_advantages``: ``rewards`` ``[G]``. Groups are ``group_size`` samples in a row; or, where ``ids`` ``[G]`` of
   int32 or int64 are given, runs of equal ids, and ``order`` ``[G]`` of int64 says which sample stands where. ``other``:
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, backends, reference
+from . import _dtypes, backends, reference
 from .ops import define
 from .reference.advantages import GAE, VTrace
 from .reference.advantages.segments import result_dtype
@@ -100,6 +100,11 @@ define(
 
 def _wide(*tensors: Tensor) -> bool:
     return result_dtype(*tensors) == torch.float64
+
+
+def _as_computed(x: Tensor) -> bool:
+    """``wide`` for a result that another operator takes: nothing is rounded in between."""
+    return x.device.type in ("cpu", "cuda") or _dtypes.wide(x) == torch.float64  # asking these takes an operator
 
 
 class Kernels:
@@ -243,7 +248,7 @@ class Kernels:
         group_ids: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        centred = self._groups("dr_grpo", rewards, group_size, group_ids, mask, wide=True)
+        centred = self._groups("dr_grpo", rewards, group_size, group_ids, mask, wide=_as_computed(rewards))
         return self._call("whiten", centred, lengths, mask, _wide(rewards))
 
     def maxpo(
@@ -270,9 +275,8 @@ class Kernels:
         mask: Tensor | None = None,
     ) -> Tensor:
         # Asynchronous: a blocking copy would be a host sync.
-        w = torch.tensor([float(weight) for weight in weights], dtype=torch.float64, device="cpu").to(
-            rewards.device, non_blocking=True
-        )
+        w = torch.tensor([float(w) for w in weights], dtype=_dtype(_as_computed(rewards)), device="cpu")
+        w = w.to(rewards.device, non_blocking=True)
         return self._groups("order_statistic", rewards, group_size, group_ids, mask, other=w, k=k, scale=scale)
 
     def pkpo(
@@ -409,12 +413,13 @@ class Kernels:
     def reinforce_plus_plus(
         self, rewards: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0
     ) -> Tensor:
-        to_go, _ = self._tokens("reward_to_go", rewards, None, mask, cu_seqlens, None, gamma=gamma, wide=True)
+        wide = _as_computed(rewards)
+        to_go, _ = self._tokens("reward_to_go", rewards, None, mask, cu_seqlens, None, gamma=gamma, wide=wide)
         return self._call("whiten", to_go, None, mask, _wide(rewards))
 
     def vineppo(self, values: Tensor, *, step_rewards: Tensor, step_ids: Tensor, whiten: bool = False) -> Tensor:
         wide = _wide(values, step_rewards)
-        tokens = self._call("step_advantages", values, step_rewards, step_ids, whiten or wide)
+        tokens = self._call("step_advantages", values, step_rewards, step_ids, _as_computed(values) if whiten else wide)
         return self._call("whiten", tokens, None, step_ids >= 0, wide) if whiten else tokens
 
     def whiten(self, advantages: Tensor, *, mask: Tensor | None = None) -> Tensor:

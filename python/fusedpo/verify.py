@@ -215,7 +215,7 @@ def group_advantages(device: str) -> Iterator[Finding]:
 def token_advantages(device: str) -> Iterator[Finding]:
     rewards, values = torch.randn(2, 5, 33, device=device)
     mask = torch.rand(5, 33, device=device) < 0.8
-    garbage = rewards.masked_fill(~mask, torch.nan)
+    garbage, rewards = rewards.masked_fill(~mask, torch.nan), rewards.masked_fill(~mask, 0)
     options: dict[str, Any] = {"gamma": 0.99, "lam": 0.95}
     with backends.backend("reference"):
         truth = advantages.gae(rewards.double(), values.double(), mask=mask, **options)

@@ -91,7 +91,9 @@ void step_advantages(Calls& calls, unsigned threads) {
   steps.rewards = array(calls.tensor());
   steps.ids = integers(calls.tensor());
   Written advantages(count, calls.integer());
-  launch((count - 1) / threads + 1, threads, [&] { step_advantages_kernel(steps, count, advantages.result()); });
+  const int64_t rows = count / steps.num_tokens;
+  std::vector<double> of_steps(rows * steps.num_steps, NAN);
+  launch(rows, threads, [&] { step_advantages_kernel(steps, of_steps.data(), advantages.result()); });
   calls.result(advantages.bytes);
 }
 

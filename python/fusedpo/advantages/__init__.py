@@ -7,10 +7,11 @@ a kept reward stays within its group, unless the docstring says otherwise.
 
 *Tokens.* Arrays per token are padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; ``[T]`` without
 is one sequence. Where ``mask``, of the same shape, is 0, a token is skipped: what follows token t is the next kept
-token of its sequence. A skipped token gets 0, and nothing that stands there is read, nan included.
+token of its sequence. A skipped token gets 0, and nothing that stands there is read, nan included. So a reward there
+would be lost: on the CPU it is a ``ValueError``, and :func:`rewards_on_kept` moves it.
 
 *dtypes.* Rewards may be floating-point, integer or bool. Results are float64 for float64 input and float32 otherwise,
-computed in float64, and carry no gradient.
+computed in float64 (in float32 on devices that have no float64), and carry no gradient.
 
 *Errors.* ``TypeError`` for wrong types and dtypes, ``ValueError`` for wrong shapes, devices and values. What depends on
 data is checked on the CPU, elsewhere under ``FUSEDPO_DEBUG=1``.
@@ -39,6 +40,7 @@ from .step import (
     optimal_token_baseline,
     reinforce_plus_plus,
     reward_to_go,
+    rewards_on_kept,
     to_tokens,
     vineppo,
     vtrace,
@@ -73,6 +75,7 @@ __all__ = [
     "reinforce_rej",
     "remax",
     "reward_to_go",
+    "rewards_on_kept",
     "rloo",
     "segment_steps",
     "to_tokens",

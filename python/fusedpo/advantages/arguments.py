@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 from .. import _checks, backends
-from ..reference.advantages.segments import group_labels
+from ..reference.advantages.segments import Groups, group_labels, kept
+
+SmallGroups = Literal["error", "zero"]
 
 
 def unchecked(operator: str, *tensors: Tensor | None) -> bool:
@@ -67,9 +72,21 @@ def grouped_rewards(tensor: Tensor, group_size: int | None, group_ids: Tensor | 
 
 
 def group_sizes(
-    at_least: int, rule: str, rewards: Tensor, group_size: int | None, group_ids: Tensor | None, mask: Tensor | None
-) -> None:
-    """Every group with a kept sample has ``at_least`` of them; ``rule`` is what the message says of it."""
+    at_least: int,
+    rule: str,
+    rewards: Tensor,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    mask: Tensor | None,
+    small_groups: SmallGroups,
+) -> Tensor | None:
+    """The mask of the samples that count, where a group with a kept sample needs ``at_least`` of them.
+
+    Smaller groups raise (``rule`` is what the message says) or, with ``small_groups="zero"``, are left out.
+    """
+    choice("small_groups", small_groups, ("error", "zero"))
+    if small_groups == "zero":
+        return in_large_groups(at_least, rewards, group_size, group_ids, mask)
     if group_size is not None and mask is None:
         if group_size < at_least:
             raise ValueError(f"{rule}, but group_size is {group_size}")
@@ -80,6 +97,20 @@ def group_sizes(
         if small.numel():
             group, size = int(labels[small[0]]), int(sizes[small[0]])
             raise ValueError(f"{rule}, but group {group} has size {size}")
+    return mask
+
+
+@torch.no_grad()
+def in_large_groups(
+    at_least: int, rewards: Tensor, group_size: int | None, group_ids: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """bool ``[G]``: kept samples of groups that keep ``at_least``."""
+    counted = kept(rewards, mask)
+    if group_size is not None:
+        rows = counted.view(-1, group_size)
+        return (rows & (rows.sum(1, keepdim=True) >= at_least)).view(-1)
+    groups = Groups.of(counted, group_labels(rewards, group_size, group_ids), counted)
+    return counted & (torch.empty_like(groups.size).index_copy(0, groups.order, groups.size) >= at_least)
 
 
 def subset_size(
@@ -88,14 +119,15 @@ def subset_size(
     group_size: int | None,
     group_ids: Tensor | None,
     mask: Tensor | None,
+    small_groups: SmallGroups = "error",
     *,
     at_least: int = 1,
     spare: int = 0,
-) -> None:
-    """``at_least <= k``, and every group with a kept sample has ``k + spare`` of them."""
+) -> Tensor | None:
+    """:func:`group_sizes` for groups of at least ``k + spare``; besides, ``at_least <= k``."""
     _checks.whole_number("k", k, at_least)
     rule = f"k must be at most the size of the group{f' - {spare}' if spare else ''}, got k={k}"
-    group_sizes(k + spare, rule, rewards, group_size, group_ids, mask)
+    return group_sizes(k + spare, rule, rewards, group_size, group_ids, mask, small_groups)
 
 
 def lengths(tensor: Tensor, rewards: Tensor, mask: Tensor | None) -> None:
@@ -123,6 +155,19 @@ def tokens(name: str, tensor: Tensor, mask: Tensor | None, cu_seqlens: Tensor | 
     real(name, tensor)
     token_shape(name, tensor, cu_seqlens)
     _checks.mask(mask, tuple(tensor.shape), f"that of {name}", name, tensor)
+
+
+def rewards_per_token(tensor: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> None:
+    """As :func:`tokens`, and none is lost: where a token is skipped there is 0, or nan, which is no reward."""
+    tokens("rewards", tensor, mask, cu_seqlens)
+    if mask is None or not _checks.values_are_free(tensor, mask):
+        return
+    lost = tensor[(mask == 0) & (tensor != 0) & (tensor == tensor)]
+    if lost.numel():
+        raise ValueError(
+            f"rewards must be 0 where mask is 0, got {lost[0].item()}: it would be lost; "
+            "advantages.rewards_on_kept(rewards, mask) adds it to the last kept token before it"
+        )
 
 
 def per_token(name: str, tensor: Tensor, of: str, other: Tensor) -> None:

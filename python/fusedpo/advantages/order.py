@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks
 from ..ops_advantages import implementation
 from . import arguments
+from .arguments import SmallGroups
 from .registry import register
 
 
@@ -25,6 +26,7 @@ def maxpo(
     group_size: int | None = None,
     group_ids: Tensor | None = None,
     mask: Tensor | None = None,
+    small_groups: SmallGroups = "error",
 ) -> Tensor:
     """MaxPO (2606.06080): leave-two-out advantages for the expected maximum over k samples; ``[G]`` to ``[G]``.
 
@@ -37,12 +39,13 @@ def maxpo(
     ``scale="mean"``: ``A_i``; the group's mean of ``A_i grad log pi(y_i)`` estimates ``1/k`` of the gradient of
     ``E[max of k]``. ``scale="unbiased"``: ``k/n A_i``; the group's *sum* estimates that gradient without bias.
 
-    ``1 <= k <= n - 1`` with n the number of kept samples in the group, ``ValueError`` otherwise. Where that depends on
-    data that is not read (see the package), the group's advantages are nan. Raises as the package says besides.
+    ``1 <= k <= n - 1`` with n the number of kept samples in the group. In a smaller group, with
+    ``small_groups="error"``, ``ValueError``, or nan where that depends on data that is not read (see the package);
+    with ``"zero"``, advantage 0. Raises as the package says besides.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.choice("scale", scale, ("mean", "unbiased"))
-    arguments.subset_size(k, rewards, group_size, group_ids, mask, spare=1)
+    mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups, spare=1)
     return implementation("group_advantages", rewards).maxpo(
         rewards, k=k, scale=scale, group_size=group_size, group_ids=group_ids, mask=mask
     )
@@ -58,6 +61,7 @@ def order_statistic(
     group_size: int | None = None,
     group_ids: Tensor | None = None,
     mask: Tensor | None = None,
+    small_groups: SmallGroups = "error",
 ) -> Tensor:
     """Leave-one-out advantages for ``E[sum_j weights_j r_(j)]`` of k samples, sorted by reward; ``[G]`` to ``[G]``.
 
@@ -75,7 +79,7 @@ def order_statistic(
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.choice("scale", scale, ("mean", "unbiased"))
-    arguments.subset_size(k, rewards, group_size, group_ids, mask, spare=1)
+    mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups, spare=1)
     if not isinstance(weights, Sequence) or isinstance(weights, str):
         raise TypeError(f"weights must be a sequence of {k} floats, got {type(weights).__name__}")
     if len(weights) != k:
@@ -122,6 +126,7 @@ def pkpo(
     group_size: int | None = None,
     group_ids: Tensor | None = None,
     mask: Tensor | None = None,
+    small_groups: SmallGroups = "error",
 ) -> Tensor:
     """PKPO (2505.15201): the *sum* over a group of ``s_i grad log pi(y_i)`` is an unbiased gradient of ``E[max of k]``.
 
@@ -143,7 +148,7 @@ def pkpo(
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.choice("variant", variant, ("s", "sloo", "sloo-1"))
     at_least, spare = {"s": (1, 0), "sloo": (1, 1), "sloo-1": (2, 0)}[variant]
-    arguments.subset_size(k, rewards, group_size, group_ids, mask, at_least=at_least, spare=spare)
+    mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups, at_least=at_least, spare=spare)
     return implementation("group_advantages", rewards).pkpo(
         rewards, k=k, variant=variant, group_size=group_size, group_ids=group_ids, mask=mask
     )
@@ -157,6 +162,7 @@ def passk(
     group_size: int | None = None,
     group_ids: Tensor | None = None,
     mask: Tensor | None = None,
+    small_groups: SmallGroups = "error",
 ) -> Tensor:
     """Pass@k training (2508.10751): the analytic advantage for rewards 0 (wrong) and 1 (right), ``[G]`` to ``[G]``.
 
@@ -166,7 +172,7 @@ def passk(
     Raises as the package says; ``ValueError`` for other rewards; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    arguments.subset_size(k, rewards, group_size, group_ids, mask)
+    mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups)
     if arguments.unchecked("group_advantages", rewards, mask):
         kept = rewards if mask is None else rewards[mask != 0]
         other = kept[(kept != 0) & (kept != 1)]
@@ -186,18 +192,20 @@ def grpo_passk(
     group_size: int | None = None,
     group_ids: Tensor | None = None,
     mask: Tensor | None = None,
+    small_groups: SmallGroups = "error",
 ) -> Tensor:
     """Best of n (2503.19595): the best sample gets its lead over the second best, the others 0; ``[G]`` to ``[G]``.
 
     ``r_i`` minus the maximum of the others where that is positive: a tie at the top leaves everybody with 0. k is the
     size of the group. ``std=True``, verl's default for this name, divides by ``std + eps`` of the group.
 
-    A group needs two samples: ``ValueError`` otherwise, nan where that depends on data that is not read. Not centred.
+    A group needs two samples; ``small_groups`` says what becomes of smaller ones, as for :func:`maxpo`. Not centred.
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.positive("eps", eps)
-    arguments.group_sizes(2, "every group must have at least 2 samples", rewards, group_size, group_ids, mask)
+    rule = "every group must have at least 2 samples"
+    mask = arguments.group_sizes(2, rule, rewards, group_size, group_ids, mask, small_groups)
     return implementation("group_advantages", rewards).grpo_passk(
         rewards, std=std, eps=eps, group_size=group_size, group_ids=group_ids, mask=mask
     )

@@ -28,7 +28,7 @@ def reward_to_go(
     the state where a truncated sequence was cut off, 0 for one that ended; None is 0 for all.
     Raises as the package says; ``ValueError`` for ``gamma`` outside [0, 1].
     """
-    arguments.tokens("rewards", rewards, mask, cu_seqlens)
+    arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.unit_interval("gamma", gamma)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
@@ -56,7 +56,7 @@ def gae(
     Returns ``GAE(advantages, returns)``, ``returns = advantages + values``; apply :func:`whiten` to the advantages for
     verl's. Raises as the package says; ``ValueError`` for ``gamma`` or ``lam`` outside [0, 1].
     """
-    arguments.tokens("rewards", rewards, mask, cu_seqlens)
+    arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.per_token("values", values, "rewards", rewards)
     arguments.unit_interval("gamma", gamma)
     arguments.unit_interval("lam", lam)
@@ -97,7 +97,7 @@ def vtrace(
     :func:`gae`; so are the advantages for ``lam=1``. Raises as the package says; ``ValueError`` for ``gamma`` or
     ``lam`` outside [0, 1], ``rho_bar`` or ``c_bar`` not > 0.
     """
-    arguments.tokens("rewards", rewards, mask, cu_seqlens)
+    arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.per_token("values", values, "rewards", rewards)
     arguments.per_token("logprobs", logprobs, "rewards", rewards)
     arguments.per_token("old_logprobs", old_logprobs, "rewards", rewards)
@@ -131,7 +131,7 @@ def reinforce_plus_plus(
     A nan reaches all tokens. Over several processes: ``whiten(reward_to_go(...), mask=mask, group=...)``.
     Raises as the package says; ``ValueError`` for ``gamma`` outside [0, 1].
     """
-    arguments.tokens("rewards", rewards, mask, cu_seqlens)
+    arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.unit_interval("gamma", gamma)
     return implementation("token_advantages", rewards).reinforce_plus_plus(
         rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma
@@ -161,7 +161,7 @@ def optimal_token_baseline(
     arguments.real("rewards", rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards must have shape [B, T], got {list(rewards.shape)}")
-    _checks.mask(mask, tuple(rewards.shape), "that of rewards", "rewards", rewards)
+    arguments.rewards_per_token(rewards, mask)
     arguments.groups(rewards, group_size, group_ids)
     arguments.per_token("old_logprobs", old_logprobs, "rewards", rewards)
     arguments.per_token("sum_pi_squared", sum_pi_squared, "rewards", rewards)
@@ -225,6 +225,19 @@ def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed
         backends.choose("whiten (process group)", advantages.device.type)
         return reference.whiten(advantages, mask=mask, group=group)
     return implementation("whiten", advantages).whiten(advantages, mask=mask)
+
+
+def rewards_on_kept(rewards: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """``rewards`` with each that stands at a skipped token added to the last kept token before it; same shape.
+
+    For the outcome of a rollout that ended in what the policy did not write, such as the answer of a tool: it belongs
+    to the last token that it did write. A reward before the first kept token goes to that one, so that the sum over a
+    sequence does not change, unless it has no kept token at all. nan at a skipped token is no reward. Skipped tokens
+    get 0, as the estimators want them. Raises as the package says.
+    """
+    _checks.is_tensor("mask", mask)
+    arguments.tokens("rewards", rewards, mask, cu_seqlens)
+    return reference.rewards_on_kept(rewards, mask, cu_seqlens=cu_seqlens)
 
 
 def to_tokens(advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,52 @@ from .. import _checks
 Split = Callable[[str], Sequence[int]]
 
 
+class Prefixes(Sequence[str]):
+    """Prefixes of a text, each made when it is asked for: all of them at once grow with the square of their number."""
+
+    def __init__(self, text: str, ends: Sequence[int]) -> None:
+        self._text, self._ends = text, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._text[:end] for end in self._ends[index]]
+        return self._text[: self._ends[index]]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} prefixes of a text of {len(self._text)} characters>"
+
+    def keys(self) -> Iterator[Hashable]:
+        """:func:`_key` of each prefix, in time that grows with the length of the text."""
+        digest, start = hashlib.blake2b(digest_size=16), 0
+        for end in self._ends:
+            digest.update(_encoded(self._text[start:end]))
+            start = end
+            yield str, digest.digest()
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _key(state: Hashable) -> Hashable:
+    """What stands for a state: a digest for a text, which :meth:`Prefixes.keys` knows for all prefixes at once."""
+    return (str, hashlib.blake2b(_encoded(state), digest_size=16).digest()) if isinstance(state, str) else state
+
+
 class Steps(NamedTuple):
-    states: list[list[str]]
-    """Per text, the prefix before each of its steps: the prompt first. Rollouts from these estimate the values."""
+    states: list[Prefixes]
+    """Per text, a sequence of the prefix before each of its steps: the prompt first. Rollouts from these estimate the
+    values. A prefix is made when it is asked for."""
     step_ids: Tensor
     """int64 ``[B, T]``: the step of each token, -1 for none."""
 
@@ -63,7 +107,7 @@ def segment_steps(
         raise ValueError("delimiter must not be empty")
     split = delimiter if callable(delimiter) else _at(delimiter, answer_prefix)
     bounds = [_bounds(text, start, split) for text, start in zip(texts, starts, strict=True)]
-    states = [[text[:bound] for bound in row[:-1]] for text, row in zip(texts, bounds, strict=True)]
+    states = [Prefixes(text, row[:-1]) for text, row in zip(texts, bounds, strict=True)]
     return Steps(states, _step_ids(bounds, _padded(offsets, len(texts)), mask))
 
 
@@ -75,7 +119,8 @@ def _at(delimiter: str, answer_prefix: str | None) -> Split:
         if not filled:
             return []
         first, last = filled[0], filled[-1] if len(body) < len(response) else len(pieces) - 1
-        return [len(delimiter.join(pieces[: i + 1])) for i in range(first, last)]
+        ends = [end - len(delimiter) for end in accumulate(len(piece) + len(delimiter) for piece in pieces)]
+        return ends[first:last]
 
     return split
 
@@ -87,11 +132,12 @@ def _bounds(text: str, start: int, split: Split) -> list[int]:
     if not 0 <= start <= len(text):
         raise ValueError(f"starts must lie in their texts, got {start} for one of {len(text)} characters")
     bounds = [start, *(start + cut for cut in split(text[start:])), len(text)]
-    if any(a >= b for a, b in pairwise(bounds[:-1])) or bounds[-2] > bounds[-1]:
-        raise ValueError(
-            f"delimiter must return increasing positions in a response of {len(text) - start} characters, "
-            f"got {_checks.brief([bound - start for bound in bounds[1:-1]])}"
-        )
+    for i, (before, bound) in enumerate(pairwise(bounds[:-1])):
+        if not before < bound <= len(text):
+            raise ValueError(
+                f"delimiter must return increasing positions in a response of {len(text) - start} characters, "
+                f"got {bound - start} at index {i}"
+            )
     return bounds
 
 
@@ -142,13 +188,15 @@ def pool_rollouts(
     returns: dict[Hashable, list[float]] = defaultdict(list)
     for state, value in rollouts:
         returns[state].append(float(value))
-    unknown = returns.keys() - {state for row in states for state in row}
+    by_key = {_key(state): state for state in returns}
+    keys = [list(row.keys() if isinstance(row, Prefixes) else map(_key, row)) for row in states]
+    unknown = by_key.keys() - {key for row in keys for key in row}
     if unknown:
+        example = _checks.brief(by_key[unknown.pop()])
         raise ValueError(
-            f"rollouts must start from a state in states, got {len(unknown)} that do not, as "
-            f"{_checks.brief(unknown.pop())}"
+            f"rollouts must start from a state in states, got {len(unknown) + 1} that do not, as {example}"
         )
-    means = {state: fmean(values) for state, values in returns.items()}
-    steps = max(map(len, states), default=0)
-    rows = [[means.get(state, torch.nan) for state in row] + [torch.nan] * (steps + 1 - len(row)) for row in states]
+    means = {key: fmean(returns[state]) for key, state in by_key.items()}
+    steps = max(map(len, keys), default=0)
+    rows = [[means.get(key, torch.nan) for key in row] + [torch.nan] * (steps + 1 - len(row)) for row in keys]
     return torch.tensor(rows, dtype=dtype).view(len(states), steps + 1)

@@ -119,15 +119,22 @@ def estimate(
     ``token_level_rewards``, ``response_mask``: ``[B, T]``. ``index`` ``[B]``: which responses answer the same prompt,
     any labels. ``std`` and ``gamma`` are the trainer's settings, for the estimators that have such an option. Returns
     are the advantages of an outcome estimator, as in those trainers, and discounted sums of rewards otherwise.
+
+    A reward at a masked token, such as the outcome of a rollout that ended in a tool's answer, counts for the last kept
+    token before it. A response with a reward of nan could not be scored: it gets 0 and counts for nobody, and so does
+    a group in which too few are left for the estimator.
     """
     function = getattr(advantages, name)
     parameters = inspect.signature(function).parameters
     check_options(name, options, function)
-    own: dict[str, Any] = {"std": std, "gamma": gamma}
+    outcomes = token_level_rewards.sum(1)
+    scorable = ~outcomes.isnan()
+    own: dict[str, Any] = {"std": std, "gamma": gamma, "mask": scorable, "small_groups": "zero"}
     if name in TOKEN_ESTIMATORS:
+        own["mask"] = (response_mask != 0) & scorable[:, None]
         given = {**for_function(own, function), **options}
-        result = function(token_level_rewards, mask=response_mask, **given)
-        return result, advantages.reward_to_go(token_level_rewards, mask=response_mask, gamma=given["gamma"])
+        rewards = advantages.rewards_on_kept(token_level_rewards, own["mask"])
+        return function(rewards, **given), advantages.reward_to_go(rewards, mask=own["mask"], gamma=given["gamma"])
     if "group_ids" in parameters and options.get("scope") != "batch":
         own["group_ids"] = group_ids(index, token_level_rewards.device)
     own["lengths"] = (response_mask != 0).sum(1)
@@ -137,7 +144,7 @@ def estimate(
     ]
     if missing:
         raise ValueError(f"{name} needs the option {missing[0]!r}")
-    result = advantages.to_tokens(function(token_level_rewards.sum(1), **given), response_mask)
+    result = advantages.to_tokens(function(outcomes, **given), response_mask)
     return result, result
 
 

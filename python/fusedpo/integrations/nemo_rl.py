@@ -166,12 +166,14 @@ class ClippedPGLossFn:
             return aggregate(x, mask=mask, denominator=global_valid_toks)
 
         shift = old - generation
-        share = ours["tokens"] / global_valid_toks
+        none = ours["tokens"] == 0
+        share = (ours["tokens"] / global_valid_toks).masked_fill(none, 0)
         metrics = {
             "loss": loss,
             "probs_ratio": ours["ratio_mean"] * share,
-            "probs_ratio_min": ours["ratio_min"],
-            "probs_ratio_max": ours["ratio_max"],
+            # NeMo-RL takes the extremes of all micro-batches, and leaves out what is infinite.
+            "probs_ratio_min": ours["ratio_min"].masked_fill(none, torch.inf),
+            "probs_ratio_max": ours["ratio_max"].masked_fill(none, -torch.inf),
             "clip_frac": ours["clip_frac"] * share,
             "kl_penalty": kl,
             "token_mult_prob_error": mean(shift.abs().clamp(max=20.0).exp()),

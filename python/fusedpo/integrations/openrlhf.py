@@ -101,8 +101,9 @@ class PolicyLoss(nn.Module):
             weights, _ = importance_weights(old_log_probs, rollout_log_probs, mode=self.mode, **bounds)  # type: ignore[arg-type]
             _, inside = importance_weights(old_log_probs, rollout_log_probs, mode="reject", **bounds)
             kept = mask != 0
-            filtered = (kept & ~inside).sum() / kept.sum()
-            vllm_kl = (rollout_log_probs - old_log_probs).masked_fill(~kept, 0).sum() / kept.sum()
+            tokens = kept.sum().clamp(min=1)  # a micro-batch may have none
+            filtered = (kept & ~inside).sum() / tokens
+            vllm_kl = (rollout_log_probs - old_log_probs).masked_fill(~kept, 0).sum() / tokens
         count = batch_num_tokens if self.objective.aggregation == "token-mean" else global_batch_size
         out = policy_loss(
             log_probs,

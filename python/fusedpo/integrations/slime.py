@@ -21,7 +21,8 @@ Tensor and context parallel groups of more than one rank are refused.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -114,27 +115,50 @@ def post_process_rewards(args: Any, samples: list[Any]) -> tuple[list[float], li
 
     slime calls it with all samples of a rollout, before they are split over ranks, and with
     ``--advantage-estimator grpo`` gives each token the reward of its sample. Samples: ``group_index``,
-    ``response_length`` and ``get_reward_value(args)``.
+    ``response_length``, ``get_reward_value(args)``, ``remove_sample`` and ``rollout_id``.
+
+    A sample that is removed, or whose reward is None (aborted) or nan, gets 0 and counts for nobody; a raw reward of
+    None is returned as 0. Samples with the same ``rollout_id`` are one trajectory that fanned out: it counts once, with
+    the length of all of them, and they share its advantage. Raises ``ValueError`` if their rewards differ.
     """
-    rewards = torch.tensor([float(sample.get_reward_value(args)) for sample in samples])
-    groups = _common.group_ids([sample.group_index for sample in samples], rewards.device)
-    lengths = torch.tensor([sample.response_length for sample in samples])
-    return rewards.tolist(), _estimate(args, rewards, groups, lengths).tolist()
+    rewards = [_reward(args, sample) for sample in samples]
+    trajectories: dict[Hashable, list[int]] = {}  # the samples of each that count
+    for i, (reward, sample) in enumerate(zip(rewards, samples, strict=True)):
+        if math.isnan(reward) or getattr(sample, "remove_sample", False):
+            continue
+        rollout = getattr(sample, "rollout_id", None)
+        own = trajectories.setdefault(i if rollout is None else (sample.group_index, rollout), [])
+        if own and rewards[own[0]] != reward:
+            raise ValueError(
+                f"samples of one trajectory must have one reward, got {rewards[own[0]]} and {reward} for "
+                f"rollout_id {rollout!r}"
+            )
+        own.append(i)
+    groups = _common.group_ids([samples[own[0]].group_index for own in trajectories.values()], torch.device("cpu"))
+    lengths = torch.tensor([sum(samples[i].response_length for i in own) for own in trajectories.values()])
+    values = _estimate(args, torch.tensor([rewards[own[0]] for own in trajectories.values()]), groups, lengths)
+    result = [0.0] * len(samples)
+    for value, own in zip(values.tolist(), trajectories.values(), strict=True):
+        for i in own:
+            result[i] = value
+    return [0.0 if math.isnan(reward) else reward for reward in rewards], result
 
 
 def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     """A custom advantage: sets ``advantages`` and ``returns``, lists of ``[R_i]``, from one reward per sample.
 
     Groups are ``args.n_samples_per_prompt`` samples in a row, so that all samples must be on one rank: with data
-    parallelism use :func:`post_process_rewards`.
+    parallelism use :func:`post_process_rewards`. A sample that is removed, which slime shows by a loss mask of zeros,
+    or whose reward is None or nan, gets 0 and counts for nobody.
     """
     _refuse_parallel(data=True)
     _common.refuse("slime", kl_coef=getattr(args, "kl_coef", 0.0))
     masks = rollout_data["loss_masks"]
-    rewards = torch.tensor(rollout_data["rewards"], dtype=torch.float32, device=masks[0].device)
+    given = [math.nan if reward is None else float(reward) for reward in rollout_data["rewards"]]
+    rewards = torch.tensor(given, device=masks[0].device)
     groups = torch.arange(len(rewards), device=rewards.device) // args.n_samples_per_prompt
-    lengths = torch.stack([mask.sum() for mask in masks])
-    values = _estimate(args, rewards, groups, lengths)
+    lengths = torch.stack([(mask != 0).sum() for mask in masks])
+    values = _estimate(args, rewards, groups, lengths, ~rewards.isnan() & (lengths > 0))
     rollout_data["returns"] = [value.expand(mask.shape).clone() for value, mask in zip(values, masks, strict=True)]
     rollout_data["advantages"] = list(rollout_data["returns"])
 
@@ -233,13 +257,22 @@ def _objective(args: Any) -> Objective:
     )
 
 
-def _estimate(args: Any, rewards: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+def _reward(args: Any, sample: Any) -> float:
+    """nan where there is none; slime looks into the reward of an aborted sample too."""
+    reward = None if getattr(sample, "reward", 0.0) is None else sample.get_reward_value(args)
+    return math.nan if reward is None else float(reward)
+
+
+def _estimate(args: Any, rewards: Tensor, groups: Tensor, lengths: Tensor, mask: Tensor | None = None) -> Tensor:
     name = getattr(args, "fusedpo_advantage", None) or "grpo"
     if name not in _common.OUTCOME_ESTIMATORS:
         raise ValueError(f"fusedpo_advantage must be one of {_common.OUTCOME_ESTIMATORS}, got {name!r}")
     function, options = getattr(estimators, name), getattr(args, "fusedpo_advantage_options", None) or {}
     _common.check_options(name, options, function)
-    own = _common.for_function({"group_ids": groups, "lengths": lengths}, function)
+    given = {"group_ids": groups, "lengths": lengths, "mask": mask, "small_groups": "zero"}
+    if options.get("scope") == "batch":
+        del given["group_ids"]
+    own = _common.for_function(given, function)
     return function(rewards, **{**own, **options})
 
 

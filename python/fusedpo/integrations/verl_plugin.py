@@ -7,13 +7,13 @@ registry, and a failure is a warning.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 REGISTRY = "verl.trainer.ppo.core_algos"
 
@@ -28,25 +28,42 @@ def register() -> None:
 
 
 class AfterImport(MetaPathFinder):
-    """Finds the registry by the other finders, once, and lets :func:`register` follow its execution."""
+    """Finds the registry by the other finders, and lets :func:`register` follow its execution.
+
+    It stays until the registry has been executed: a spec may be asked for without any import, and an import may fail.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name != REGISTRY:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def then_register(module: ModuleType) -> None:
-            execute(module)
-            register()
-
-        spec.loader.exec_module = then_register  # type: ignore[method-assign]
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = ThenRegister(spec.loader, self)
         return spec
+
+
+class ThenRegister(Loader):
+    """A module's own loader but for the call of :func:`register`."""
+
+    def __init__(self, loader: Loader, hook: AfterImport) -> None:
+        self._loader, self._hook = loader, hook
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        if self._hook in sys.meta_path:
+            sys.meta_path.remove(self._hook)
+        register()
 
 
 if REGISTRY in sys.modules:

@@ -40,8 +40,11 @@ class GroupAdvantages:
         self._parameters = inspect.signature(estimator).parameters
 
     def __call__(self, rewards: Tensor, scorable: Tensor, lengths: Tensor, group_size: int) -> Tensor:
-        """``[G]``: rewards, which of them count (bool) and lengths of all processes, to float32 advantages."""
-        given = {"group_size": group_size, "lengths": lengths, "mask": scorable}
+        """``[G]``: rewards, which of them count (bool) and lengths of all processes, to float32 advantages.
+
+        Where too few count in a group, and where groups are smaller in evaluation than the estimator needs, they are 0.
+        """
+        given = {"group_size": group_size, "lengths": lengths, "mask": scorable, "small_groups": "zero"}
         own = {name: value for name, value in given.items() if name in self._parameters and name not in self._options}
         if self._options.get("scope") == "batch":
             del own["group_size"]

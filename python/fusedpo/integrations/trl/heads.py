@@ -20,15 +20,27 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ... import linear_token_logprobs, policy_loss_from_hidden, policy_loss_from_logits, token_logprobs
 from .objective import refuse
 
+# Where a model keeps the forward that stood in the place of its class's, if somebody else had put one there.
+_INNER_FORWARD = "_forward_without_fusedpo"
+
 
 def add_fused_forward(model: PreTrainedModel) -> None:
-    """``model(**inputs, fused=f)`` returns ``f(model, forward, **inputs)``, ``forward`` being the model's own."""
-    forward = model.forward
+    """``model(**inputs, fused=f)`` returns ``f(model, forward, **inputs)``, ``forward`` being the model's own.
+
+    A copy of the model, such as an average of its weights or a snapshot, has that of the copy: nothing here holds the
+    model, its forward is looked up when it is called.
+    """
+    if getattr(model.forward, "takes_fused", False):
+        return
+    if "forward" in vars(model):
+        setattr(model, _INNER_FORWARD, model.forward)
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def fused_forward(self: PreTrainedModel, *args: Any, fused: Callable[..., Any] | None = None, **inputs: Any) -> Any:
+        forward = vars(self).get(_INNER_FORWARD) or types.MethodType(type(self).forward, self)
         return forward(*args, **inputs) if fused is None else fused(self, forward, *args, **inputs)
 
+    fused_forward.takes_fused = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(fused_forward, model)
 
 

@@ -203,10 +203,14 @@ class FusedGRPOTrainer(GRPOTrainer):
         for name in ("kl", "entropy", "rows"):  # TRL logs the first two; every kept token is a row
             per_process.pop(name, None)
 
+        nobody = (tokens == 0) & (tokens.sum() > 0)  # a process without a kept token, beside others
+
         def over_processes(name: str, x: Tensor) -> Tensor:
             if name.endswith("_min"):
-                return x.amin()
-            return x.amax() if name.endswith("_max") else (x * tokens).sum() / tokens.sum().clamp(min=1)
+                return x.masked_fill(nobody, math.inf).amin()
+            if name.endswith("_max"):
+                return x.masked_fill(nobody, -math.inf).amax()
+            return (x * tokens).sum() / tokens.sum().clamp(min=1)
 
         reduced = torch.stack([over_processes(name, x) for name, x in per_process.items()])
         for name, value in zip(per_process, reduced.tolist(), strict=True):

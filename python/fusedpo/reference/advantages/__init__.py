@@ -1,6 +1,7 @@
 """Advantages in plain PyTorch: how good was each sample, step or token?
 
-Everything is computed in float64; results are float64 for float64 input and float32 otherwise, and carry no gradient.
+Everything is computed in float64, in float32 on devices that have no float64; results are float64 for float64 input
+and float32 otherwise, and carry no gradient.
 Arguments are not checked here: :mod:`fusedpo.advantages` documents them and checks them.
 """
 
@@ -13,6 +14,7 @@ from .step import (
     optimal_token_baseline,
     reinforce_plus_plus,
     reward_to_go,
+    rewards_on_kept,
     to_tokens,
     vineppo,
     vtrace,
@@ -42,6 +44,7 @@ __all__ = [
     "reinforce_rej",
     "remax",
     "reward_to_go",
+    "rewards_on_kept",
     "rloo",
     "to_tokens",
     "vineppo",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .segments import Groups, group_labels, kept, per_group, result_dtype
+from .segments import Groups, group_labels, kept, per_group, result_dtype, widened
 from .whitening import whitened
 
 
@@ -71,7 +71,7 @@ def opo(
         group_size = max(1, rewards.numel())
 
     def estimate(r: Tensor, groups: Groups) -> Tensor:
-        return _minus_mean(r, groups, lengths.double()[groups.order])
+        return _minus_mean(r, groups, widened(lengths)[groups.order])
 
     return per_group(estimate, rewards, group_size, group_ids, mask)
 
@@ -92,7 +92,7 @@ def reinforce_rej(
 
 @torch.no_grad()
 def raft(rewards: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    return rewards.double().clamp(min=0).where(kept(rewards, mask), 0).to(result_dtype(rewards))
+    return widened(rewards).clamp(min=0).where(kept(rewards, mask), 0).to(result_dtype(rewards))
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def gpg(
     mask: Tensor | None = None,
 ) -> Tensor:
     counted = kept(rewards, mask)
-    alpha = counted.sum() / (counted & (rewards != 0)).sum().clamp(min=1).double()
+    alpha = counted.sum() / widened((counted & (rewards != 0)).sum().clamp(min=1))
 
     def estimate(r: Tensor, groups: Groups) -> Tensor:
         return alpha * _minus_mean(r, groups, torch.ones_like(r)) / f_norm
@@ -123,10 +123,10 @@ def remax(
     mask: Tensor | None = None,
 ) -> Tensor:
     counted = kept(rewards, mask)
-    baseline = baselines.double()
+    baseline = widened(baselines)
     if group_size is not None or group_ids is not None:
         baseline = baseline[group_labels(rewards, group_size, group_ids).where(counted, 0)]
-    return (rewards.double() - baseline).where(counted, 0).to(result_dtype(rewards, baselines))
+    return (widened(rewards) - baseline).where(counted, 0).to(result_dtype(rewards, baselines))
 
 
 @torch.no_grad()
@@ -138,6 +138,6 @@ def reinforce_plus_plus_baseline(
     group_ids: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    centred = dr_grpo(rewards.double(), group_size=group_size, group_ids=group_ids, mask=mask)
-    tokens = lengths.double().where(kept(rewards, mask), 0)
+    centred = dr_grpo(widened(rewards), group_size=group_size, group_ids=group_ids, mask=mask)
+    tokens = widened(lengths).where(kept(rewards, mask), 0)
     return whitened(centred, tokens).to(result_dtype(rewards))

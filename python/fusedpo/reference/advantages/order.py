@@ -22,19 +22,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .group import unbiased_std
-from .segments import Groups, per_group, result_dtype, shift, suffix_scan
+from .segments import Groups, per_group, result_dtype, shift, suffix_scan, widened
 
 
 def _all_below(k: int, groups: Groups) -> Tensor:
     """``C(g, k) / C(n - 1, k)`` at rank g, by the recurrence ``w_{n-1} = 1``, ``w_{g-1} = w_g (g - k) / g``."""
     inside = groups.rank < groups.size - 1
-    g = (groups.rank + 1).double()
-    return suffix_scan((~inside).double(), ((g - k).clamp(min=0) / g).where(inside, 0))
+    g = widened(groups.rank + 1)
+    return suffix_scan(widened(~inside), ((g - k).clamp(min=0) / g).where(inside, 0))
 
 
 def _sizes(groups: Groups) -> tuple[Tensor, Tensor]:
-    """``n`` and ``g`` at each position, in float64; g is at least 1, for there is no gap below rank 0."""
-    return groups.size.double(), groups.rank.clamp(min=1).double()
+    """``n`` and ``g`` at each position; g is at least 1, for there is no gap below rank 0."""
+    return widened(groups.size), widened(groups.rank.clamp(min=1))
 
 
 def _gaps(rewards: Tensor, groups: Groups) -> Tensor:
@@ -106,7 +106,7 @@ def maxpo_leave_two_out(rewards: Tensor, *, k: int) -> Tensor:
     The expected improvement of i in a group is the mean of ``max(r_i - max T, 0)`` over the subsets T of k - 1 of the
     others. ``A_i`` is that of i, minus the mean over ``j != i`` of that of j in the group without i.
     """
-    r, n = rewards.double(), rewards.numel()
+    r, n = widened(rewards), rewards.numel()
 
     def improvement(i: int, without: int) -> Tensor:
         others = torch.tensor([j for j in range(n) if j not in (i, without)], device=r.device)
@@ -129,7 +129,7 @@ def maxpo_quadratic(rewards: Tensor, *, k: int) -> Tensor:
     ``b_i = sum_{l != i} (sum_{j != i} D_jl) / (n-1) C(l - [l > i], k-2) / C(n-2, k-1)``.
     """
     n = rewards.shape[-1]
-    r, order = rewards.double().sort(stable=True)
+    r, order = widened(rewards).sort(stable=True)
     rank = torch.arange(n, device=r.device)
 
     def highest_has_rank(size: int) -> Tensor:
@@ -152,7 +152,7 @@ def _number_below(k: int, groups: Groups) -> Tensor:
     so that no factor exceeds 1; then divided by the sum.
     """
     n, g = (x[:, None] for x in _sizes(groups))
-    b = torch.arange(k - 1, dtype=torch.float64, device=g.device)
+    b = torch.arange(k - 1, dtype=g.dtype, device=g.device)
     up = ((g - 1 - b) * (k - 1 - b)).clamp(min=0)  # P(b + 1) / P(b) = up / down
     down = ((b + 1) * (n - g - k + 1 + b)).clamp(min=0)
     larger = torch.maximum(up, down)
@@ -182,9 +182,7 @@ def order_statistic(
     def estimate(r: Tensor, groups: Groups) -> Tensor:
         n, g = _sizes(groups)
         # Asynchronous: a blocking copy would be a host sync.
-        w = torch.tensor([float(weight) for weight in weights], dtype=torch.float64, device="cpu").to(
-            r.device, non_blocking=True
-        )
+        w = torch.tensor([float(w) for w in weights], dtype=r.dtype, device="cpu").to(r.device, non_blocking=True)
         alpha = g / (n - 1) * (_number_below(k, groups) * w).sum(1)
         return _scaled(_leave_one_out(r, groups, alpha), scale, k, groups)
 

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..._dtypes import wide
+
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def widened(x: Tensor) -> Tensor:
+    """In the dtype that everything is computed in."""
+    return x.to(wide(x))
 
 
 def kept(like: Tensor, mask: Tensor | None) -> Tensor:
@@ -70,11 +77,11 @@ class Groups(NamedTuple):
 
     def suffix_sum(self, x: Tensor) -> Tensor:
         """Sum over this and the higher ranks of the group; samples are the last dimension."""
-        return suffix_scan(x, (self.rank < self.size - 1).double())
+        return suffix_scan(x, widened(self.rank < self.size - 1))
 
     def prefix_sum(self, x: Tensor) -> Tensor:
         """Sum over this and the lower ranks of the group."""
-        return suffix_scan(x.flip(0), (self.rank > 0).double().flip(0)).flip(0)
+        return suffix_scan(x.flip(0), widened(self.rank > 0).flip(0)).flip(0)
 
     def total(self, x: Tensor) -> Tensor:
         """Sum over the group."""
@@ -91,7 +98,7 @@ def per_group(
 ) -> Tensor:
     """``estimate(sorted rewards, groups)``, its results in the order of the samples and 0 where the mask is."""
     counted = kept(rewards, mask)
-    r = rewards.double()
+    r = widened(rewards)
     groups = Groups.of(r, group_labels(rewards, group_size, group_ids), counted)
     result = torch.empty_like(r).index_copy(0, groups.order, estimate(r[groups.order], groups))
     return result.where(counted, 0).to(result_dtype(rewards))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import layout
-from .segments import Groups, group_labels, kept, result_dtype, shift, suffix_scan
+from .segments import Groups, group_labels, kept, result_dtype, shift, suffix_scan, widened
 from .whitening import whitened
 
 
@@ -45,7 +45,7 @@ class _Tokens:
         self.continues = _continues(like, cu_seqlens)
         self.after_end: Tensor | float = 0.0
         if bootstrap is not None:
-            self.after_end = _of_sequence(bootstrap.double(), like, cu_seqlens)
+            self.after_end = _of_sequence(widened(bootstrap), like, cu_seqlens)
 
     def discounted(self, x: Tensor, decay: Tensor | float, after_end: Tensor | float = 0.0) -> Tensor:
         """``y_t = x_t + decay_t y`` of what follows; a token left out passes on what follows it, undiscounted."""
@@ -71,7 +71,7 @@ def reward_to_go(
     bootstrap: Tensor | None = None,
 ) -> Tensor:
     tokens = _Tokens(rewards, mask, cu_seqlens, bootstrap)
-    to_go = tokens.discounted(rewards.double(), gamma, tokens.after_end)
+    to_go = tokens.discounted(widened(rewards), gamma, tokens.after_end)
     return to_go.where(tokens.kept, 0).to(result_dtype(rewards))
 
 
@@ -88,7 +88,7 @@ def gae(
 ) -> GAE:
     dtype = result_dtype(rewards, values)
     tokens = _Tokens(rewards, mask, cu_seqlens, bootstrap)
-    r, v = (x.double().where(tokens.kept, 0) for x in (rewards, values))
+    r, v = (widened(x).where(tokens.kept, 0) for x in (rewards, values))
     advantages = tokens.discounted(r + gamma * tokens.following_value(v) - v, gamma * lam).where(tokens.kept, 0)
     return GAE(advantages.to(dtype), (advantages + v).to(dtype))
 
@@ -110,8 +110,8 @@ def vtrace(
 ) -> VTrace:
     dtype = result_dtype(rewards, values)
     tokens = _Tokens(rewards, mask, cu_seqlens, bootstrap)
-    r, v = (x.double().where(tokens.kept, 0) for x in (rewards, values))
-    log_ratio = logprobs.double() - old_logprobs.double()
+    r, v = (widened(x).where(tokens.kept, 0) for x in (rewards, values))
+    log_ratio = widened(logprobs) - widened(old_logprobs)
     ratio = log_ratio.where(tokens.kept, 0).clamp(-20, 20).exp()
     rho = ratio.clamp(max=rho_bar)
     next_v = tokens.following_value(v)
@@ -125,8 +125,8 @@ def vtrace(
 def reinforce_plus_plus(
     rewards: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0
 ) -> Tensor:
-    to_go = reward_to_go(rewards.double(), mask=mask, cu_seqlens=cu_seqlens, gamma=gamma)
-    return whitened(to_go, kept(rewards, mask).double()).to(result_dtype(rewards))
+    to_go = reward_to_go(widened(rewards), mask=mask, cu_seqlens=cu_seqlens, gamma=gamma)
+    return whitened(to_go, widened(kept(rewards, mask))).to(result_dtype(rewards))
 
 
 @torch.no_grad()
@@ -141,17 +141,17 @@ def optimal_token_baseline(
     group_ids: Tensor | None = None,
 ) -> Tensor:
     counted = kept(rewards, mask)
-    to_go = reward_to_go(rewards.double(), mask=mask)
-    energy = 1 - 2 * old_logprobs.double().exp() + sum_pi_squared.double()  # of the score: |grad log pi|^2
+    to_go = reward_to_go(widened(rewards), mask=mask)
+    energy = 1 - 2 * widened(old_logprobs).exp() + widened(sum_pi_squared)  # of the score: |grad log pi|^2
     if is_weights is not None:
-        energy = energy * is_weights.double().square()
+        energy = energy * widened(is_weights).square()
     energy = energy.where(counted, 0).flip(1)
     weight = suffix_scan(energy, torch.ones_like(energy)).flip(1).where(counted, 0)
 
     unsorted = to_go.new_zeros(len(to_go))
     labels = group_labels(unsorted, group_size, group_ids)
     groups = Groups.of(unsorted, labels, torch.ones_like(labels, dtype=torch.bool))
-    returns, weights, present = (x[groups.order].T for x in (to_go, weight, counted.double()))
+    returns, weights, present = (x[groups.order].T for x in (to_go, weight, widened(counted)))
     baseline = groups.total(weights * returns) / (groups.total(weights) + 1e-8)
     baseline = baseline.where(groups.total(present) > 1, 0).T
     advantages = to_go - torch.empty_like(to_go).index_copy(0, groups.order, baseline)
@@ -161,16 +161,32 @@ def optimal_token_baseline(
 @torch.no_grad()
 def vineppo(values: Tensor, *, step_rewards: Tensor, step_ids: Tensor, whiten: bool = False) -> Tensor:
     dtype = result_dtype(values, step_rewards)
-    r, v, missing = step_rewards.double(), values.double(), values.isnan()
-    v = suffix_scan(torch.where(missing, pad(r, (0, 1)), v), missing.double())
+    r, v, missing = widened(step_rewards), widened(values), values.isnan()
+    v = suffix_scan(torch.where(missing, pad(r, (0, 1)), v), widened(missing))
     advantages = (r + v[:, 1:] - v[:, :-1]).where(~missing[:, :-1], 0)
     # The column appended for tokens of no step.
     has_step = step_ids >= 0
     tokens = pad(advantages, (0, 1)).gather(1, step_ids.long().where(has_step, advantages.shape[1]))
-    return (whitened(tokens, has_step.double()) if whiten else tokens).to(dtype)
+    return (whitened(tokens, widened(has_step)) if whiten else tokens).to(dtype)
+
+
+@torch.no_grad()
+def rewards_on_kept(rewards: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    where = layout(rewards, cu_seqlens)
+    counted = where.kept(mask)
+    r = widened(rewards.reshape(-1))
+    r = r.where(counted | ~r.isnan(), 0)
+    # What follows is added to a token as long as it is skipped.
+    skipped_next = (where.left > 1) & ~counted.roll(-1)
+    own = suffix_scan(r, widened(skipped_next))
+    # Before the first kept token the sum runs the other way.
+    leading = where.place(counted) == 0
+    leading_before = (where.before > 0) & leading.roll(1)
+    early = suffix_scan(r.where(leading, 0).flip(0), widened(leading_before).flip(0)).flip(0)
+    return (own + early).where(counted, 0).to(result_dtype(rewards)).view(rewards.shape)
 
 
 @torch.no_grad()
 def to_tokens(advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    tokens = _of_sequence(advantages.double(), mask, cu_seqlens)
+    tokens = _of_sequence(widened(advantages), mask, cu_seqlens)
     return tokens.where(mask != 0, 0).to(result_dtype(advantages))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from .segments import result_dtype
+from .segments import result_dtype, widened
 
 
 def whitened(x: Tensor, weights: Tensor, group: distributed.ProcessGroup | None = None) -> Tensor:
@@ -27,7 +27,8 @@ def _summed(x: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
 
 @torch.no_grad()
 def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed.ProcessGroup | None = None) -> Tensor:
-    weights = torch.ones_like(advantages, dtype=torch.float64)
+    x = widened(advantages)
+    weights = torch.ones_like(x)
     if mask is not None:
         weights = weights.where(mask != 0, 0)
-    return whitened(advantages.double(), weights, group).to(result_dtype(advantages))
+    return whitened(x, weights, group).to(result_dtype(advantages))
