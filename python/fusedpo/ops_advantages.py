@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _dtypes, backends, reference
+from . import _checks, _dtypes, backends, reference
 from .ops import define
 from .reference.advantages import GAE, VTrace
 from .reference.advantages.segments import result_dtype
