@@ -5,7 +5,7 @@ forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantag
 :mod:`fusedpo.objectives`, the plain PyTorch specification of everything in :mod:`fusedpo.reference`.
 """
 
-from importlib.metadata import version
+from fusedpo._cli import VERSION  # first: the help of the command line does not wait for torch
 
 from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
@@ -16,7 +16,7 @@ from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, poli
 from .objectives import Objective
 from .values import ValueLossOutput, value_loss
 
-__version__ = version("fusedpo")
+__version__ = VERSION
 
 __all__ = [
     "BackendUnavailable",
