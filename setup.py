@@ -7,6 +7,7 @@ of torch. CXX, CXXFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what 
 
 import importlib.util
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -25,7 +26,8 @@ from setuptools.command.sdist import sdist
 ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 10)  # TORCH_TARGET_VERSION in CMakeLists.txt
 PURE = os.environ.get("FUSEDPO_NATIVE") == "0"
-TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TOOLS = PROJECT["build-system"]["requires"]
 HELP = f"""
 fusedpo compiles its kernels against the torch that you use, outside of pip's isolated build environments:
 
@@ -34,6 +36,13 @@ fusedpo compiles its kernels against the torch that you use, outside of pip's is
 
 With uv, both begin with: uv pip install. A package without the C++ and CUDA kernels: FUSEDPO_NATIVE=0 pip install .
 """
+
+
+def readme() -> str:
+    """README.md for a package page, where links into the repository are absolute."""
+    source = PROJECT["project"]["urls"]["Source"]
+    text = re.sub(r"(!\[[^\]]*\]\()(?![a-z]+:|#)", rf"\1{source}/raw/main/", (ROOT / "README.md").read_text())
+    return re.sub(r"((?<!!)\[[^\]]*\]\()(?![a-z]+:|#)", rf"\1{source}/blob/main/", text)
 
 
 def find_program(*names: str) -> str | None:
@@ -154,9 +163,9 @@ class SourceDistribution(sdist):
     """Also carries the native sources, and what tests and developers need."""
 
     def make_distribution(self) -> None:
-        for directory in (".ci", "bench", "csrc", "docs", "examples", "tests"):
+        for directory in (".ci", ".github", "bench", "csrc", "docs", "examples", "tests"):
             self.filelist.graft(directory)
-        for file in ("CHANGELOG.md", "CMakeLists.txt", "Makefile"):
+        for file in ("CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "Makefile", "RELEASE.md"):
             self.filelist.include(file)
         for generated in ("_build.py", "*.so", "*.pyc", ".*_cache/**"):
             self.filelist.global_exclude(generated)
@@ -166,6 +175,8 @@ class SourceDistribution(sdist):
 TORCH = find_torch()
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages("python"), "fusedpo.bench", "fusedpo.triton_kernels"],
     # A top-level triton_kernels would collide with the package of that name that inference engines use.
     package_dir={"": "python", "fusedpo.bench": "bench", "fusedpo.triton_kernels": "triton_kernels"},
