@@ -1,7 +1,6 @@
 // The pybind11 module fusedpo._C: with what and for which architectures the operators of libfusedpo.so were built. They
 // are not in it: a module is for one Python, libfusedpo.so is for all.
 #include <pybind11/pybind11.h>
-#include <torch/headeronly/version.h>
 
 #include "cpu/dispatch.h"
 
@@ -14,7 +13,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = BUILD_COMPILER;
   info["flags"] = BUILD_FLAGS;
-  info["torch"] = TORCH_VERSION;
+  info["torch"] = BUILD_TORCH;
   info["cpu_variants"] = words(BUILD_CPU_VARIANTS);
   info["cpu_capability"] = fusedpo::cpu_capability();
   info["cuda_compiler"] = BUILD_CUDA_COMPILER;
