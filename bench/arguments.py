@@ -29,8 +29,8 @@ PROVIDERS = {
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="fusedpo bench",
-        description="Every operator against every provider that is installed. Each operator is measured by processes of its "
-        "own: what differs between two launches is part of the spread.",
+        description="Every operator against every provider that is installed, measured by processes of their own: what "
+        "differs between two launches is part of the spread.",
         epilog="Or: fusedpo bench compare BEFORE.json AFTER.json [--threshold 0.1] [--of-ceiling]",
     )
     p.add_argument(
