@@ -25,6 +25,7 @@ All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -101,7 +102,8 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         math.inf if kl is None or kl.clamp is None else float(kl.clamp),
         float(objective.entropy_coef),
         float(objective.length_norm or 0),
-        *(_number(field) for field in vars(region).values()),
+        # not vars(region): torch 2.10's compiler does not trace it
+        *(_number(getattr(region, field.name)) for field in dataclasses.fields(region)),
     ]
     return parts, values
 
