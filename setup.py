@@ -1,12 +1,13 @@
-"""Builds fusedpo. CMakeLists.txt describes the native module; this file decides whether to build it, and runs CMake.
+"""Builds fusedpo. CMakeLists.txt describes the native part; this file checks that it can be built, and runs CMake.
 
-FUSEDPO_NATIVE=0 builds without it, FUSEDPO_NATIVE=1 fails where it cannot be built. FUSEDPO_CUDA=0 leaves out the CUDA
-kernels and FUSEDPO_CUDA=1 demands them; unset, they are built where there are nvcc and a CUDA build of torch. CXX,
-CXXFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they always mean.
+It fails where it cannot build the kernels, unless FUSEDPO_NATIVE=0 asks for a package without them. FUSEDPO_CUDA=0
+leaves out the CUDA kernels and FUSEDPO_CUDA=1 demands them; unset, they are built where there are nvcc and a CUDA build
+of torch. CXX, CXXFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they always mean.
 """
 
 import importlib.util
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -14,22 +15,34 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.dist_info import dist_info
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
-OLDEST_TORCH = (2, 11)
-TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-# --no-cache-dir: pip would take the wheel that it has built before.
-REINSTALL = (
-    f"reinstall with: pip install {shlex.join(TOOLS)}; "
-    "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir fusedpo, or . in its sources"
-)
+OLDEST_TORCH = (2, 10)  # TORCH_TARGET_VERSION in CMakeLists.txt
+PURE = os.environ.get("FUSEDPO_NATIVE") == "0"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TOOLS = PROJECT["build-system"]["requires"]
+HELP = f"""
+fusedpo compiles its kernels against the torch that you use, outside of pip's isolated build environments:
+
+    pip install 'torch>={".".join(map(str, OLDEST_TORCH))}' {shlex.join(TOOLS)}
+    pip install --no-build-isolation .
+
+With uv, both begin with: uv pip install. A package without the C++ and CUDA kernels: FUSEDPO_NATIVE=0 pip install .
+"""
+
+
+def readme() -> str:
+    """README.md for a package page, where links into the repository are absolute."""
+    source = PROJECT["project"]["urls"]["Source"]
+    text = re.sub(r"(!\[[^\]]*\]\()(?![a-z]+:|#)", rf"\1{source}/raw/main/", (ROOT / "README.md").read_text())
+    return re.sub(r"((?<!!)\[[^\]]*\]\()(?![a-z]+:|#)", rf"\1{source}/blob/main/", text)
 
 
 def find_program(*names: str) -> str | None:
@@ -47,17 +60,15 @@ def find_torch() -> tuple[Path, dict] | None:
     return directory, runpy.run_path(str(directory / "version.py"))
 
 
-def why_no_native_part() -> str | None:
-    """Why fusedpo._C cannot be built here, and what helps; None if it can."""
-    if os.environ.get("FUSEDPO_NATIVE") == "0":
-        return "it was built with FUSEDPO_NATIVE=0"
+def obstacle() -> str | None:
+    """What stands in the way of building the native part here."""
     if os.name == "nt":
-        return "there is no native part for Windows"
+        return "there are no native kernels for Windows"
     if TORCH is None:
-        return f"it was built in an isolated environment, without torch; {REINSTALL}"
+        return "torch is not installed in this build environment"
     version = TORCH[1]["__version__"]
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        return f"it was built with torch {version}, older than 2.11; upgrade torch and {REINSTALL}"
+        return f"torch {version} is too old"
     tools = {
         "a C++ compiler": find_program(*shlex.split(os.environ.get("CXX", ""))[:1] or ("c++", "g++", "clang++")),
         "Python.h": Path(sysconfig.get_path("include"), "Python.h").exists(),
@@ -66,7 +77,13 @@ def why_no_native_part() -> str | None:
         "pybind11": importlib.util.find_spec("pybind11"),
     }
     missing = ", ".join(name for name, found in tools.items() if not found)
-    return f"it was built without {missing}; install what is missing and {REINSTALL}" if missing else None
+    return f"{missing} not found" if missing else None
+
+
+def check() -> None:
+    reason = None if PURE else obstacle()
+    if reason:
+        sys.exit(f"cannot build the kernels of fusedpo: {reason}.\n{HELP}")
 
 
 def cuda_options() -> list[str]:
@@ -90,15 +107,19 @@ def cuda_options() -> list[str]:
 class BuildNative(build_ext):
     """Runs CMake, in a directory that outlives pip's temporary ones: a second build compiles what changed."""
 
+    def run(self) -> None:
+        self.in_sources = bool(self.inplace)  # super().run() clears it
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        built = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         cmake = find_program("cmake")
         options = [
             f"-DCMAKE_MAKE_PROGRAM={find_program('ninja')}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'python/fusedpo' if self.in_sources else built}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_DIR={TORCH[0]}",
@@ -108,21 +129,33 @@ class BuildNative(build_ext):
         subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run([cmake, "--build", build, *jobs], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """CMake has written there."""
+
+
+class Metadata(dist_info):
+    """Fails before pip downloads what the package requires."""
+
+    def run(self) -> None:
+        check()
+        super().run()
+
 
 class BuildPython(build_py):
     """Also writes fusedpo/_build.py, from which the package knows why it has no native part."""
 
     def run(self) -> None:
+        check()
         super().run()
         package = Path(self.get_package_dir("fusedpo") if self.editable_mode else f"{self.build_lib}/fusedpo")
-        if NATIVE_MISSING:
-            warnings.warn(f"no C++ and CUDA kernels in this build of fusedpo: {NATIVE_MISSING}", stacklevel=1)
-            for left_over in package.glob("_C.*"):
+        if PURE:
+            for left_over in (*package.glob("_C.*"), *package.glob("libfusedpo.*")):
                 left_over.unlink()
+        reason = "it was built with FUSEDPO_NATIVE=0" if PURE else None
         (package / "_build.py").write_text(
             '"""Written by setup.py."""\n\n'
             "# Why this installation has no native part; None if it has one.\n"
-            f"NATIVE_MISSING: str | None = {NATIVE_MISSING!r}\n"
+            f"NATIVE_MISSING: str | None = {reason!r}\n"
         )
 
 
@@ -130,9 +163,9 @@ class SourceDistribution(sdist):
     """Also carries the native sources, and what tests and developers need."""
 
     def make_distribution(self) -> None:
-        for directory in (".ci", "bench", "csrc", "docs", "examples", "tests"):
+        for directory in (".ci", ".github", "bench", "csrc", "docs", "examples", "tests"):
             self.filelist.graft(directory)
-        for file in ("CHANGELOG.md", "CMakeLists.txt", "Makefile"):
+        for file in ("CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "Makefile", "RELEASE.md"):
             self.filelist.include(file)
         for generated in ("_build.py", "*.so", "*.pyc", ".*_cache/**"):
             self.filelist.global_exclude(generated)
@@ -140,14 +173,13 @@ class SourceDistribution(sdist):
 
 
 TORCH = find_torch()
-NATIVE_MISSING = why_no_native_part()
-if NATIVE_MISSING and os.environ.get("FUSEDPO_NATIVE") == "1":
-    sys.exit(f"FUSEDPO_NATIVE=1, but there would be no native part: {NATIVE_MISSING}")
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages("python"), "fusedpo.bench", "fusedpo.triton_kernels"],
     # A top-level triton_kernels would collide with the package of that name that inference engines use.
     package_dir={"": "python", "fusedpo.bench": "bench", "fusedpo.triton_kernels": "triton_kernels"},
-    ext_modules=[] if NATIVE_MISSING else [Extension("fusedpo._C", sources=[])],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "sdist": SourceDistribution},
+    ext_modules=[] if PURE else [Extension("fusedpo._C", sources=[])],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "dist_info": Metadata, "sdist": SourceDistribution},
 )

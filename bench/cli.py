@@ -22,7 +22,8 @@ import torch
 from rich.console import Console
 
 from . import compare, launch, plots, report
-from .launch import DTYPES, Plan
+from .arguments import parse, parser
+from .launch import Plan
 from .record import OPERATORS, PROCESSES, Row, merge, recorded
 
 MEMORY = {
@@ -32,41 +33,6 @@ MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
 }
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m fusedpo bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Or: python -m fusedpo bench compare BEFORE.json AFTER.json [--threshold 0.1] [--of-ceiling]",
-    )
-    p.add_argument(
-        "--op", nargs="+", choices=OPERATORS, default=list(OPERATORS), metavar="OP", help=" ".join(OPERATORS)
-    )
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the logits; default: float32 and bfloat16")
-    p.add_argument("--quick", action="store_true", help="bfloat16 and one size: under two minutes on two cores")
-    p.add_argument("--providers", nargs="+", metavar="NAME", help="only those whose name starts so, and the ceilings")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--processes", type=int, default=1, help="launches per operator; 3 in a recording")
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/bench"),
-        help="for JSON, Markdown and plots; default: %(default)s. "
-        "Under bench/results it is a recording: of a whole run, of a clean tree",
-    )
-    return p
-
-
-def compare_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m fusedpo bench compare", description=compare.__doc__)
-    p.add_argument("before", type=Path)
-    p.add_argument("after", type=Path)
-    p.add_argument("--threshold", type=float, default=0.1, help="the slowdown that is allowed; default: %(default)s")
-    p.add_argument("--of-ceiling", action="store_true", help="compare times in units of the ceiling of their own run")
-    return p
 
 
 def why_no_recording(arguments: argparse.Namespace, commit: str | None) -> str:
@@ -113,11 +79,16 @@ def cheapest(overheads: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """1 if a row of this library is wrong or fails, or (compare) has become slower; 2 if a run may not be recorded."""
-    if argv[:1] == ["compare"]:
-        a = compare_parser().parse_args(argv[1:])
-        return compare.main(a.before, a.after, a.threshold, a.of_ceiling)
-    arguments = parser().parse_args(argv)
+    """1 if a row of this library is wrong or fails, or (compare) has become slower; 2 if a run may not be recorded or
+    an argument names what is not there.
+    """
+    arguments = parse(argv)
+    if arguments.compare:
+        return compare.main(arguments.before, arguments.after, arguments.threshold, arguments.of_ceiling)
+    arguments.threads = arguments.threads or torch.get_num_threads()
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser().error("--device: there is no CUDA or ROCm device")
     console = Console(width=None if sys.stdout.isatty() else 120)
     started, failures = time.perf_counter(), []
     header = report.environment(arguments.device, arguments.threads)

@@ -1,7 +1,6 @@
-// The pybind11 module fusedpo._C: what was built, with what and for which architectures. Its import registers the
-// operators.
+// The pybind11 module fusedpo._C: with what and for which architectures the operators of libfusedpo.so were built. They
+// are not in it: a module is for one Python, libfusedpo.so is for all.
 #include <pybind11/pybind11.h>
-#include <torch/headeronly/version.h>
 
 #include "cpu/dispatch.h"
 
@@ -14,7 +13,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = BUILD_COMPILER;
   info["flags"] = BUILD_FLAGS;
-  info["torch"] = TORCH_VERSION;
+  info["torch"] = BUILD_TORCH;
   info["cpu_variants"] = words(BUILD_CPU_VARIANTS);
   info["cpu_capability"] = fusedpo::cpu_capability();
   info["cuda_compiler"] = BUILD_CUDA_COMPILER;
@@ -26,6 +25,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info,
-             "What this module was built with (compiler, flags, torch, cuda_compiler) and for (cpu_variants, "
+             "What the operators were built with (compiler, flags, torch, cuda_compiler) and for (cpu_variants, "
              "cuda_architectures), and which of the CPU variants runs here (cpu_capability).");
 }

@@ -203,7 +203,8 @@ def test_env_reports_versions_and_the_choice_for_every_operator():
         assert "native: cpu_capability" in result.stdout
     forced = python("-m", "fusedpo", "env", FUSEDPO_BACKEND="reference").stdout
     (row,) = (line for line in forced.splitlines() if line.startswith("token_logprobs  ") and " cpu " in line)
-    assert row.split(maxsplit=3)[2:] == ["reference", "reference was forced by FUSEDPO_BACKEND or fusedpo.backend"]
+    assert row.split(maxsplit=3)[2:] == ["reference", "[1]"]
+    assert "[1] reference was forced by FUSEDPO_BACKEND or fusedpo.backend\n" in forced
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

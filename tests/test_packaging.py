@@ -1,6 +1,6 @@
 """What the builds contain: source distribution, wheels with and without native part, object files."""
 
-import importlib
+import importlib.metadata
 import os
 import re
 import shlex
@@ -17,15 +17,21 @@ from typing import Any
 
 import pytest
 import torch
+from install import ways
+
+from fusedpo import backends
 
 ROOT = Path(__file__).parents[1]
 EXTENSION = f"fusedpo/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+LIBRARY = "fusedpo/libfusedpo.so"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDPO_") and k != "PYTHONPATH"}
 
 # The top level of the repository. All of it is in the source distribution.
-DIRECTORIES = (".ci", "bench", "csrc", "docs", "examples", "python", "tests", "triton_kernels")
-FILES = ("CHANGELOG.md", "CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
-REQUIRES = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+DIRECTORIES = (".ci", ".github", "bench", "csrc", "docs", "examples", "python", "tests", "triton_kernels")
+FILES = ("CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "LICENSE", "Makefile", "README.md", "RELEASE.md")
+FILES += ("pyproject.toml", "setup.py")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+REQUIRES = PROJECT["build-system"]["requires"]
 
 REPORT = "import fusedpo._C as c; info = c.build_info(); print(c.__file__, info['cpu_capability'], info['torch'])"
 
@@ -81,11 +87,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def native(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    missing = importlib.import_module("fusedpo._build").NATIVE_MISSING
+    missing = backends.NATIVE_MISSING
     if missing:
         pytest.skip(f"the installed fusedpo has no native part: {missing}")
     out = tmp_path_factory.mktemp("native")
-    build_with_command("--wheel", source, out, FUSEDPO_NATIVE="1")
+    build_with_command("--wheel", source, out)
     return unpack(out)
 
 
@@ -109,14 +115,43 @@ def test_native_wheel(native: Path) -> None:
     (wheel,) = native.parent.glob("*.whl")
     abi = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{abi}-{abi}-" in wheel.name
-    assert {EXTENSION, "fusedpo/py.typed", "fusedpo/triton_kernels/__init__.py"} <= files(native)
+    assert {EXTENSION, LIBRARY, "fusedpo/py.typed", "fusedpo/triton_kernels/__init__.py"} <= files(native)
     assert {path.name for path in native.iterdir()} == {"fusedpo", f"fusedpo-{wheel.name.split('-')[1]}.dist-info"}
     file, capability, compiled_with = use(native, "-c", REPORT).stdout.split()
     assert file == str(native / EXTENSION)
     assert capability in ("portable", "avx2", "avx512", "avx512_bf16")
     assert torch.__version__.startswith(compiled_with)
+    assert wheel.stat().st_size < 1e6 or "FUSEDPO_CUDA" in os.environ
     environment = use(native, "-m", "fusedpo", "env").stdout
     assert re.search(r"^native: cuda_compiler +(none|NVIDIA [\d.]+)$", environment, re.MULTILINE)
+
+
+def test_the_operators_need_no_python_and_the_stable_abi_alone(native: Path) -> None:
+    """So that one library serves every Python and every torch from the oldest on."""
+    listed = ["nm", "-D", "--undefined-only", native / LIBRARY]
+    symbols = re.findall(
+        r"[UwW] (\S+)$", subprocess.run(listed, capture_output=True, text=True, check=True).stdout, re.M
+    )
+    assert [name for name in symbols if name.startswith("aoti_torch_")]
+    assert [name for name in symbols if re.match(r"_?Py|_Z[A-Z]*(2at|3c10|5torch|8pybind11)", name)] == []
+    oldest = re.search(r"TORCH_TARGET_VERSION=0x(..)(..)", (ROOT / "CMakeLists.txt").read_text())
+    version = ".".join(str(int(part, 16)) for part in oldest.groups())
+    assert f"torch>={version}" in PROJECT["project"]["dependencies"]
+
+
+def test_metadata_for_a_package_page(source: Path, native: Path) -> None:
+    """Strictly checked, with links that work outside of the repository."""
+    pytest.importorskip("twine", reason="twine is not installed (extra [dev])")
+    archives = [*native.parent.glob("*.whl"), *source.parent.glob("*.tar.gz")]
+    assert len(archives) == 2
+    python("-m", "twine", "check", "--strict", *archives, cwd=native)
+    metadata = next(native.glob("*.dist-info/METADATA")).read_text()
+    page = metadata.partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)\s]+)", page)
+    assert any(link.endswith("/docs/integrations/index.md") for link in links)
+    assert [link for link in links if not re.match("https?://|#", link)] == []
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", citation, re.M).group(1) == PROJECT["project"]["version"]
 
 
 def test_instruction_sets_share_no_weak_symbols(source: Path, native: Path) -> None:
@@ -147,7 +182,7 @@ def test_native_wheel_with_cuda_beside_a_cpu_torch(source: Path, native: Path, t
     nvcc = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
     if nvcc is None:
         pytest.skip("no nvcc")
-    build("build_wheel", source, tmp_path, FUSEDPO_NATIVE="1", FUSEDPO_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    build("build_wheel", source, tmp_path, FUSEDPO_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
     report = (
         "import fusedpo, torch; from fusedpo import _C, backends; info = _C.build_info(); "
         "print(info['cuda_compiler'], info['cuda_architectures'], "
@@ -186,32 +221,55 @@ def test_pages_install_what_the_build_needs(page: str) -> None:
     assert commands[1].startswith("pip install --no-build-isolation .")
 
 
-def test_isolated_build_says_how_to_get_the_native_part(source: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def without_torch(tmp_path: Path) -> dict[str, Any]:
+    """Python with what pip's isolated build environments have."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for pattern in ("setuptools*", "_distutils_hack", "pybind11"):
-        for path in Path(sysconfig.get_path("purelib")).glob(pattern):
+        for path in Path(str(importlib.metadata.distribution("setuptools").locate_file(""))).glob(pattern):
             (tools / path.name).symlink_to(path)
-    build("build_wheel", source, tmp_path, "-S", PYTHONPATH=str(tools))
+    return {"PYTHONPATH": str(tools)}
+
+
+@pytest.mark.parametrize("hook", ["prepare_metadata_for_build_wheel", "build_wheel", "build_editable"])
+def test_isolated_build_fails_and_says_what_works(hook, source: Path, tmp_path: Path, without_torch) -> None:
+    built = build(hook, source, tmp_path, "-S", check=False, **without_torch)
+    assert built.returncode != 0
+    assert "torch is not installed in this build environment" in built.stderr
+    assert f"    pip install 'torch>=2.10' {shlex.join(REQUIRES)}\n" in built.stderr
+    assert "    pip install --no-build-isolation .\n" in built.stderr
+    assert "FUSEDPO_NATIVE=0 pip install ." in built.stderr
+
+
+def test_what_an_isolated_build_can_do(source: Path, tmp_path: Path, without_torch) -> None:
+    build("build_sdist", source, tmp_path, "-S", **without_torch)
+    build("build_wheel", source, tmp_path, "-S", FUSEDPO_NATIVE="0", **without_torch)
     site = unpack(tmp_path)
-    assert EXTENSION not in files(site)
-    imported = use(site, "-c", "import fusedpo")
-    assert "isolated" in imported.stderr
-    # What an installed copy needs: the tools, and pip made to build it again.
-    advice = (
-        f"pip install {shlex.join(REQUIRES)}; "
-        "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir fusedpo"
-    )
-    assert advice in imported.stderr
-    assert advice in use(site, "-m", "fusedpo", "env").stdout
+    assert not {EXTENSION, LIBRARY} & files(site)
+    (site / "program.py").write_text("import sys\n\nimport fusedpo\n")
+    message = "fusedpo runs without its native kernels: it was built with FUSEDPO_NATIVE=0"
+    assert f"program.py:3: UserWarning: {message}\n  import fusedpo\n" in use(site, "program.py").stderr
+    assert message not in use(site, "-m", "fusedpo", "env").stderr
 
 
 def test_build_without_compiler(source: Path, tmp_path: Path) -> None:
-    environment = {"PATH": "", "CXX": ""}
-    built = build("build_wheel", source, tmp_path, **environment)
-    assert "no C++ and CUDA kernels" in built.stderr
-    assert "without a C++ compiler" in built.stderr
-    assert EXTENSION not in files(unpack(tmp_path))
-    demanded = build("build_wheel", source, tmp_path, check=False, FUSEDPO_NATIVE="1", **environment)
-    assert demanded.returncode != 0
-    assert "without a C++ compiler" in demanded.stderr
+    built = build("build_wheel", source, tmp_path, check=False, PATH="", CXX="")
+    assert built.returncode != 0
+    assert "a C++ compiler not found" in built.stderr
+    assert "FUSEDPO_NATIVE=0" in built.stderr
+
+
+def test_no_text_recommends_a_package_that_is_not_published() -> None:
+    """Until the first release: RELEASE.md alone says what is done then."""
+    pages = [ROOT / "README.md", ROOT / "setup.py", *ROOT.glob("docs/**/*.md"), *ROOT.glob("python/**/*.py")]
+    assert [page for page in pages if re.search(r"pip install [^`\n]*\bfusedpo\b", page.read_text())] == []
+    everything = [*pages, ROOT / "Makefile", ROOT / ".ci/run"]
+    assert [page for page in everything if re.search("extra[-_]index", page.read_text(), re.IGNORECASE)] == []
+
+
+@pytest.mark.parametrize("name", ways.QUICK)
+def test_ways_to_install(name: str, source: Path, native: Path) -> None:
+    (sdist,), (wheel,) = source.parent.glob("*.tar.gz"), native.parent.glob("*.whl")
+    problem = ways.check(name, source, sdist, wheel)
+    assert problem is None, problem

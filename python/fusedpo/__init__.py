@@ -5,9 +5,9 @@ forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantag
 :mod:`fusedpo.objectives`, the plain PyTorch specification of everything in :mod:`fusedpo.reference`.
 """
 
-from importlib.metadata import version
-
 import torch
+
+from fusedpo._cli import VERSION  # first: the help of the command line does not wait for torch
 
 from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
@@ -21,7 +21,7 @@ from .values import ValueLossOutput, value_loss
 # A checkpoint may hold the objective of a run: torch.load(weights_only=True) takes it.
 torch.serialization.add_safe_globals([*objectives.PARTS])
 
-__version__ = version("fusedpo")
+__version__ = VERSION
 
 __all__ = [
     "BackendUnavailable",

@@ -1,80 +1,117 @@
-"""``python -m fusedpo env | verify | bench``: what is here and why, whether it is right, and how fast it is."""
+"""``fusedpo env | verify | bench``: what is here and why, whether it is right, and how fast it is."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
+import itertools
+import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from . import backends, verify
+from . import _cli, backends, verify
 
 
-def _version(package: str) -> str:
+class Choice(NamedTuple):
+    """What runs an operator on a device, and why the other implementations do not."""
+
+    operator: str
+    device: str
+    runs: str
+    reasons: tuple[str, ...]
+
+
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _devices() -> list[str]:
-    return ["cpu"] + [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
+    return [name for name in _cli.DEVICES if name == "cpu" or getattr(torch, name).is_available()]
 
 
-def _environment() -> Iterable[tuple[str, str]]:
-    yield "fusedpo", _version("fusedpo")
-    yield "python", platform.python_version()
-    yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'})"
-    yield "triton", backends.TRITON_MISSING or _version("triton")
-    yield "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        yield f"gpu {index}", f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
+def _environment() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "fusedpo": _version("fusedpo"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "triton": backends.TRITON_MISSING or _version("triton"),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": [
+            f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+            for i in range(torch.cuda.device_count())
+        ],
+    }
     if backends.NATIVE_MISSING is None:
         from ._C import build_info
 
-        for key, value in build_info().items():
-            yield f"native: {key}", (" ".join(value) if isinstance(value, list) else value) or "none"
+        found["native"] = build_info()
     else:
-        yield "native", f"missing: {backends.NATIVE_MISSING}"
-    for name in sorted(os.environ):
-        if name.startswith("FUSEDPO_") or name == "TRITON_INTERPRET":
-            yield name, os.environ[name]
+        found["native"] = f"missing: {backends.NATIVE_MISSING}"
+    variables = (name for name in sorted(os.environ) if name.startswith("FUSEDPO_") or name == "TRITON_INTERPRET")
+    return found | {name: os.environ[name] for name in variables}
 
 
-def _choices() -> Iterable[tuple[str, str, str, str]]:
+def _choices() -> Iterator[Choice]:
     for device in _devices():
         for operator in backends.IMPLEMENTATIONS:
             try:
                 runs = backends.choose(operator, device)
             except backends.BackendUnavailable as error:
-                yield operator, device, "none", str(error)
+                yield Choice(operator, device, "none", (str(error),))
                 continue
             if backends.forced() is not None:
-                yield operator, device, runs, f"{runs} was forced by FUSEDPO_BACKEND or fusedpo.backend"
+                reason = f"{runs} was forced by FUSEDPO_BACKEND or fusedpo.backend"
+                yield Choice(operator, device, runs, (reason,))
                 continue
             others = (name for name in ("native", "triton") if name != runs)
             reasons = (backends.why_not(name, operator, device) for name in others)
-            yield operator, device, runs, "; ".join(reason for reason in reasons if reason)
+            yield Choice(operator, device, runs, tuple(reason for reason in reasons if reason))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
-    lines.insert(1, ["-" * len(title) for title in header])
-    return "\n".join("  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in lines)
+def _table(*rows: Sequence[str]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = (rows[0], ["-" * len(title) for title in rows[0]], *rows[1:])
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def env() -> None:
-    print(_table(("what", "here"), _environment()))
-    print()
-    print(_table(("operator", "device", "runs", "why not another"), _choices()))
+def _lines(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in environment.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}: {name}", text) for name, text in _lines(value))
+        elif isinstance(value, list):
+            yield key, " ".join(value) or "none"
+        else:
+            yield key, str(value or "none")
+
+
+def env(as_json: bool) -> None:
+    environment, choices = _environment(), list(_choices())
+    if as_json:
+        print(json.dumps({"environment": environment, "operators": [c._asdict() for c in choices]}, indent=1))
+        return
+    print(_table(("what", "here"), *_lines(environment)), end="\n\n")
+    # What is true of many operators is said once, without their names.
+    reasons = [
+        [text.replace(f" of {c.operator}", "").replace(c.operator, "the operator") for text in c.reasons]
+        for c in choices
+    ]
+    numbers = {text: f"[{i}]" for i, text in enumerate(dict.fromkeys(itertools.chain(*reasons)), 1)}
+    rows = [(*c[:3], " ".join(numbers[text] for text in texts)) for c, texts in zip(choices, reasons, strict=True)]
+    print(_table(("operator", "device", "runs", "why not another"), *rows), end="\n\n")
+    for text, number in numbers.items():
+        print(number, text)
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -90,23 +127,16 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fusedpo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("env", help="versions, capabilities, and the implementation of each operator")
-    verification = commands.add_parser(
-        "verify", help="checks the kernels that run here against the reference in float64"
-    )
-    verification.add_argument("--device", nargs="+", choices=_devices(), default=_devices())
-    verification.add_argument("--out", type=Path, help="a JSON file for the results")
-    commands.add_parser("bench", add_help=False, help="benchmarks: python -m fusedpo bench --help")
-    known, rest = parser.parse_known_args(arguments)
-    if known.command == "bench":
-        return bench(rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if known.command == "verify":
-        return verify.main(known.device, known.out)
-    env()
+    parsed = _cli.parse(sys.argv[1:] if arguments is None else arguments)
+    if parsed.command == "bench":
+        return bench(parsed.rest)
+    if parsed.command == "verify":
+        here = _devices()
+        for device in parsed.device or ():
+            if device not in here:
+                _cli.refuse(f"--device {device}: there is none here, only {', '.join(here)}")
+        return verify.main(parsed.device or here, parsed.out)
+    env(parsed.json)
     return 0
 
 

@@ -8,10 +8,13 @@ forced never falls back. What is forced is a module global: a ``ContextVar`` wou
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from contextlib import ContextDecorator
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -46,15 +49,21 @@ class BackendUnavailable(RuntimeError):
 
 
 def _load_native() -> str | None:
-    """Loads the native extension; returns why it is missing, if it is."""
+    """Loads the native operators; returns why they are missing, if they are."""
     try:
-        from . import _C  # noqa: F401  (registers the operators)
-    except ImportError as error:
-        try:
-            from ._build import NATIVE_MISSING
-        except ImportError:
-            NATIVE_MISSING = None
-        return NATIVE_MISSING or f"the native extension does not load: {error}"
+        from ._build import NATIVE_MISSING
+    except ImportError:
+        NATIVE_MISSING = None
+    if NATIVE_MISSING is not None:
+        return NATIVE_MISSING
+    library = Path(__file__).with_name("libfusedpo.so")
+    if not library.exists():
+        return f"{library} is not there: these are sources that have not been built"
+    try:
+        torch.ops.load_library(str(library))  # registers the operators
+        importlib.import_module("fusedpo._C")
+    except (OSError, ImportError) as error:
+        return f"the native library does not load: {error}"
     return None
 
 
@@ -64,6 +73,16 @@ def _has_cuda_kernels() -> bool:
     from . import _C
 
     return bool(_C.build_info()["cuda_architectures"])
+
+
+def _warn_where_fusedpo_is_imported(message: str) -> None:
+    """A warning at the line outside of the package, however many modules of it and of the import lie between."""
+    inside = (str(Path(__file__).parent) + os.sep, "<frozen ", importlib.__file__)
+    frame = sys._getframe()
+    while frame.f_back and frame.f_code.co_filename.startswith(inside):
+        frame = frame.f_back
+    module = frame.f_globals.get("__name__", "<unknown>")
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module)
 
 
 def _triton_missing() -> str | None:
@@ -78,7 +97,7 @@ NATIVE_MISSING = _load_native()
 HAS_CUDA_KERNELS = _has_cuda_kernels()
 TRITON_MISSING = _triton_missing()
 if NATIVE_MISSING is not None and os.environ.get("FUSEDPO_NATIVE") != "0":
-    warnings.warn(f"fusedpo runs without its native kernels: {NATIVE_MISSING}", stacklevel=2)
+    _warn_where_fusedpo_is_imported(f"fusedpo runs without its native kernels: {NATIVE_MISSING}")
 
 
 def _parse(name: str) -> str | None:
@@ -158,7 +177,7 @@ def why_not(name: str, operator: str, device: str, dtype: torch.dtype = torch.fl
     if device not in devices and not interpreted:
         return f"the {name} kernel of {operator} runs on {', '.join(devices)}, not on {device}"
     if name == "native" and device == "cuda" and not HAS_CUDA_KERNELS:
-        return "the native extension was built without CUDA kernels; a build with FUSEDPO_CUDA=1 has them"
+        return "the native library was built without CUDA kernels; a build with FUSEDPO_CUDA=1 has them"
     if (operator, name, device) == ("one_pass", "native", "cuda") and torch.cuda.get_device_capability() < (9, 0):
         return "the native kernel of one_pass needs a device of compute capability 9.0"
     if dtype not in _KERNEL_DTYPES:

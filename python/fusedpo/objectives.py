@@ -11,7 +11,7 @@ before an error needs it would break the graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from . import _checks
@@ -99,10 +99,11 @@ class _Part:
     """Takes the NumPy numbers among its fields for the numbers that they are."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for field in fields(self):  # type: ignore[arg-type]  # not vars(self): torch 2.10's compiler does not trace it
+            value = getattr(self, field.name)
             number = _checks.plain(value)
             if number is not value:
-                object.__setattr__(self, name, number)
+                object.__setattr__(self, field.name, number)
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios

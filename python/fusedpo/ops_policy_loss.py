@@ -25,6 +25,7 @@ All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +103,8 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         FLOAT32_MAX if kl is None else _number(kl.clamp),
         float(objective.entropy_coef),
         float(objective.length_norm or 0),
-        *(_number(field) for field in vars(region).values()),
+        # not vars(region): torch 2.10's compiler does not trace it
+        *(_number(getattr(region, field.name)) for field in dataclasses.fields(region)),
     ]
     return parts, values
 
