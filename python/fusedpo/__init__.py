@@ -5,8 +5,6 @@ forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantag
 :mod:`fusedpo.objectives`, the plain PyTorch specification of everything in :mod:`fusedpo.reference`.
 """
 
-import torch
-
 from fusedpo._cli import VERSION  # first: the help of the command line does not wait for torch
 
 from . import advantages, corrections, covariance, nn, objectives, reference
@@ -17,9 +15,6 @@ from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
 from .values import ValueLossOutput, value_loss
-
-# A checkpoint may hold the objective of a run: torch.load(weights_only=True) takes it.
-torch.serialization.add_safe_globals([*objectives.PARTS])
 
 __version__ = VERSION
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
+
 from . import _checks
 
 __all__ = [
@@ -487,6 +489,8 @@ class Objective(_Part):
 
 
 PARTS: list[type[_Part]] = [*get_args(Ratio), *get_args(TrustRegion), KL, Objective]
+# A checkpoint may hold the objective of a run: torch.load(weights_only=True) takes it.
+torch.serialization.add_safe_globals([*PARTS])
 
 
 # -------------------------------------------------------------------------------------------------------------- presets
