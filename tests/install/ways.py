@@ -1,6 +1,6 @@
 """Ten ways to install fusedpo, and what each must say: ``python tests/install/ways.py [WAY ...]``.
 
-Each runs in a virtual environment of its own, in which the torch of this Python is linked, not installed. Needs PyPI,
+Each runs in a virtual environment of its own, whose torch is this Python's, file by file as hard links. Needs PyPI,
 for the tools of the build and uv, a C++ compiler, and minutes. tests/test_packaging.py runs those of ``QUICK``.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -83,7 +84,10 @@ def needed(name: str, found: dict[str, Distribution]) -> None:
 
 
 def environment(directory: Path) -> Path:
-    """A virtual environment with links to this Python's torch, which pip and uv take as installed."""
+    """A virtual environment with this Python's torch, which pip and uv take as installed.
+
+    Hard links of files, never links to folders: whoever installs another torch there would overwrite this one.
+    """
     venv.create(directory, with_pip=True)
     python = directory / "bin/python"
     site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
@@ -93,9 +97,18 @@ def environment(directory: Path) -> Path:
     for package in packages.values():
         for name in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
             link, target = Path(site.strip(), name), Path(str(package.locate_file(name)))
-            if not link.exists():
-                link.symlink_to(target)
+            if target.is_dir() and not link.exists():
+                shutil.copytree(target, link, copy_function=_link)
+            elif not link.exists():
+                _link(target, link)
     return directory
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def shell(command: str, home: Path, cwd: Path) -> tuple[int, str]:
