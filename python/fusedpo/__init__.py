@@ -14,6 +14,14 @@ from .backends import BackendUnavailable, backend
 from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
+from .preferences import (
+    pairs_from_rewards,
+    preference_loss,
+    preference_loss_from_hidden,
+    preference_loss_from_logits,
+    regression_loss,
+)
+from .segments import sequence_logprobs
 from .values import ValueLossOutput, value_loss
 
 __version__ = VERSION
@@ -33,10 +41,16 @@ __all__ = [
     "next_tokens",
     "nn",
     "objectives",
+    "pairs_from_rewards",
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",
+    "preference_loss",
+    "preference_loss_from_hidden",
+    "preference_loss_from_logits",
     "reference",
+    "regression_loss",
+    "sequence_logprobs",
     "token_logprobs",
     "value_loss",
     "warmup",

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from . import _checks
+from .preference_objectives import Preference, cpo, dpo, ipo, kto, orpo, rebel, robust_dpo, simpo, slic
 
 __all__ = [
     "CISPO",
@@ -35,15 +36,18 @@ __all__ = [
     "Objective",
     "OnPolicy",
     "PPOClip",
+    "Preference",
     "Ratio",
     "SequenceRatio",
     "TokenRatio",
     "Trace",
     "TrustRegion",
     "cispo",
+    "cpo",
     "cppo",
     "ctpo",
     "dapo",
+    "dpo",
     "dppo_kl",
     "dppo_tv",
     "dr_grpo",
@@ -51,12 +55,19 @@ __all__ = [
     "gmpo",
     "grpo",
     "gspo",
+    "ipo",
+    "kto",
     "luspo",
     "nfpo",
     "opo",
+    "orpo",
     "ppo",
+    "rebel",
     "reinforce",
+    "robust_dpo",
     "sapo",
+    "simpo",
+    "slic",
     "two_sided_grpo",
     "vespo",
 ]
