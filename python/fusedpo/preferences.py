@@ -186,7 +186,7 @@ def preference_loss_from_hidden(
     skip_shared_prefix: bool = False,
     **options: Any,
 ) -> PolicyLossOutput:
-    """:func:`preference_loss_from_logits` of the logits ``hidden @ weight.T``, one chunk of which is in memory at a time.
+    """:func:`preference_loss_from_logits` of ``hidden @ weight.T``, one chunk of which is in memory at a time.
 
     Where the tokens of every pair (and of all pairs that share a segment with it) fit into one chunk, their gradients
     are computed while its logits are there: three matrix products, two for a frozen ``weight``. Otherwise the backward
@@ -423,7 +423,7 @@ class _PreferenceLoss:
         if single:
             if not isinstance(pairs, str) or pairs != "halves":
                 raise ValueError("pairs have no meaning with link='kto'")
-            self.first = self.second = torch.arange(self.segments.count, device=source.device)
+            self.first = self.second = torch.arange(self.segments.number, device=source.device)
             self.counted = self.sizes > 0
         else:
             both = _numbers_of_pairs(pairs, self.segments, name, source)
@@ -454,7 +454,7 @@ class _PreferenceLoss:
             self.reference_point = (
                 reference_point.detach().to(self.dtype) if isinstance(reference_point, Tensor) else reference_point
             )
-        self.number = _or_one(self.counted.sum() if denominator is None else denominator, self.dtype, source.device)
+        self.divisor = _or_one(self.counted.sum() if denominator is None else denominator, self.dtype, source.device)
 
         # Tokens of segments that are in no pair that counts have the coefficient 0.
         used = self._among(self.first) | self._among(self.second)
@@ -463,7 +463,7 @@ class _PreferenceLoss:
             self._check_skip(pairs)
             shared = _shared_prefix(tokens, pairs, self.segments, cu_seqlens)
             self.summed = self.summed.only(~shared)
-        self.sft, self.sft_number = self.summed, None
+        self.sft = self.summed
         if objective.sft_coef != 0:
             self._add_sft(sft_mask, sft_denominator, name, source, tokens, cu_seqlens, step_ids)
         self.evaluated = self.summed.kept | self.sft.kept
@@ -485,14 +485,14 @@ class _PreferenceLoss:
         self.sft = segments.only(segments.per_token(self._among(self.first)))
         self.sft_sizes = self.sft.sizes()
         tokens_of_chosen = self.sft_sizes[self.first].where(self.counted, 0).sum()
-        self.sft_number = _or_one(
+        self.sft_divisor = _or_one(
             tokens_of_chosen if sft_denominator is None else sft_denominator, self.dtype, source.device
         )
 
     def _among(self, numbers: Tensor) -> Tensor:
         """``[segments]``, bool: which are among ``numbers``, of units that count."""
-        marks = torch.zeros(self.segments.count + 1, dtype=torch.bool, device=numbers.device)
-        return marks.index_fill(0, numbers.where(self.counted, self.segments.count), True)[:-1]
+        marks = torch.zeros(self.segments.number + 1, dtype=torch.bool, device=numbers.device)
+        return marks.index_fill(0, numbers.where(self.counted, self.segments.number), True)[:-1]
 
     def _check_skip(self, pairs: Pairs) -> None:
         objective = self.objective
@@ -507,7 +507,7 @@ class _PreferenceLoss:
     def __call__(self, logprobs: Tensor) -> Tensor:
         objective = self.objective
         z = self._sums(logprobs)
-        loss = (self._link(z) * self.weights).where(self.counted, 0).sum() / self.number
+        loss = (self._link(z) * self.weights).where(self.counted, 0).sum() / self.divisor
         if objective.sft_coef != 0:
             loss = loss + objective.sft_coef * self._nll(logprobs)
         return _scaled(loss, self.loss_scale, logprobs)
@@ -542,41 +542,41 @@ class _PreferenceLoss:
     def _nll(self, logprobs: Tensor) -> Tensor:
         nll = -segment_sums(logprobs, None, None, self.sft)
         if self.objective.sft_aggregation == "seq-mean-token-mean":
-            nll, number = nll / self.sft_sizes.clamp(min=1), self.number
+            nll, divisor = nll / self.sft_sizes.clamp(min=1), self.divisor
         else:
-            number = self.sft_number
-        return nll[self.first].where(self.counted, 0).sum() / number
+            divisor = self.sft_divisor
+        return nll[self.first].where(self.counted, 0).sum() / divisor
 
-    @torch.no_grad()
     def metrics(self, logprobs: Tensor) -> dict[str, Tensor]:
-        rewards = self.objective.beta * self._sums(logprobs)
-        logps = segment_sums(logprobs, None, None, self.summed)
+        with torch.no_grad():
+            rewards = self.objective.beta * self._sums(logprobs)
+            logps = segment_sums(logprobs, None, None, self.summed)
+            nll = {} if self.objective.sft_coef == 0 else {"nll": self._nll(logprobs).float()}
         if self.objective.link == "kto":
-            chosen, rejected = (_mean_over(self.counted & which) for which in (self.desirable, ~self.desirable))
+            chosen, rejected = _mean_over(self.counted & self.desirable), _mean_over(self.counted & ~self.desirable)
             pair = rewards, rewards, logps, logps
+            others = {"segments": self.counted.sum().float()}
         else:
             chosen = rejected = _mean_over(self.counted)
             pair = rewards[self.first], rewards[self.second], logps[self.first], logps[self.second]
-        result = {
-            "rewards_chosen": chosen(pair[0]),
-            "rewards_rejected": rejected(pair[1]),
+            others = {
+                "rewards_accuracies": chosen((pair[0] > pair[1]).to(self.dtype)),
+                "pairs": self.counted.sum().float(),
+            }
+        r = chosen(pair[0]), rejected(pair[1])
+        return {
+            "rewards_chosen": r[0],
+            "rewards_rejected": r[1],
+            "rewards_margins": r[0] - r[1],
             "logps_chosen": chosen(pair[2]),
             "logps_rejected": rejected(pair[3]),
+            **others,
+            **nll,
         }
-        result["rewards_margins"] = result["rewards_chosen"] - result["rewards_rejected"]
-        number = self.counted.sum().float()
-        if self.objective.link == "kto":
-            result["segments"] = number
-        else:
-            result["rewards_accuracies"] = chosen((pair[0] > pair[1]).to(self.dtype))
-            result["pairs"] = number
-        if self.objective.sft_coef != 0:
-            result["nll"] = self._nll(logprobs).float()
-        return result
 
     def components(self) -> list[int]:
         """For each segment a number that it has in common with those whose coefficients depend on its log-probs."""
-        parent = list(range(self.segments.count))
+        parent = list(range(self.segments.number))
 
         def root(x: int) -> int:
             while parent[x] != x:
@@ -606,7 +606,7 @@ def _numbers_of_pairs(pairs: Pairs, segments: Segments, name: str, source: Tenso
             raise ValueError(f"pairs must be 'halves', 'interleaved' or [P, 2], got {pairs!r}")
         if sequences % 2:
             raise ValueError(f"pairs={pairs!r} needs an even number of sequences, got {sequences}")
-        numbers = torch.arange(segments.count, device=source.device)
+        numbers = torch.arange(segments.number, device=source.device)
         if pairs == "halves":
             return numbers.reshape(2, -1).t()
         return numbers.reshape(sequences // 2, 2, -1).transpose(1, 2).reshape(-1, 2)
@@ -614,9 +614,9 @@ def _numbers_of_pairs(pairs: Pairs, segments: Segments, name: str, source: Tenso
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must have shape [P, 2], (chosen, rejected), got {list(pairs.shape)}")
     _checks.same_device("pairs", pairs, name, source)
-    if _checks.values_are_free(pairs) and bool((pairs >= segments.count).any()):
-        raise ValueError(f"pairs must be less than the number of segments {segments.count}, got {int(pairs.max())}")
-    return pairs.to(torch.int64) if segments.count else pairs.new_empty((0, 2), dtype=torch.int64)
+    if _checks.values_are_free(pairs) and bool((pairs >= segments.number).any()):
+        raise ValueError(f"pairs must be less than the number of segments {segments.number}, got {int(pairs.max())}")
+    return pairs.to(torch.int64) if segments.number else pairs.new_empty((0, 2), dtype=torch.int64)
 
 
 def _shared_prefix(tokens: Tensor, pairs: Pairs, segments: Segments, cu_seqlens: Tensor | None) -> Tensor:
@@ -629,7 +629,7 @@ def _shared_prefix(tokens: Tensor, pairs: Pairs, segments: Segments, cu_seqlens:
     starts = where.lengths.cumsum(0) - where.lengths
     there = where.before < where.lengths[partner]
     other = (starts[partner] + where.before).where(there, 0)
-    ids, steps = tokens.reshape(-1), segments.ids - where.sequence * (segments.count // segments.shape[0])
+    ids, steps = tokens.reshape(-1), segments.ids - where.sequence * (segments.number // segments.shape[0])
     same = (ids == ids[other]) & (steps == steps[other]) & segments.kept & segments.kept[other]
     same = there & (same | (~segments.kept & ~segments.kept[other]))
     return where.place(~same) == 0

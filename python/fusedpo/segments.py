@@ -7,6 +7,7 @@ device has it.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Segments(NamedTuple):
     """Which segment each token belongs to. All tensors are flat, ``[tokens]``."""
 
     ids: Tensor
-    """int64, in ``[0, count)``: the sequence, or ``sequence * S + step``; of no meaning where ``kept`` is False."""
+    """int64, in ``[0, number)``: the sequence, or ``sequence * S + step``; of no meaning where ``kept`` is False."""
     kept: Tensor
     """bool: which tokens are in a segment."""
     shape: tuple[int, ...]
@@ -32,14 +33,14 @@ class Segments(NamedTuple):
     """Whether ``ids`` never decrease."""
 
     @property
-    def count(self) -> int:
-        return self.shape[0] * (self.shape[1] if len(self.shape) > 1 else 1)
+    def number(self) -> int:
+        return math.prod(self.shape)
 
     def only(self, kept: Tensor) -> Segments:
         return self._replace(kept=self.kept & kept)
 
     def sizes(self) -> Tensor:
-        """``[count]``: how many tokens each segment has."""
+        """``[number]``: how many tokens each segment has."""
         return segment_sums(self.kept.float(), None, None, self)
 
     def per_token(self, x: Tensor) -> Tensor:
@@ -132,13 +133,13 @@ def segments_of(
 
 
 def segment_sums(x: Tensor, minus: Tensor | None, weights: Tensor | None, segments: Segments) -> Tensor:
-    """``[count]``: the sum over each segment of ``(x - minus) * weights``, of values per token.
+    """``[number]``: the sum over each segment of ``(x - minus) * weights``, of values per token.
 
     float64, float32 where the device has no float64. Differentiable with respect to ``x``.
     """
     flat = [None if t is None else t.reshape(-1).detach() for t in (minus, weights)]
     return torch.ops.fusedpo.segment_sums(
-        x.reshape(-1), *flat, segments.ids, segments.kept, segments.count, segments.ascending
+        x.reshape(-1), *flat, segments.ids, segments.kept, segments.number, segments.ascending
     )
 
 
