@@ -14,6 +14,7 @@ from .backends import BackendUnavailable, backend
 from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
+from .oreo import OREOLossOutput, oreo_loss
 from .preferences import (
     pairs_from_rewards,
     preference_loss,
@@ -28,6 +29,7 @@ __version__ = VERSION
 
 __all__ = [
     "BackendUnavailable",
+    "OREOLossOutput",
     "Objective",
     "PolicyLossOutput",
     "ValueLossOutput",
@@ -41,6 +43,7 @@ __all__ = [
     "next_tokens",
     "nn",
     "objectives",
+    "oreo_loss",
     "pairs_from_rewards",
     "policy_loss",
     "policy_loss_from_hidden",
