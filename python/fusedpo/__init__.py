@@ -11,6 +11,7 @@ from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
 from .aggregation import aggregate, global_denominator
 from .backends import BackendUnavailable, backend
+from .divergence import ExactKLOutput, exact_kl, exact_kl_from_hidden
 from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
@@ -29,6 +30,7 @@ __version__ = VERSION
 
 __all__ = [
     "BackendUnavailable",
+    "ExactKLOutput",
     "OREOLossOutput",
     "Objective",
     "PolicyLossOutput",
@@ -38,6 +40,8 @@ __all__ = [
     "backend",
     "corrections",
     "covariance",
+    "exact_kl",
+    "exact_kl_from_hidden",
     "global_denominator",
     "linear_token_logprobs",
     "next_tokens",
