@@ -277,7 +277,7 @@ def test_liger_from_hidden(kind):
         ),
         "orpo": (liger.LigerFusedLinearORPOLoss(beta=BETA, compiled=False), O.orpo(BETA), {}, {}),
         "kto": (
-            liger.LigerFusedLinearKTOLoss(beta=BETA, compiled=False),
+            liger.LigerFusedLinearKTOLoss(beta=BETA, compiled=False, use_ref_model=True),
             O.kto(BETA),
             {"labels": labels, "reference_point": z0},
             {**with_ref, "preference_labels": labels, "kl": z0},
