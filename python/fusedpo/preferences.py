@@ -533,8 +533,8 @@ class _PreferenceLoss:
         if objective.link == "hinge":
             return F.relu(1 - beta * d)
         if objective.link == "odds":
-            return -beta * F.logsigmoid(d)
-        right, flipped, e = -F.logsigmoid(beta * d), -F.logsigmoid(-beta * d), self.smoothing
+            return beta * _minus_log_sigmoid(d)
+        right, flipped, e = _minus_log_sigmoid(beta * d), _minus_log_sigmoid(-beta * d), self.smoothing
         if objective.link == "robust":
             return ((1 - e) * right - e * flipped) / (1 - 2 * e)
         return (1 - e) * right + e * flipped
@@ -589,6 +589,11 @@ class _PreferenceLoss:
             if counted:
                 parent[root(chosen)] = root(rejected)
         return [root(x) for x in range(len(parent))]
+
+
+def _minus_log_sigmoid(x: Tensor) -> Tensor:
+    """``log(1 + exp(-x))``, exact until that is ``-x``. (``logsigmoid`` wakes all threads on the CPU.)"""
+    return F.softplus(-x, threshold=600.0 if x.dtype == torch.float64 else 80.0)
 
 
 def _log1mexp(z: Tensor) -> Tensor:
