@@ -29,11 +29,10 @@ def test_preferences_from_logits_in_place():
     assert peak_extra_bytes(step) <= FEW
 
 
-@pytest.mark.parametrize("pairs_per_chunk", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_preferences_from_hidden(dtype, pairs_per_chunk):
-    """The logits of one chunk, and the gradients with the float32 sum of that of the weight."""
-    chunk = pairs_per_chunk * 2 * LENGTH
+def test_preferences_from_hidden(dtype):
+    """The logits of one pair, and the gradients with the float32 sum of that of the weight."""
+    chunk = 2 * LENGTH
     hidden, weight = torch.randn(2 * PAIRS, LENGTH, H, dtype=dtype), torch.randn(VOCAB, H, dtype=dtype)
     ids, ref = torch.randint(VOCAB, hidden.shape[:2]), torch.zeros(2 * PAIRS, LENGTH)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]

@@ -643,7 +643,7 @@ def cppo(
 ) -> Objective:
     """CPPO (2606.10968) with binary total variation.
 
-    The defaults are those of the paper for a post-trained dense model; the threshold is 0.2 for mixtures of experts. For
+    The defaults are the paper's for a post-trained dense model; its threshold for mixtures of experts is 0.2. For
     base models its budget is ``min(2b, max(b, P90 of D))`` of each sequence with ``b = 0.02``, which is not offered
     here. Its divergence is that of the 20 likeliest tokens, here it is that of the sampled one.
     """
