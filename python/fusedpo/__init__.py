@@ -24,6 +24,7 @@ from .preferences import (
     regression_loss,
 )
 from .segments import sequence_logprobs
+from .statistics import TokenStatistics, token_statistics
 from .values import ValueLossOutput, value_loss
 
 __version__ = VERSION
@@ -34,6 +35,7 @@ __all__ = [
     "OREOLossOutput",
     "Objective",
     "PolicyLossOutput",
+    "TokenStatistics",
     "ValueLossOutput",
     "advantages",
     "aggregate",
@@ -59,6 +61,7 @@ __all__ = [
     "regression_loss",
     "sequence_logprobs",
     "token_logprobs",
+    "token_statistics",
     "value_loss",
     "warmup",
 ]
