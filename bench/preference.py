@@ -13,8 +13,9 @@ import fusedpo
 from fusedpo import objectives
 
 from .batch import Loss, some_rows
-from .harness import Case, Provider, Run, compiled, not_installed, one_copy, relative_error
-from .hidden import _Exact, _three_products
+from .harness import CLONE, COPY, Case, Provider, Run, clone, compiled, copy, not_installed, relative_error
+from .hidden import PRODUCTS, _Exact, _three_products
+from .one_pass import ROUNDED
 
 SEQUENCES = 4  # two pairs, the chosen ones first
 BETA = 0.1
@@ -72,7 +73,14 @@ class _Providers:
         self.sources, self.error, self.allowed = sources, error, allowed
 
     def __call__(
-        self, name: str, loss: Loss, *, compile: bool = False, compiles: bool = False, missing: str = ""
+        self,
+        name: str,
+        loss: Loss,
+        *,
+        compile: bool = False,
+        compiles: bool = False,
+        missing: str = "",
+        allowed: float | None = None,
     ) -> Provider:
         """``compiles``: it calls torch.compile itself."""
 
@@ -86,7 +94,7 @@ class _Providers:
 
             return run
 
-        return Provider(name, prepare, self.error, self.allowed, compile or compiles, missing)
+        return Provider(name, prepare, self.error, allowed or self.allowed, compile or compiles, missing)
 
     def in_place(self, name: str, loss: Loss) -> Provider:
         """Of the first source, a copy of which is overwritten."""
@@ -101,7 +109,7 @@ class _Providers:
 
             return run
 
-        return Provider(name, prepare, self.error, self.allowed, reset=lambda: overwritten.copy_(source))
+        return Provider(name, prepare, self.error, self.allowed, reset=lambda: overwritten.copy_(source), ceiling=COPY)
 
 
 def _from_logits(dtype: torch.dtype, tokens: int, vocab: int, device: str) -> Case:
@@ -131,16 +139,17 @@ def _from_logits(dtype: torch.dtype, tokens: int, vocab: int, device: str) -> Ca
         group=f"DPO from logits, loss and gradient, {_dtype(dtype)}",
         sizes={"T": tokens, "V": vocab},
         providers=[
-            one_copy(logits),
+            clone(logits),
+            copy(logits),
             provider("fusedpo", fused),
             provider.in_place("fusedpo, in place", lambda x: fused(x, inplace=True)),
             provider("fusedpo, torch.compile", fused, compile=True),
             provider("eager", eager),
             provider("torch.compile", eager, compile=True),
-            provider("trl", trl, missing=not_installed("trl")),
+            provider("trl", trl, allowed=ROUNDED[dtype], missing=not_installed("trl")),
             Provider("liger", lambda: lambda: None, missing="starts from hidden states"),
         ],
-        ceiling="one copy",
+        ceiling=CLONE,
         bytes_moved=2 * logits.numel() * logits.element_size(),
     )
 
@@ -194,10 +203,12 @@ def _from_hidden(dtype: torch.dtype, tokens: int, width: int, vocab: int, device
             provider("fusedpo, four products", lambda h, w: fused(h, w, chunk_tokens=tokens // SEQUENCES)),
             provider("eager", eager),
             provider("torch.compile", eager, compile=True),
-            provider("trl", trl, missing=not_installed("trl")),
-            provider("liger, with the reference", liger, compiles=True, missing=not_installed("liger_kernel")),
+            provider(f"trl, {'Triton' if device == 'cuda' else 'PyTorch'}", trl, missing=not_installed("trl")),
+            provider(
+                "liger, torch.compile, with the reference", liger, compiles=True, missing=not_installed("liger_kernel")
+            ),
         ],
-        ceiling="three matrix products",
+        ceiling=PRODUCTS,
         bytes_moved=2 * (hidden.numel() + weight.numel()) * hidden.element_size(),
         flops=6 * tokens * width * vocab,
     )
@@ -221,12 +232,13 @@ def _exact_kl(dtype: torch.dtype, tokens: int, vocab: int, device: str) -> Case:
         group=f"KL divergence over the vocabulary, loss and gradient, {_dtype(dtype)}",
         sizes={"T": tokens, "V": vocab},
         providers=[
-            one_copy(logits),
+            clone(logits),
+            copy(logits),
             provider("fusedpo", fused),
             provider.in_place("fusedpo, in place", lambda x: fused(x, inplace=True)),
             provider("eager", eager),
             provider("torch.compile", eager, compile=True),
         ],
-        ceiling="one copy",
+        ceiling=CLONE,
         bytes_moved=3 * logits.numel() * logits.element_size(),
     )
