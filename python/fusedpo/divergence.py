@@ -86,11 +86,11 @@ def exact_kl(
     }
     _check("logits", logits, **options)
     tokens = _Tokens(logits, **options)
-    if _by_reference(logits.dtype, loss_scale):
+    if _by_reference(logits.device.type, logits.dtype, loss_scale):
         kl = reference.exact_kl(logits, ref_logits, direction=direction, temperature=temperature, mask=mask)
         return ExactKLOutput(tokens.loss(kl), kl.detach())
     rows = tokens.rows(temperature, temperature)
-    inplace = inplace and logits.requires_grad and torch.is_grad_enabled() and not ops.may_overlap(logits)
+    inplace = inplace and logits.stride(-1) == 1 and not ops.may_overlap(logits)
     return ExactKLOutput(*ops_divergence.from_logits(logits, ref_logits, rows, direction=direction, inplace=inplace))
 
 
@@ -156,7 +156,7 @@ def exact_kl_from_hidden(
     _check("hidden", hidden, **options)
     tokens = _Tokens(hidden, **options)
     dtype, ref_dtype = ops_hidden.compute_dtype(hidden), ops_hidden.compute_dtype(ref_hidden)
-    if _by_reference(dtype, loss_scale):
+    if _by_reference(hidden.device.type, dtype, loss_scale):
         both = [
             reference.linear_logits(x, w, bias=b, softcap=cap, logit_scale=factor)
             for x, w, b, cap, factor in (
@@ -181,10 +181,11 @@ def exact_kl_from_hidden(
     return ExactKLOutput(loss, kl)
 
 
-def _by_reference(dtype: torch.dtype, loss_scale: float | Tensor) -> bool:
+def _by_reference(device: str, dtype: torch.dtype, loss_scale: float | Tensor) -> bool:
     """Where double precision or functional operators are needed, and where gradients in float16 may be too small."""
+    forced = backends.forced() is not None and backends.choose("exact_kl", device, dtype) == "reference"
     rounded = dtype == torch.float16 and not isinstance(loss_scale, Tensor) and loss_scale <= 1
-    return rounded or dtype == torch.float64 or backends.forced() == "reference" or ops_hidden.must_be_functional()
+    return forced or rounded or dtype == torch.float64 or ops_hidden.must_be_functional()
 
 
 class _Tokens:

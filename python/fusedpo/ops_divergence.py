@@ -1,4 +1,14 @@
-"""KL divergences over the vocabulary, with their gradient in the same pass.
+"""The operator ``torch.ops.fusedpo.exact_kl``: KL divergences over the vocabulary, with their gradient.
+
+::
+
+    exact_kl(logits, ref_logits, temperature, ref_temperature, mask?, scale, forward, gradient) -> kl, grad_logits
+
+* ``logits`` and ``ref_logits`` ``[*tokens, V]``, both float16, bfloat16 or float32, unit stride along V.
+* ``temperature`` and ``ref_temperature``, ``[]`` or ``[*tokens]``, and ``scale`` ``[*tokens]`` float32; ``mask`` bool.
+* ``kl`` ``[*tokens]`` float32, 0 where masked: ``KL(p || q)``, or ``KL(q || p)`` if ``forward``.
+* ``grad_logits`` (``[0]`` unless ``gradient``): that of the sum of ``kl``, each row times its scale. ``exact_kl_``
+  writes it over the logits and returns ``kl``.
 
 With ``a = log p`` and ``b = log q``, of ``x / T``: the gradient of ``KL(p || q)`` with respect to ``x`` is
 ``p (a - b - KL) / T``, that of ``KL(q || p)`` is ``(p - q) / T``.
@@ -7,13 +17,13 @@ With ``a = log p`` and ``b = log q``, of ``x / T``: the gradient of ``KL(p || q)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .ops import apply
+from .ops import apply, define
 from .ops_hidden import (
     Options,
     _Gradients,
@@ -30,6 +40,22 @@ BLOCK_ELEMENTS = {"cpu": 1 << 18}
 OTHER_BLOCK_ELEMENTS = 1 << 26
 
 
+_ARGUMENTS = "Tensor ref_logits, Tensor temperature, Tensor ref_temperature, Tensor? mask, Tensor scale, bool forward"
+define(
+    "exact_kl",
+    f"(Tensor logits, {_ARGUMENTS}, bool gradient) -> (Tensor kl, Tensor grad_logits)",
+    lambda logits, *args: (
+        logits.new_empty(logits.shape[:-1], dtype=torch.float32),
+        logits.new_empty(logits.shape if args[-1] else (0,)),
+    ),
+)
+define(
+    "exact_kl_",
+    f"(Tensor(a!) logits, {_ARGUMENTS}) -> Tensor",
+    lambda logits, *_: logits.new_empty(logits.shape[:-1], dtype=torch.float32),
+)
+
+
 class Rows(NamedTuple):
     """What belongs to each row of logits ``[*tokens, V]``; all ``[*tokens]``, temperatures ``[]`` or ``[*tokens]``."""
 
@@ -43,11 +69,26 @@ class Rows(NamedTuple):
         return Rows(t, ref_t, None if self.mask is None else self.mask[index], self.scale[index])
 
 
-def kl_rows(logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Tensor | None) -> Tensor:
-    """``[*tokens]``, float32: the divergence of every row, 0 where it is masked.
+def kl_rows(
+    logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Literal["none", "new", "in place"]
+) -> tuple[Tensor, Tensor | None]:
+    """The divergences, and the gradient that is asked for: by a kernel, or a block of rows at a time by PyTorch."""
+    backend = backends.kernel_for("exact_kl", logits.device.type, logits.dtype)
+    if backend is not None and logits.dtype == ref_logits.dtype:
+        logits, ref_logits = (
+            x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (logits, ref_logits)
+        )
+        args = (logits, ref_logits, *rows, direction == "forward")
+        if gradient == "in place":
+            return getattr(torch.ops.fusedpo.exact_kl_, backend)(*args), logits
+        kl, grad_logits = getattr(torch.ops.fusedpo.exact_kl, backend)(*args, gradient == "new")
+        return kl, grad_logits if gradient == "new" else None
+    into = None if gradient == "none" else logits if gradient == "in place" else torch.empty_like(logits)
+    return _by_blocks(logits, ref_logits, rows, direction, into), into
 
-    ``gradient``, which may be ``logits``, takes the gradient of its sum, each row times its scale.
-    """
+
+def _by_blocks(logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Tensor | None) -> Tensor:
+    """``gradient``, which may be ``logits``, is written."""
     result = torch.zeros(logits.shape[:-1], dtype=torch.float32, device=logits.device)
     for index in _matrices(logits.shape):
         part, into = rows, result
@@ -102,11 +143,9 @@ class _FromLogits(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, inplace: bool
     ) -> tuple[Tensor, Tensor]:
-        gradient = None
-        if ctx.needs_input_grad[0]:
-            gradient = logits.detach() if inplace else torch.empty_like(logits.detach())
-        kl = kl_rows(logits.detach(), ref_logits.detach(), rows, direction, gradient)
-        if inplace and gradient is not None:
+        how: Any = "none" if not ctx.needs_input_grad[0] else "in place" if inplace else "new"
+        kl, gradient = kl_rows(logits.detach(), ref_logits.detach(), rows, direction, how)
+        if how == "in place":
             torch.autograd.graph.increment_version(logits)
         ctx.taken = False
         ctx.save_for_backward(gradient)
@@ -149,9 +188,11 @@ class _FromHidden(torch.autograd.Function):
                 ref_logits = ref_head.logits(ref_head.rows_of(of_chunk))
                 t, ref_t = _select(temperature, of_chunk), _select(ref_temperature, of_chunk)
                 part = Rows(t, ref_t, None, scale[of_chunk])
-                kl[of_chunk] = kl_rows(logits, ref_logits, part, direction, logits if any(needed) else None)
-                if any(needed):
-                    gradients.add(of_chunk, states, logits)
+                kl[of_chunk], grad_logits = kl_rows(
+                    logits, ref_logits, part, direction, "in place" if any(needed) else "none"
+                )
+                if grad_logits is not None:
+                    gradients.add(of_chunk, states, grad_logits)
             results = gradients.rounded() if any(needed) else [None, None, None]
         ctx.taken = False
         ctx.save_for_backward(*results)
