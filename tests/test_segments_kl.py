@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import fusedpo
+from fusedpo import backends, ops_divergence
 from fusedpo import objectives as O
-from fusedpo import ops_divergence
+
+native = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 
 B, T, V, H = 3, 5, 37, 6
 INF = float("inf")
@@ -19,6 +21,20 @@ def kl_of(logits, ref_logits, direction):
     if direction == "forward":
         p, q = q, p
     return (p * (p / q).log()).sum(-1)
+
+
+@pytest.fixture(
+    params=[pytest.param("native", marks=native), "blocks", pytest.param("triton", marks=pytest.mark.triton)]
+)
+def by(request, monkeypatch):
+    """The kernels, and what runs where there is none: blocks of two rows."""
+    if request.param == "blocks":
+        monkeypatch.setitem(backends.IMPLEMENTATIONS, "exact_kl", {})
+        monkeypatch.setitem(ops_divergence.BLOCK_ELEMENTS, "cpu", 2 * V)
+        yield request.param
+    else:
+        with fusedpo.backend(request.param):
+            yield request.param
 
 
 @pytest.fixture
@@ -48,9 +64,19 @@ def expected(batch, direction, aggregation="token-mean"):
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_from_logits(batch, direction, dtype, aggregation, monkeypatch):
-    monkeypatch.setitem(ops_divergence.BLOCK_ELEMENTS, "cpu", 2 * V)  # blocks of two rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_from_logits(batch, direction, dtype, aggregation, by):
+    check_logits(batch, direction, dtype, aggregation)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_reference(batch, direction):
+    check_logits(batch, direction, torch.float64, "token-mean")
+    with fusedpo.backend("reference"):
+        check_logits(batch, direction, torch.float32, "token-mean")
+
+
+def check_logits(batch, direction, dtype, aggregation):
     batch = {**batch, "logits": batch["logits"].to(dtype), "ref": batch["ref"].to(dtype)}
     loss, kl, gradient = expected(batch, direction, aggregation)
     dirty = [batch[name].masked_fill(~batch["mask"][..., None], float("nan")) for name in ("logits", "ref")]
@@ -76,7 +102,7 @@ def test_from_logits(batch, direction, dtype, aggregation, monkeypatch):
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_strided_packed_and_in_place(batch, direction):
+def test_strided_packed_and_in_place(batch, direction, by):
     """A slice of the logits cannot be flattened; its gradient takes its memory all the same."""
     cu_seqlens = torch.tensor([0, 4, 4, B * T])
     options = {"direction": direction, "aggregation": "seq-mean-token-sum", "loss_scale": torch.tensor(2.0)}
@@ -95,26 +121,39 @@ def test_strided_packed_and_in_place(batch, direction):
     torch.testing.assert_close(out.loss.detach(), 2 * sum(per_sequence) / 2)
 
 
-def test_small_divergences_are_as_exact_as_logprobs():
-    """A policy close to its reference: 1e-6 nats beside entropies of 7, whose rounding is 5e-7."""
+def test_small_divergences_are_as_exact_as_logprobs(by):
+    """A policy close to its reference: 1e-6 nats beside entropies of 7, half a unit of which is 5e-7."""
     logits = torch.randn(4, 2048)
     ref = logits + 1e-3 * torch.randn(4, 2048)
     exact = kl_of(logits.double(), ref.double(), "reverse")
     kl = fusedpo.exact_kl(logits, ref).kl
     assert exact.max() < 1e-6
-    torch.testing.assert_close(kl.double(), exact, rtol=0, atol=3e-7)
+    torch.testing.assert_close(kl.double(), exact, rtol=0, atol=5e-7)
 
 
-def test_columns_without_probability():
+def test_columns_without_probability(by):
+    check_columns()
+
+
+def test_columns_without_probability_in_the_reference():
+    with fusedpo.backend("reference"):
+        check_columns()
+
+
+def check_columns():
     logits = torch.tensor([[0.0, 1.0, -INF, 2.0]], requires_grad=True)
     ref = torch.tensor([[1.0, 0.0, -INF, 0.0]])
-    for backend in ("auto", "reference"):
-        with fusedpo.backend(backend):
-            out = fusedpo.exact_kl(logits, ref)
-            (gradient,) = torch.autograd.grad(out.loss, logits)
-            torch.testing.assert_close(out.kl, kl_of(logits[:, [0, 1, 3]], ref[:, [0, 1, 3]], "reverse").detach())
-            assert gradient.isfinite().all()
-            assert fusedpo.exact_kl(ref.new_zeros(1, 4), ref).kl.item() == INF
+    for direction in ("reverse", "forward"):
+        out = fusedpo.exact_kl(logits, ref, direction=direction)
+        (gradient,) = torch.autograd.grad(out.loss, logits)
+        wanted = kl_of(logits[:, [0, 1, 3]], ref[:, [0, 1, 3]], direction).detach()
+        torch.testing.assert_close(out.kl, wanted, rtol=1e-5, atol=1e-6)
+        assert gradient.isfinite().all()
+        assert gradient[0, 2] == 0
+    assert fusedpo.exact_kl(ref.new_zeros(1, 4), ref).kl.item() == INF
+    for broken in (torch.full((1, 4), -INF), torch.tensor([[0.0, float("nan"), 0.0, 0.0]])):
+        assert fusedpo.exact_kl(broken, ref.new_zeros(1, 4)).kl.isnan().all()
+        assert fusedpo.exact_kl(ref.new_zeros(1, 4), broken).kl.isnan().all()
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -179,6 +218,24 @@ def test_the_estimators_estimate_it(batch):
         lp, lp, torch.zeros_like(lp), objective=O.reinforce(kl=O.KL("k1", 1.0)), ref_logprobs=ref_lp, reduction="none"
     ).loss
     torch.testing.assert_close((lp.exp() * k1).sum(), fusedpo.exact_kl(logits, ref).kl[0, 0])
+
+
+@native
+@pytest.mark.parametrize("forward", [False, True])
+def test_opcheck(batch, forward):
+    rows = (torch.tensor(0.7), batch["temperature"], batch["mask"], torch.rand(B, T), forward)
+    for gradient in (False, True):
+        torch.library.opcheck(torch.ops.fusedpo.exact_kl.native, (batch["logits"], batch["ref"], *rows, gradient))
+    torch.library.opcheck(torch.ops.fusedpo.exact_kl_.native, (batch["logits"].clone(), batch["ref"], *rows))
+
+
+@native
+def test_a_row_gives_the_same_bits_in_any_batch():
+    logits, ref = torch.randn(7, 3001), torch.randn(7, 3001)
+    whole = fusedpo.exact_kl(logits, ref).kl
+    assert torch.equal(fusedpo.exact_kl(logits[3:4], ref[3:4]).kl, whole[3:4])
+    exact = kl_of(logits.double(), ref.double(), "reverse")
+    torch.testing.assert_close(whole.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_once_and_compiled(batch):

@@ -45,7 +45,7 @@ def exact_kl(
     ``direction="forward"`` is ``KL(q || p)``. Add ``coef * exact_kl(...).loss`` to any loss; with a teacher's logits
     as ``ref_logits`` it is a loss of distillation by itself, on the student's own samples on-policy distillation. Where
     ``KL`` of an objective estimates the divergence from the sampled token, this has no variance. The gradient is
-    computed with the loss, a block of rows at a time.
+    computed with the loss, while both rows are in the cache.
 
     Args:
         logits: of the policy: ``[B, T, V]``, or packed ``[T, V]`` or ``[1, T, V]``, floating-point, rows may be
