@@ -42,7 +42,7 @@ def _terms(x, y, reference_x, scale_x, log_sum_x, reference_y, scale_y, log_sum_
 
 
 @triton.jit
-def _sums(row, size, scale, BLOCK: tl.constexpr):
+def _sums(row, size, scale, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """The reference and the logarithm to the base of 2 of the sum of a row; nan for one of -inf."""
     top = tl.full([1], MINUS_INF, tl.float32)
     ones = tl.zeros([1], tl.float32)
@@ -50,7 +50,8 @@ def _sums(row, size, scale, BLOCK: tl.constexpr):
     weighted = tl.zeros([1], tl.float32)
     columns = tl.arange(0, BLOCK)[None, :]
     for start in range(0, size, BLOCK):
-        x = tl.load(row + (start + columns), mask=start + columns < size, other=MINUS_INF)
+        inside = tl.max_constancy(start + columns < size, [1, WIDTH])
+        x = tl.load(row + (start + columns), mask=inside, other=MINUS_INF)
         top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, False)
     reference = tl.where(top == MINUS_INF, 0.0, top)
     rest = ones - 1 + rest
@@ -93,14 +94,14 @@ def _exact_kl_kernel(
     T = tl.load(temperature + rows * temperature_stride, mask=kept, other=1.0)
     ref_T = tl.load(ref_temperature + rows * ref_temperature_stride, mask=kept, other=1.0)
     scale_x, scale_y = tl.div_rn(LOG2E, T), tl.div_rn(LOG2E, ref_T)
-    reference_x, log_sum_x = _sums(x_row, size, scale_x, BLOCK)
-    reference_y, log_sum_y = _sums(y_row, size, scale_y, BLOCK)
+    reference_x, log_sum_x = _sums(x_row, size, scale_x, BLOCK, WIDTH)
+    reference_y, log_sum_y = _sums(y_row, size, scale_y, BLOCK, WIDTH)
     scale_x, scale_y = scale_x[:, None], scale_y[:, None]
 
     columns = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([1], tl.float32)
     for start in range(0, size, BLOCK):
-        inside = start + columns < size
+        inside = tl.max_constancy(start + columns < size, [1, WIDTH])
         x = tl.load(x_row + (start + columns), mask=inside, other=MINUS_INF)
         y = tl.load(y_row + (start + columns), mask=inside, other=MINUS_INF)
         if FORWARD:
@@ -114,9 +115,10 @@ def _exact_kl_kernel(
         g_row = _row_pointers(grad_logits, inner_g, outer_stride_g, inner_stride_g, 1, WIDTH)
         factor = tl.div_rn(tl.load(scale + rows), T)[:, None]
         for start in range(0, vocab_size, BLOCK):
-            inside = start + columns < vocab_size
-            x = tl.load(x_row + (start + columns), mask=inside & kept[:, None], other=0.0)
-            y = tl.load(y_row + (start + columns), mask=inside & kept[:, None], other=0.0)
+            inside = tl.max_constancy(start + columns < vocab_size, [1, WIDTH])
+            read = tl.max_constancy(inside & kept[:, None], [1, WIDTH])
+            x = tl.load(x_row + (start + columns), mask=read, other=0.0)
+            y = tl.load(y_row + (start + columns), mask=read, other=0.0)
             p, d = _terms(x, y, reference_x, scale_x, log_sum_x, reference_y, scale_y, log_sum_y)
             if FORWARD:
                 gradient = factor * (p - tl.exp2(_log2_of(y, reference_y, scale_y, log_sum_y)))
