@@ -185,7 +185,7 @@ def _by_reference(device: str, dtype: torch.dtype, loss_scale: float | Tensor) -
     """Where double precision or functional operators are needed, and where gradients in float16 may be too small."""
     forced = backends.forced() is not None and backends.choose("exact_kl", device, dtype) == "reference"
     rounded = dtype == torch.float16 and not isinstance(loss_scale, Tensor) and loss_scale <= 1
-    return forced or rounded or dtype == torch.float64 or ops_hidden.must_be_functional()
+    return forced or rounded or dtype == torch.float64 or ops.must_be_functional()
 
 
 class _Tokens:

@@ -228,7 +228,7 @@ def from_logits(
     logits: Tensor, ref_logits: Tensor, rows: Rows, *, direction: str, inplace: bool
 ) -> tuple[Tensor, Tensor]:
     """The sum of the divergences times their scale, and the divergences."""
-    return apply(_FromLogits, logits, ref_logits, rows, direction, inplace)
+    return apply("exact_kl", _FromLogits, logits, ref_logits, rows, direction, inplace)
 
 
 def from_hidden(
@@ -248,4 +248,6 @@ def from_hidden(
         temperature=_uncapped_temperature(rows.temperature, options),
         ref_temperature=_uncapped_temperature(rows.ref_temperature, ref_options),
     )
-    return apply(_FromHidden, hidden, weight, bias, ref, at, rows, direction, options, ref_options)
+    return apply(
+        "exact_kl_from_hidden", _FromHidden, hidden, weight, bias, ref, at, rows, direction, options, ref_options
+    )

@@ -136,4 +136,16 @@ def loss_from_hidden(
     chunk must not depend on those of the chunks behind it.
     """
     temperature = _uncapped_temperature(temperature, options)
-    return apply(_ByUnits, hidden, weight, bias, token_ids, temperature, chunks, loss_of, options, backend)
+    return apply(
+        "preference_loss_from_hidden",
+        _ByUnits,
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        temperature,
+        chunks,
+        loss_of,
+        options,
+        backend,
+    )

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from . import _checks, _tokens
+from ._dtypes import wide
 from .advantages import arguments
 from .preferences import _check_numbers, _mean_over, _or_one, _scaled
 from .reference.layout import layout
-from .segments import accumulator, segment_sums, segments_of
+from .segments import segment_sums, segments_of
 
 __all__ = ["OREOLossOutput", "oreo_loss"]
 
@@ -89,7 +90,7 @@ def oreo_loss(
         arguments.positive("clip_log", clip_log)
     _check_numbers("logprobs", logprobs, denominator=denominator, loss_scale=loss_scale)
 
-    where, dtype = layout(logprobs, cu_seqlens), accumulator(logprobs.device)
+    where, dtype = layout(logprobs, cu_seqlens), wide(logprobs)
     kept = sequences.kept
     x = (logprobs.reshape(-1).to(dtype) - ref_logprobs.detach().reshape(-1).to(dtype)).masked_fill(~kept, 0)
     ahead = x + where.sum_ahead(x, "all") if gradient == "suffix" else x.detach() + where.sum_ahead(x.detach(), "all")

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _tokens, ops, ops_hidden, ops_units
+from ._dtypes import wide
 from .advantages import arguments
 from .logprobs import check_linear_token_logprobs, linear_token_logprobs, token_logprobs
 from .preference_objectives import Preference
 from .reference import PolicyLossOutput
 from .reference.advantages.segments import group_labels, kept
 from .reference.layout import layout
-from .segments import Segments, accumulator, segment_sums, segments_of
+from .segments import Segments, segment_sums, segments_of
 
 __all__ = [
     "pairs_from_rewards",
@@ -216,7 +217,7 @@ def preference_loss_from_hidden(
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     products = 1 + needed[0] + needed[1]
     dtype = ops_hidden.compute_dtype(hidden)
-    backend = ops_hidden.choose(hidden.device.type, dtype)
+    backend = ops_hidden.choose(hidden, dtype)
     head, scale = ops_hidden.Options(dtype, **linear), options.get("loss_scale", 1.0)
     rounded = torch.float16 in (hidden.dtype, dtype) and not isinstance(scale, Tensor) and scale <= 1
     chunks = None
@@ -297,7 +298,7 @@ def regression_loss(
         _check_units("weights", weights, segments.shape, "logprobs", logprobs)
     _check_numbers("logprobs", logprobs, denominator=denominator, loss_scale=loss_scale)
 
-    dtype = accumulator(logprobs.device)
+    dtype = wide(logprobs)
     sizes = segments.sizes()
     target = targets.detach().reshape(-1).to(dtype)
     counted = (sizes > 0) & ~target.isnan()
@@ -417,7 +418,7 @@ class _PreferenceLoss:
         if sft_denominator is not None and objective.sft_aggregation != "token-mean":
             raise ValueError("sft_denominator is for sft_aggregation='token-mean', the other divides by the pairs")
 
-        self.dtype = accumulator(source.device)
+        self.dtype = wide(source)
         self.sizes = self.segments.sizes()
         single = objective.link == "kto"
         if single:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _tokens
+from ._dtypes import wide
 from .ops import LIBRARY
 from .reference.layout import layout
 
@@ -152,15 +153,10 @@ LIBRARY.define(
 )
 
 
-def accumulator(device: torch.device) -> torch.dtype:
-    """What sums are accumulated in."""
-    return torch.float32 if device.type in ("mps", "xpu") else torch.float64
-
-
 def _segment_sums(
     x: Tensor, minus: Tensor | None, weights: Tensor | None, ids: Tensor, kept: Tensor, count: int, ascending: bool
 ) -> Tensor:
-    dtype = accumulator(x.device)
+    dtype = wide(x)
     x = x.to(dtype)
     if minus is not None:
         x = x - minus.to(dtype)
@@ -198,7 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 LIBRARY.impl("segment_sums", _segment_sums, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "fusedpo::segment_sums",
-    lambda x, minus, weights, ids, kept, count, ascending: x.new_empty(count, dtype=accumulator(x.device)),
+    lambda x, minus, weights, ids, kept, count, ascending: x.new_empty(count, dtype=wide(x)),
     lib=LIBRARY,
 )
 torch.library.register_autograd("fusedpo::segment_sums", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -36,14 +36,14 @@ class ChunkedLogProbFunction:
         outputs: tuple[str, ...] = OPTIONAL,
     ) -> tuple[Tensor | None, ...]:
         dtype = ops_hidden.compute_dtype(hidden)
-        backend = ops_hidden.choose(hidden.device.type, dtype)
+        backend = ops_hidden.choose(hidden, dtype)
         if backend == "reference":
             assert TRLS is not None
             arguments = (hidden, weight, bias, targets, temperature, chunk_size)
             return TRLS.apply(*arguments, final_logit_softcapping, logit_scale, outputs)
         options = ops_hidden.Options(dtype, final_logit_softcapping, logit_scale, None)
         args = (hidden, weight, bias, targets.to(torch.int64), temperature, options, outputs, backend)
-        logprobs, entropy, *others = apply(_WithStatistics, *args)
+        logprobs, entropy, *others = apply("linear_token_logprobs", _WithStatistics, *args)
         return logprobs, entropy if "entropy" in outputs else None, *others
 
 
