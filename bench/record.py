@@ -22,7 +22,7 @@ ENOUGH = 10
 BUSY = 0.2
 """Processors in use by others from which on a case was measured on a busy machine."""
 
-OPERATORS = ("token_logprobs", "policy_loss", "advantages", "one_pass", "hidden")
+OPERATORS = ("token_logprobs", "policy_loss", "advantages", "one_pass", "hidden", "preference")
 
 Document = dict[str, Any]
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/advantages.h"
+#include "cpu/exact_kl.h"
 #include "cpu/one_pass.h"
 #include "cpu/parallel.h"
 #include "cpu/policy_loss.h"
@@ -16,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
   m.impl("token_advantages.native", BOX(token_advantages));
   m.impl("step_advantages.native", BOX(step_advantages));
   m.impl("whiten.native", BOX(whiten));
+  m.impl("exact_kl.native", BOX(exact_kl));
+  m.impl("exact_kl_.native", BOX(exact_kl_));
   m.impl("one_pass.native", BOX(one_pass));
   m.impl("one_pass_.native", BOX(one_pass_));
   m.impl("scale_.native", BOX(scale_));

@@ -165,6 +165,7 @@ SMALL = {
     "one_pass": {("cpu", True): [(16, 512)]},
     "token_logprobs": {("cpu", True): [(16, 512)]},
     "hidden": {("cpu", True): [(16, 32, 512)]},
+    "preference": {("cpu", True): [(16, 32, 512)]},
 }
 
 
@@ -198,7 +199,7 @@ def test_every_operator_is_measured(operator, tmp_path, monkeypatch, capsys, her
     assert all(row["samples"] == sum(map(len, row["times"])) > 0 for row in rows if row["median"])
     assert all(row["page_faults"] is not None for row in rows if row["median"])
     in_place = {row["ceiling"] for row in rows if "in place" in row["provider"]}
-    assert in_place == ({harness.COPY} if operator in ("one_pass", "token_logprobs") else set())
+    assert in_place == ({harness.COPY} if operator in ("one_pass", "token_logprobs", "preference") else set())
     markdown, shown = (tmp_path / f"{operator}.md").read_text(), capsys.readouterr().out
     assert (tmp_path / f"{operator}.png").stat().st_size > 5000
     for row in rows:

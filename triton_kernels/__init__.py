@@ -9,6 +9,7 @@ from fusedpo.ops import LIBRARY
 
 _OPERATORS = {
     "advantages": ("group_advantages", "token_advantages", "step_advantages", "whiten"),
+    "exact_kl": ("exact_kl", "exact_kl_"),
     "logprobs": ("token_logprobs", "token_logprobs_backward", "token_logprobs_backward_"),
     "one_pass": ("one_pass", "one_pass_", "scale_"),
     "policy_loss": ("policy_loss", "policy_loss_backward"),

@@ -10,6 +10,7 @@ namespace {
 struct Build {
   const char* name;
   const RowKernelTable* rows;
+  const DivergenceKernelTable* pairs;
   const TokenKernels* tokens;
   bool supported;
 };
@@ -25,11 +26,11 @@ Build choose() {
 #endif
   const Build builds[] = {
 #if defined(__x86_64__)
-      {"avx512_bf16", &avx512_bf16::kRowKernels, &avx512::kTokenKernels, avx512_bf16},
-      {"avx512", &avx512::kRowKernels, &avx512::kTokenKernels, avx512},
-      {"avx2", &avx2::kRowKernels, &avx2::kTokenKernels, avx2},
+      {"avx512_bf16", &avx512_bf16::kRowKernels, &avx512_bf16::kDivergenceKernels, &avx512::kTokenKernels, avx512_bf16},
+      {"avx512", &avx512::kRowKernels, &avx512::kDivergenceKernels, &avx512::kTokenKernels, avx512},
+      {"avx2", &avx2::kRowKernels, &avx2::kDivergenceKernels, &avx2::kTokenKernels, avx2},
 #endif
-      {"portable", &portable::kRowKernels, &portable::kTokenKernels, true},
+      {"portable", &portable::kRowKernels, &portable::kDivergenceKernels, &portable::kTokenKernels, true},
   };
   for (const Build& build : builds) {
     reached = reached || std::string(wanted) == build.name;
@@ -49,6 +50,8 @@ const Build& chosen() {
 const char* cpu_capability() { return chosen().name; }
 
 const RowKernelTable& row_kernels() { return *chosen().rows; }
+
+const DivergenceKernelTable& divergence_kernels() { return *chosen().pairs; }
 
 const TokenKernels& token_kernels() { return *chosen().tokens; }
 

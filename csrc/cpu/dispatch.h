@@ -1,6 +1,7 @@
 // Which build of the kernels runs on this machine.
 #pragma once
 
+#include "divergence.h"
 #include "rows.h"
 #include "tokens.h"
 
@@ -12,6 +13,8 @@ namespace fusedpo {
 __attribute__((visibility("default"))) const char* cpu_capability();
 
 const RowKernelTable& row_kernels();
+
+const DivergenceKernelTable& divergence_kernels();
 
 const TokenKernels& token_kernels();
 

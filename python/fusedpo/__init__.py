@@ -11,33 +11,57 @@ from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
 from .aggregation import aggregate, global_denominator
 from .backends import BackendUnavailable, backend
+from .divergence import ExactKLOutput, exact_kl, exact_kl_from_hidden
 from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
+from .oreo import OREOLossOutput, oreo_loss
+from .preferences import (
+    pairs_from_rewards,
+    preference_loss,
+    preference_loss_from_hidden,
+    preference_loss_from_logits,
+    regression_loss,
+)
+from .segments import sequence_logprobs
+from .statistics import TokenStatistics, token_statistics
 from .values import ValueLossOutput, value_loss
 
 __version__ = VERSION
 
 __all__ = [
     "BackendUnavailable",
+    "ExactKLOutput",
+    "OREOLossOutput",
     "Objective",
     "PolicyLossOutput",
+    "TokenStatistics",
     "ValueLossOutput",
     "advantages",
     "aggregate",
     "backend",
     "corrections",
     "covariance",
+    "exact_kl",
+    "exact_kl_from_hidden",
     "global_denominator",
     "linear_token_logprobs",
     "next_tokens",
     "nn",
     "objectives",
+    "oreo_loss",
+    "pairs_from_rewards",
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",
+    "preference_loss",
+    "preference_loss_from_hidden",
+    "preference_loss_from_logits",
     "reference",
+    "regression_loss",
+    "sequence_logprobs",
     "token_logprobs",
+    "token_statistics",
     "value_loss",
     "warmup",
 ]

@@ -28,6 +28,7 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "linear_token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "one_pass": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
+    "exact_kl": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "policy_loss": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
     "group_advantages": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
     "token_advantages": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from . import _checks
+from .preference_objectives import Preference, cpo, dpo, ipo, kto, orpo, rebel, robust_dpo, simpo, slic
 
 __all__ = [
     "CISPO",
@@ -35,15 +36,18 @@ __all__ = [
     "Objective",
     "OnPolicy",
     "PPOClip",
+    "Preference",
     "Ratio",
     "SequenceRatio",
     "TokenRatio",
     "Trace",
     "TrustRegion",
     "cispo",
+    "cpo",
     "cppo",
     "ctpo",
     "dapo",
+    "dpo",
     "dppo_kl",
     "dppo_tv",
     "dr_grpo",
@@ -51,12 +55,19 @@ __all__ = [
     "gmpo",
     "grpo",
     "gspo",
+    "ipo",
+    "kto",
     "luspo",
     "nfpo",
     "opo",
+    "orpo",
     "ppo",
+    "rebel",
     "reinforce",
+    "robust_dpo",
     "sapo",
+    "simpo",
+    "slic",
     "two_sided_grpo",
     "vespo",
 ]
@@ -542,7 +553,8 @@ def two_sided_grpo(
 
     That is ``-min(min(rho, delta) A, clip(rho) A)``, which is dual clip for every ``delta > 1 + clip_high``, the range
     that TRL recommends. Any other ``delta > 0`` and ``1 + clip_high`` change places: ``delta`` is the bound where
-    ``A > 0``. The aggregation of the report is not known to us: the default is GRPO's.
+    ``A > 0``. The default aggregation is GRPO's. INTELLECT-2's code (prime-rl @ a092a54) divides the sum over kept
+    tokens by all positions of the micro-batch: ``"seq-mean-token-sum-norm"``, if every row has a token.
     """
     _check("two_sided_grpo", ">=", 0, clip_low=clip_low, clip_high=clip_high)
     _check("two_sided_grpo", ">", 0, delta=delta)
@@ -560,11 +572,11 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
     return Objective(SequenceRatio(), PPOClip(clip_low, clip_high), aggregation="seq-mean-token-mean")
 
 
-def luspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
+def luspo(clip_low: float = 2e-3, clip_high: float = 2.5e-3) -> Objective:
     """LUSPO (2602.05261): GSPO with each sequence weighted by its length, as TRL 1.16 computes it.
 
-    That is the mean over sequences of the sum over tokens. The paper's thresholds are not known to us: the defaults are
-    GSPO's.
+    That is the mean over sequences of the sum over tokens. The thresholds are those of the paper's section 5.1, as TRL
+    cites it.
     """
     return Objective(SequenceRatio(), PPOClip(clip_low, clip_high), aggregation="seq-mean-token-sum")
 
@@ -631,8 +643,9 @@ def cppo(
 ) -> Objective:
     """CPPO (2606.10968) with binary total variation.
 
-    The paper has the threshold 0.15 for dense models and 0.2 for mixtures of experts, and the least weight 0.8. Its
-    ``budget`` is not known to us: the default is our own.
+    The defaults are the paper's for a post-trained dense model; its threshold for mixtures of experts is 0.2. For
+    base models its budget is ``min(2b, max(b, P90 of D))`` of each sequence with ``b = 0.02``, which is not offered
+    here. Its divergence is that of the 20 likeliest tokens, here it is that of the sampled one.
     """
     return Objective(
         TokenRatio(),
@@ -646,7 +659,7 @@ def dro(beta: float, *, aggregation: Aggregation = "token-mean") -> Objective:
     """DRO as in verl: log-likelihood weighted by the advantage, minus ``beta / 2`` times the squared log-ratio.
 
     It is also :func:`reinforce` with ``KL("k2", beta)`` and ``ref_logprobs=old_logprobs``. No default of ``beta`` is
-    known to us.
+    known to us; Tinker's documentation has none either.
     """
     return Objective(OnPolicy(), DRO(beta), aggregation=aggregation)
 

@@ -33,6 +33,7 @@ from .group import (
 )
 from .order import grpo_passk, max_at_k, maxpo, order_statistic, passk, pkpo, rank_weights
 from .registry import available, compute, register
+from .soft import interpolate, soft_value
 from .step import (
     GAE,
     VTrace,
@@ -59,6 +60,7 @@ __all__ = [
     "gpg",
     "grpo",
     "grpo_passk",
+    "interpolate",
     "max_at_k",
     "maxpo",
     "opo",
@@ -78,6 +80,7 @@ __all__ = [
     "rewards_on_kept",
     "rloo",
     "segment_steps",
+    "soft_value",
     "to_tokens",
     "vineppo",
     "vtrace",

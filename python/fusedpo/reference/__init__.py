@@ -3,7 +3,17 @@
 Results are float64 for float64 input, float32 otherwise. Arguments are not checked.
 """
 
+from .divergence import exact_kl, linear_logits
 from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
 from .losses import METRICS, PolicyLossOutput, policy_loss
 
-__all__ = ["METRICS", "PolicyLossOutput", "linear_token_logprobs", "next_tokens", "policy_loss", "token_logprobs"]
+__all__ = [
+    "METRICS",
+    "PolicyLossOutput",
+    "exact_kl",
+    "linear_logits",
+    "linear_token_logprobs",
+    "next_tokens",
+    "policy_loss",
+    "token_logprobs",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +11,7 @@ from trl.trainer import utils
 from ... import token_logprobs
 from .._common import entropy, swap
 from .._versions import check_version
+from .lm_head import TRLS, ChunkedLogProbFunction
 from .objective import TESTED
 
 __all__ = ["patch_trl", "unpatch_trl"]
@@ -44,7 +44,7 @@ def selective_log_softmax_and_entropy(
 
 
 _REPLACEMENTS = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
-_originals: dict[Callable[..., Any], Callable[..., Any]] = {}  # by what replaces them, while patched
+_originals: dict[Any, Any] = {}  # by what replaces them, while patched
 
 
 class patch_trl:
@@ -53,6 +53,9 @@ class patch_trl:
     ``selective_log_softmax``, ``entropy_from_logits`` and, where TRL has it, ``selective_log_softmax_and_entropy`` are
     replaced in every imported ``trl`` module that holds them, under whatever name; a module that is imported later
     imports the replacements. The results are float32 where TRL computes in the dtype of the logits.
+
+    So is the function that ``add_fused_lm_head`` computes with, which DPO, KTO, RLOO, SFT and GRPO share: it serves all
+    of their losses, for models too that have their head already.
 
     :func:`unpatch_trl` undoes it. So does the end of a ``with patch_trl():`` block, unless TRL was patched before it.
     A second call changes nothing.
@@ -65,6 +68,8 @@ class patch_trl:
             _originals.update(
                 {new: getattr(utils, new.__name__) for new in _REPLACEMENTS if hasattr(utils, new.__name__)}
             )
+            if TRLS is not None:
+                _originals[ChunkedLogProbFunction] = TRLS
         swap("trl", {original: new for new, original in _originals.items()})
 
     def __enter__(self) -> None:

@@ -1,0 +1,81 @@
+#include "exact_kl.h"
+
+#include "logits.h"
+
+namespace fusedpo::cpu {
+namespace {
+
+constexpr double kLog2e = 1.44269504088896341, kLn2 = 0.693147180559945309;
+
+// Of a dtype that row_kernels_for() has taken.
+const DivergenceKernels& divergence_kernels_for(ScalarType dtype) {
+  const DivergenceKernelTable& table = divergence_kernels();
+  if (dtype == ScalarType::Float) return table.float32;
+  return dtype == ScalarType::BFloat16 ? table.bfloat16 : table.float16;
+}
+
+LogProbs logprobs_of(const RowStats& stats, float temperature) {
+  // a row of -inf has no distribution: its rest is -1
+  const double exact = stats.rest > -1 ? std::log1p((double)stats.rest) * kLog2e : NAN;
+  const float log_sum = (float)exact;
+  return {stats.reference, (float)(kLog2e / temperature), log_sum, (float)(exact - log_sum)};
+}
+
+// `grad_logits` may be the logits.
+Tensor divergences(const Tensor& logits, const Tensor& ref_logits, const Tensor& temperature,
+                   const Tensor& ref_temperature, const OptionalTensor& mask, const Tensor& scale, bool forward,
+                   const OptionalTensor& grad_logits) {
+  Arguments arguments("logits", logits);
+  arguments.expect_device("ref_logits", ref_logits);
+  const Rows xs("logits", logits), ys("ref_logits", ref_logits), to("logits", grad_logits ? *grad_logits : logits);
+  expect_shape("ref_logits", ref_logits, shape_of(logits));
+  expect(logits.scalar_type() == ref_logits.scalar_type(), "ref_logits must have the dtype of logits, ",
+         logits.scalar_type(), ", got ", ref_logits.scalar_type());
+  const RowKernels& row = row_kernels_for("logits", logits);
+  const DivergenceKernels& pair = divergence_kernels_for(logits.scalar_type());
+  const Shape shape(logits.sizes().begin(), logits.sizes().end() - 1);
+  const Temperatures temperatures(arguments, temperature, shape), ref_temperatures(arguments, ref_temperature, shape);
+  const uint8_t* kept = arguments.read<uint8_t>("mask", mask, shape);
+  const float* factor = arguments.read<float>("scale", scale, shape);
+  const Tensor kl = torch::stable::new_empty(logits, shape, ScalarType::Float);
+  float* out = static_cast<float*>(kl.data_ptr());
+
+  const auto is_kept = [&](int64_t r) { return !kept || kept[r] != 0; };
+  for_each_row(rows_where(xs.count, is_kept), 2 * xs.size, [&](int64_t r) {
+    const float T = temperatures[r], ref_T = ref_temperatures[r];
+    const LogProbs p = logprobs_of(row.reduce(xs[r], xs.size, T, false), T),
+                   q = logprobs_of(row.reduce(ys[r], ys.size, ref_T, false), ref_T);
+    const double divergence =
+        forward ? pair.divergence(ys[r], xs[r], xs.size, q, p) : pair.divergence(xs[r], ys[r], xs.size, p, q);
+    out[r] = (float)(divergence * kLn2);
+    if (!grad_logits) return;
+    if (forward)
+      pair.of_forward(xs[r], ys[r], to[r], xs.size, p, q, factor[r] / T);
+    else
+      pair.of_reverse(xs[r], ys[r], to[r], xs.size, p, q, (float)divergence, (float)(factor[r] / T * kLn2));
+  });
+  for_each_row(rows_where(xs.count, [&](int64_t r) { return !is_kept(r); }), xs.size, [&](int64_t r) {
+    out[r] = 0;
+    if (grad_logits) clear(to[r], to.bytes_per_row());
+  });
+  return kl;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> exact_kl(Tensor logits, Tensor ref_logits, Tensor temperature, Tensor ref_temperature,
+                                    OptionalTensor mask, Tensor scale, bool forward, bool gradient) {
+  const Tensor grad_logits =
+      gradient ? torch::stable::new_empty(logits, logits.sizes()) : torch::stable::new_empty(logits, {0});
+  if (gradient) ask_for_huge_pages(grad_logits);
+  const Tensor kl = divergences(logits, ref_logits, temperature, ref_temperature, mask, scale, forward,
+                                gradient ? OptionalTensor(grad_logits) : std::nullopt);
+  return {kl, grad_logits};
+}
+
+Tensor exact_kl_(Tensor logits, Tensor ref_logits, Tensor temperature, Tensor ref_temperature, OptionalTensor mask,
+                 Tensor scale, bool forward) {
+  return divergences(logits, ref_logits, temperature, ref_temperature, mask, scale, forward, logits);
+}
+
+}  // namespace fusedpo::cpu

@@ -1,0 +1,254 @@
+"""The KL divergence to another model over the whole vocabulary: a term of a loss, or a loss: distillation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, _tokens, backends, ops, ops_divergence, ops_hidden, reference
+from .advantages import arguments
+from .logprobs import _check_linear, _check_options, _check_positive
+from .objectives import Aggregation, Objective
+from .reference.aggregation import aggregate
+from .reference.layout import layout
+
+__all__ = ["ExactKLOutput", "exact_kl", "exact_kl_from_hidden"]
+
+Direction = Literal["reverse", "forward"]
+
+
+class ExactKLOutput(NamedTuple):
+    """``loss`` is differentiable. ``kl``, detached: the divergence at each token in nats, 0 where masked."""
+
+    loss: Tensor
+    kl: Tensor
+
+
+def exact_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    direction: Direction = "reverse",
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    aggregation: Aggregation = "token-mean",
+    length_norm: float | None = None,
+    denominator: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    inplace: bool = False,
+) -> ExactKLOutput:
+    """The aggregated ``KL(p || q)`` of every token, ``p`` and ``q`` the softmax of ``logits`` and of ``ref_logits``.
+
+    ``direction="forward"`` is ``KL(q || p)``. Add ``coef * exact_kl(...).loss`` to any loss; with a teacher's logits
+    as ``ref_logits`` it is a loss of distillation by itself, on the student's own samples on-policy distillation. Where
+    ``KL`` of an objective estimates the divergence from the sampled token, this has no variance. The gradient is
+    computed with the loss, while both rows are in the cache.
+
+    Args:
+        logits: of the policy: ``[B, T, V]``, or packed ``[T, V]`` or ``[1, T, V]``, floating-point, rows may be
+            strided. ``ref_logits``: of that shape, any floating-point dtype; no gradient.
+        temperature: positive number, or a tensor of one value per token; divides both.
+        mask, cu_seqlens, denominator: as in :func:`fusedpo.policy_loss`. What logits of masked tokens hold reaches
+            nothing.
+        loss_scale: a number or a 0-d tensor that multiplies the loss. For float16, as in
+            :func:`fusedpo.policy_loss_from_logits`: the factor of the GradScaler, as a tensor; with a number of at most
+            1 the reference runs.
+        aggregation, length_norm: as in :class:`fusedpo.Objective`.
+        inplace: let the gradient overwrite ``logits``, which saves a tensor of their size. A use of the logits that was
+            saved before raises then. Ignored by the reference, under ``torch.compile`` and where rows share memory.
+
+    Returns:
+        ``loss``: 0-d, float64 for float64 ``logits``, else float32; differentiable with respect to ``logits``, once.
+        ``kl``: ``[*tokens]``. A token of which ``q`` is 0 at a column where ``p`` is not has infinite ``KL(p || q)``;
+        a column where both are 0 adds nothing.
+
+    Raises:
+        TypeError: types and dtypes. ValueError: shapes, devices, values.
+    """
+    _checks.floating("logits", logits)
+    _checks.floating("ref_logits", ref_logits)
+    _checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
+    _checks.same_device("ref_logits", ref_logits, "logits", logits)
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must hold tokens [B, T, V] or [T, V] with V >= 1, got the shape {list(logits.shape)}")
+    options: dict[str, Any] = {
+        "direction": direction,
+        "temperature": temperature,
+        "mask": mask,
+        "cu_seqlens": cu_seqlens,
+        "aggregation": aggregation,
+        "length_norm": length_norm,
+        "denominator": denominator,
+        "loss_scale": loss_scale,
+    }
+    _check("logits", logits, **options)
+    tokens = _Tokens(logits, **options)
+    if _by_reference(logits.device.type, logits.dtype, loss_scale):
+        kl = reference.exact_kl(logits, ref_logits, direction=direction, temperature=temperature, mask=mask)
+        return ExactKLOutput(tokens.loss(kl), kl.detach())
+    rows = tokens.rows(temperature, temperature)
+    inplace = inplace and logits.stride(-1) == 1 and not ops.may_overlap(logits)
+    return ExactKLOutput(*ops_divergence.from_logits(logits, ref_logits, rows, direction=direction, inplace=inplace))
+
+
+def exact_kl_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_bias: Tensor | None = None,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+    direction: Direction = "reverse",
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    aggregation: Aggregation = "token-mean",
+    length_norm: float | None = None,
+    denominator: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+) -> ExactKLOutput:
+    """:func:`exact_kl` of the logits ``hidden @ weight.T`` and ``ref_hidden @ ref_weight.T``, a chunk at a time.
+
+    Two chunks of logits are in memory, and the gradients are computed with the loss: two products for the logits, one
+    each for ``hidden`` and ``weight`` as far as they require gradients. Masked tokens cost nothing. (The reference and
+    ``torch.compile`` hold all logits.)
+
+    Args:
+        hidden: ``[B, T, H]``, or packed ``[T, H]`` or ``[1, T, H]``. ``weight``: ``[V, H]``, same dtype.
+        ref_hidden, ref_weight: of the other model, whose ``H`` may be another; the vocabulary is the same.
+        bias, softcap, logit_scale, chunk_tokens: as in :func:`fusedpo.linear_token_logprobs`; ``ref_*`` of the other.
+        Others as in :func:`exact_kl`.
+
+    Returns as :func:`exact_kl`; differentiable with respect to ``hidden``, ``weight`` and ``bias``, once.
+    Raises as :func:`exact_kl` and :func:`fusedpo.linear_token_logprobs`.
+    """
+    _checks.floating("hidden", hidden)
+    _check_linear(hidden, weight, bias)
+    _checks.floating("ref_hidden", ref_hidden)
+    _check_linear(ref_hidden, ref_weight, ref_bias)
+    _checks.same_device("ref_hidden", ref_hidden, "hidden", hidden)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_hidden and ref_weight must have the tokens {list(hidden.shape[:-1])} and the vocabulary "
+            f"{weight.shape[0]} of hidden and weight, got {list(ref_hidden.shape)} and {list(ref_weight.shape)}"
+        )
+    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    _check_options(softcap=ref_softcap, logit_scale=ref_logit_scale, chunk_tokens=None)
+    options: dict[str, Any] = {
+        "direction": direction,
+        "temperature": temperature,
+        "mask": mask,
+        "cu_seqlens": cu_seqlens,
+        "aggregation": aggregation,
+        "length_norm": length_norm,
+        "denominator": denominator,
+        "loss_scale": loss_scale,
+    }
+    _check("hidden", hidden, **options)
+    tokens = _Tokens(hidden, **options)
+    dtype, ref_dtype = ops_hidden.compute_dtype(hidden), ops_hidden.compute_dtype(ref_hidden)
+    if _by_reference(hidden.device.type, dtype, loss_scale):
+        both = [
+            reference.linear_logits(x, w, bias=b, softcap=cap, logit_scale=factor)
+            for x, w, b, cap, factor in (
+                (hidden, weight, bias, softcap, logit_scale),
+                (ref_hidden, ref_weight, ref_bias, ref_softcap, ref_logit_scale),
+            )
+        ]
+        kl = reference.exact_kl(*both, direction=direction, temperature=temperature, mask=mask)
+        return ExactKLOutput(tokens.loss(kl), kl.detach())
+    at = ops_hidden.rows_where(tokens.kept if mask is not None else None, tokens.kept.numel(), hidden.device)
+    loss, kl = ops_divergence.from_hidden(
+        hidden,
+        weight,
+        bias,
+        (ref_hidden, ref_weight, ref_bias),
+        at,
+        tokens.rows(temperature, temperature),
+        direction=direction,
+        options=ops_hidden.Options(dtype, softcap, logit_scale, chunk_tokens),
+        ref_options=ops_hidden.Options(ref_dtype, ref_softcap, ref_logit_scale, None),
+    )
+    return ExactKLOutput(loss, kl)
+
+
+def _by_reference(device: str, dtype: torch.dtype, loss_scale: float | Tensor) -> bool:
+    """Where double precision or functional operators are needed, and where gradients in float16 may be too small."""
+    forced = backends.forced() is not None and backends.choose("exact_kl", device, dtype) == "reference"
+    rounded = dtype == torch.float16 and not isinstance(loss_scale, Tensor) and loss_scale <= 1
+    return forced or rounded or dtype == torch.float64 or ops.must_be_functional()
+
+
+class _Tokens:
+    """From a divergence per token to the loss."""
+
+    def __init__(self, source: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, **options: Any) -> None:
+        self.shape, self.options, self.mask = source.shape[:-1], options, mask
+        self.like = source.new_zeros(self.shape, dtype=torch.promote_types(source.dtype, torch.float32))
+        self.where = layout(self.like, cu_seqlens)
+        self.kept = self.where.kept(mask)
+
+    def loss(self, kl: Tensor) -> Tensor:
+        scale = self.options["loss_scale"]
+        total = aggregate(
+            kl.reshape(-1),
+            self.kept,
+            self.where,
+            self.options["aggregation"],
+            length_norm=self.options["length_norm"],
+            denominator=self.options["denominator"],
+        )
+        return total * (scale.detach().to(total.dtype) if isinstance(scale, Tensor) else scale)
+
+    def rows(self, temperature: float | Tensor, ref_temperature: float | Tensor) -> ops_divergence.Rows:
+        """``scale``: the gradient of the loss with respect to the divergences."""
+        leaf = self.like.detach().requires_grad_()
+        with torch.enable_grad():
+            (scale,) = torch.autograd.grad(self.loss(leaf.masked_fill(~self.kept.reshape(self.shape), 0)), leaf)
+        t, ref_t = (
+            x.detach().float() if isinstance(x, Tensor) else ops.scalar(x, self.like.device)
+            for x in (temperature, ref_temperature)
+        )
+        return ops_divergence.Rows(t, ref_t, None if self.mask is None else self.kept.reshape(self.shape), scale)
+
+
+def _check(
+    name: str,
+    source: Tensor,
+    *,
+    direction: str,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    aggregation: Aggregation,
+    length_norm: float | None,
+    denominator: float | Tensor | None,
+    loss_scale: float | Tensor,
+) -> None:
+    arguments.choice("direction", direction, ("reverse", "forward"))
+    shape = source.shape[:-1]
+    _tokens.check_layout(name, source, mask, cu_seqlens, shape)
+    if not torch.compiler.is_compiling():  # which cannot build one with the default of a part
+        Objective(aggregation=aggregation, length_norm=length_norm)
+    _tokens.check_denominator(denominator, aggregation, name, source)
+    _tokens.check_number("loss_scale", loss_scale, name, source)
+    if not isinstance(temperature, Tensor):
+        _check_positive("temperature", temperature, "a float or a torch.Tensor")
+        return
+    _checks.floating("temperature", temperature)
+    if temperature.dim() > 0:
+        _checks.shape("temperature", temperature, tuple(shape), f"one value per token of {name}")
+    _checks.same_device("temperature", temperature, name, source)
+    if _checks.values_are_free(temperature):
+        good = temperature > 0 if mask is None or temperature.dim() == 0 else (temperature > 0) | (mask == 0)
+        if not bool(good.all()):
+            raise ValueError(f"temperature must be positive, got {float(temperature[~good].flatten()[0])}")

@@ -1,0 +1,253 @@
+"""The operator ``torch.ops.fusedpo.exact_kl``: KL divergences over the vocabulary, with their gradient.
+
+::
+
+    exact_kl(logits, ref_logits, temperature, ref_temperature, mask?, scale, forward, gradient) -> kl, grad_logits
+
+* ``logits`` and ``ref_logits`` ``[*tokens, V]``, both float16, bfloat16 or float32, unit stride along V.
+* ``temperature`` and ``ref_temperature``, ``[]`` or ``[*tokens]``, and ``scale`` ``[*tokens]`` float32; ``mask`` bool.
+* ``kl`` ``[*tokens]`` float32, 0 where masked: ``KL(p || q)``, or ``KL(q || p)`` if ``forward``.
+* ``grad_logits`` (``[0]`` unless ``gradient``): that of the sum of ``kl``, each row times its scale. ``exact_kl_``
+  writes it over the logits and returns ``kl``.
+
+With ``a = log p`` and ``b = log q``, of ``x / T``: the gradient of ``KL(p || q)`` with respect to ``x`` is
+``p (a - b - KL) / T``, that of ``KL(q || p)`` is ``(p - q) / T``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .ops import apply, define
+from .ops_hidden import (
+    Options,
+    _Gradients,
+    _Head,
+    _once_differentiable,
+    _per_row,
+    _plain,
+    _select,
+    _uncapped_temperature,
+)
+
+# Two float32 blocks: in a core's cache on the CPU, few launches elsewhere.
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
+OTHER_BLOCK_ELEMENTS = 1 << 26
+
+
+_ARGUMENTS = "Tensor ref_logits, Tensor temperature, Tensor ref_temperature, Tensor? mask, Tensor scale, bool forward"
+define(
+    "exact_kl",
+    f"(Tensor logits, {_ARGUMENTS}, bool gradient) -> (Tensor kl, Tensor grad_logits)",
+    lambda logits, *args: (
+        logits.new_empty(logits.shape[:-1], dtype=torch.float32),
+        logits.new_empty(logits.shape if args[-1] else (0,)),
+    ),
+)
+define(
+    "exact_kl_",
+    f"(Tensor(a!) logits, {_ARGUMENTS}) -> Tensor",
+    lambda logits, *_: logits.new_empty(logits.shape[:-1], dtype=torch.float32),
+)
+
+
+class Rows(NamedTuple):
+    """What belongs to each row of logits ``[*tokens, V]``; all ``[*tokens]``, temperatures ``[]`` or ``[*tokens]``."""
+
+    temperature: Tensor
+    ref_temperature: Tensor
+    mask: Tensor | None  # bool
+    scale: Tensor  # float32: what the gradient is multiplied by
+
+    def part(self, index: int) -> Rows:
+        t, ref_t = (x if x.dim() == 0 else x[index] for x in (self.temperature, self.ref_temperature))
+        return Rows(t, ref_t, None if self.mask is None else self.mask[index], self.scale[index])
+
+
+def kl_rows(
+    logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Literal["none", "new", "in place"]
+) -> tuple[Tensor, Tensor | None]:
+    """The divergences, and the gradient that is asked for: by a kernel, or a block of rows at a time by PyTorch."""
+    backend = backends.kernel_for("exact_kl", logits.device.type, logits.dtype)
+    if backend is not None and logits.dtype == ref_logits.dtype:
+        logits, ref_logits = (
+            x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (logits, ref_logits)
+        )
+        args = (logits, ref_logits, *rows, direction == "forward")
+        if gradient == "in place":
+            return getattr(torch.ops.fusedpo.exact_kl_, backend)(*args), logits
+        kl, grad_logits = getattr(torch.ops.fusedpo.exact_kl, backend)(*args, gradient == "new")
+        return kl, grad_logits if gradient == "new" else None
+    into = None if gradient == "none" else logits if gradient == "in place" else torch.empty_like(logits)
+    return _by_blocks(logits, ref_logits, rows, direction, into), into
+
+
+def _by_blocks(logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Tensor | None) -> Tensor:
+    """``gradient``, which may be ``logits``, is written."""
+    result = torch.zeros(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+    for index in _matrices(logits.shape):
+        part, into = rows, result
+        x, y, g = logits, ref_logits, gradient
+        for i in index:
+            part, into, x, y, g = part.part(i), into[i], x[i], y[i], None if g is None else g[i]
+        _matrix(x, y, part, direction, g, into)
+    return result
+
+
+def _matrices(shape: torch.Size) -> Iterator[tuple[int, ...]]:
+    """The indices of the leading dimensions that leave ``[rows, V]``: strides need not allow to flatten them."""
+    leading = shape[:-2]
+    for flat in range(leading.numel()):
+        index, rest = [], flat
+        for size in reversed(leading):
+            index.append(rest % size)
+            rest //= size
+        yield tuple(reversed(index))
+
+
+def _matrix(x: Tensor, y: Tensor, rows: Rows, direction: str, gradient: Tensor | None, result: Tensor) -> None:
+    step = max(1, BLOCK_ELEMENTS.get(x.device.type, OTHER_BLOCK_ELEMENTS) // x.shape[1])
+    for first in range(0, x.shape[0], step):
+        block = slice(first, first + step)
+        mask = None if rows.mask is None else rows.mask[block]
+        if mask is not None and mask.device.type == "cpu" and not bool(mask.any()):
+            if gradient is not None:
+                gradient[block] = 0
+            continue
+        t, ref_t = (v if v.dim() == 0 else v[block, None] for v in (rows.temperature, rows.ref_temperature))
+        a = (x[block].float() / t).log_softmax(-1)
+        b = (y[block].float() / ref_t).log_softmax(-1)
+        one, other = (a, b) if direction == "reverse" else (b, a)
+        p = one.exp()
+        difference = (one - other).masked_fill_(one == -torch.inf, 0)
+        kl = torch.linalg.vecdot(p, difference)
+        result[block] = kl if mask is None else kl.masked_fill(~mask, 0)
+        if gradient is not None:
+            slope = p.mul_(difference.sub_(kl[:, None])) if direction == "reverse" else a.exp_().sub_(p)
+            slope = slope.mul_(rows.scale[block, None] / t)
+            gradient[block] = slope if mask is None else slope.masked_fill_(~mask[:, None], 0)
+
+
+class _FromLogits(torch.autograd.Function):
+    """The gradient is computed with the loss, and scaled in the backward.
+
+    ``divergences`` is the result, ``loss`` the sum of it times the scale of every row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        how: Any = "none" if not ctx.needs_input_grad[0] else "in place" if inplace else "new"
+        kl, gradient = kl_rows(logits.detach(), ref_logits.detach(), rows, direction, how)
+        if how == "in place":
+            torch.autograd.graph.increment_version(logits)
+        ctx.taken = False
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(kl)
+        return (kl * rows.scale).sum(), kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
+        return *_scaled_once(ctx, "exact_kl", grad_loss), None, None, None, None
+
+
+class _FromHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref: tuple[Tensor, Tensor, Tensor | None],
+        at: Tensor,
+        rows: Rows,
+        direction: str,
+        options: Options,
+        ref_options: Options,
+    ) -> tuple[Tensor, Tensor]:
+        leading = hidden.shape[:-1]
+        kl = torch.zeros(leading.numel(), dtype=torch.float32, device=hidden.device)
+        temperature, ref_temperature = (_per_row(t, leading) for t in (rows.temperature, rows.ref_temperature))
+        scale = rows.scale.reshape(-1)
+        needed = ctx.needs_input_grad[:3]
+        with _plain(hidden):
+            head = _Head(hidden, weight, bias, at, options, gradients=any(needed))
+            chunk = max(1, head.chunks[0].stop) if head.chunks else 1
+            ref_head = _Head(*ref, at, ref_options._replace(chunk_tokens=chunk), gradients=False)
+            gradients = _Gradients(head, needed, hidden, weight, bias)
+            for chunk_rows in head.chunks:
+                of_chunk = at[chunk_rows]
+                states = head.rows_of(of_chunk)
+                logits = head.logits(states)
+                ref_logits = ref_head.logits(ref_head.rows_of(of_chunk))
+                t, ref_t = _select(temperature, of_chunk), _select(ref_temperature, of_chunk)
+                part = Rows(t, ref_t, None, scale[of_chunk])
+                kl[of_chunk], grad_logits = kl_rows(
+                    logits, ref_logits, part, direction, "in place" if any(needed) else "none"
+                )
+                if grad_logits is not None:
+                    gradients.add(of_chunk, states, grad_logits)
+            results = gradients.rounded() if any(needed) else [None, None, None]
+        ctx.taken = False
+        ctx.save_for_backward(*results)
+        kl = kl.reshape(leading)
+        ctx.mark_non_differentiable(kl)
+        return (kl * rows.scale).sum(), kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
+        return *_scaled_once(ctx, "exact_kl_from_hidden", grad_loss), *(None,) * 6
+
+
+def _scaled_once(ctx: Any, name: str, grad_loss: Tensor) -> list[Tensor | None]:
+    if ctx.taken:
+        raise RuntimeError(
+            f"{name}: the gradients were computed with the loss and the first backward has taken them; a second one "
+            "needs a second call"
+        )
+    ctx.taken = True
+    results = [None if gradient is None else gradient.detach() for gradient in ctx.saved_tensors]
+    for gradient in results:
+        if gradient is None:
+            continue
+        backend = backends.kernel_for("one_pass", gradient.device.type, gradient.dtype)
+        if backend is None:
+            gradient.mul_(grad_loss)
+        else:  # which does nothing for a factor of 1
+            getattr(torch.ops.fusedpo.scale_, backend)(gradient, grad_loss.float())
+    return _once_differentiable(name, results, grad_loss.detach().requires_grad_())
+
+
+def from_logits(
+    logits: Tensor, ref_logits: Tensor, rows: Rows, *, direction: str, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum of the divergences times their scale, and the divergences."""
+    return apply("exact_kl", _FromLogits, logits, ref_logits, rows, direction, inplace)
+
+
+def from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref: tuple[Tensor, Tensor, Tensor | None],
+    at: Tensor,
+    rows: Rows,
+    *,
+    direction: str,
+    options: Options,
+    ref_options: Options,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`from_logits`, of the rows ``at``, positions among the flattened tokens."""
+    rows = rows._replace(
+        temperature=_uncapped_temperature(rows.temperature, options),
+        ref_temperature=_uncapped_temperature(rows.ref_temperature, ref_options),
+    )
+    return apply(
+        "exact_kl_from_hidden", _FromHidden, hidden, weight, bias, ref, at, rows, direction, options, ref_options
+    )
