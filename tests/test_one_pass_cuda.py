@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from fusedpo import objectives as O
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"
-NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+NVCC = cuda_on_cpu.NVCC
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSSIBLE = [objective for objective in COMBINATIONS if ops_one_pass.is_possible(objective)]
 NFPO = O.nfpo(4, kl=O.KL("k3", 0.1), entropy_coef=0.1)
@@ -258,13 +257,7 @@ def check(program: Path, calls: list[Call]) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("cuda") / "one_pass")
-
-
-def build(path: Path, *flags: str) -> Path:
-    return cuda_on_cpu.build(
-        "one_pass", path, "-Wno-unknown-pragmas", "-include", cuda_on_cpu.HERE / "cluster.h", *flags
-    )
+    return cuda_on_cpu.build_as_compiled("one_pass", tmp_path_factory.mktemp("cuda") / "one_pass")
 
 
 @on_the_cpu
@@ -494,14 +487,10 @@ def test_how_rows_lie_in_shared_memory(program):
         assert used <= shared
 
 
-# ---------------------------------------------------------------------------------------------------------- sanitizers
+# --------------------------------------------------------------------------------------------------------- as compiled
 
 
-@on_the_cpu
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_kernels_under_sanitizers(tmp_path, sanitizer):
-    """No row is read before it has arrived, and none arrives where one is still being read."""
-    program = build(tmp_path / "one_pass", f"-fsanitize={sanitizer}")
+def check_a_few(program: Path) -> None:
     p = problem(NFPO, (12,), 3001, torch.bfloat16, lengths=[4, 1, 7])
     long = problem(O.nfpo(6), (12,), 1001, lengths=[12])
     check(
@@ -512,6 +501,35 @@ def test_kernels_under_sanitizers(tmp_path, sanitizer):
             Call(long, Device(2, TWO_SLICES, 4), target=None),
         ],
     )
+
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [100, 120])
+def test_other_architectures(program, tmp_path, architecture):
+    check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"])
+def test_what_devices_may_do(program, monkeypatch, option):
+    """Approximate instructions are off, warps take turns at random, copies arrive at once."""
+    monkeypatch.setenv(*option.split("="))
+    check_a_few(program)
+
+
+# ---------------------------------------------------------------------------------------------------------- sanitizers
+
+
+@on_the_cpu
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_kernels_under_sanitizers(tmp_path, sanitizer):
+    """No row is read before it has arrived, and none arrives where one is still being read."""
+    program = cuda_on_cpu.build("one_pass", tmp_path / "one_pass", f"-fsanitize={sanitizer}")
+    check_a_few(program)
 
 
 # ------------------------------------------------------------------------------------------------------------- compiled
@@ -545,9 +563,8 @@ def test_nvcc_spills_no_register(tmp_path, record_property):
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.slow
-def test_ptx_has_clusters_and_bulk_copies(tmp_path):
-    nvcc("-arch=sm_90", "-ptx", "-o", tmp_path / "one_pass.ptx")
-    ptx = (tmp_path / "one_pass.ptx").read_text()
+def test_ptx_has_clusters_and_bulk_copies():
+    ptx = cuda_on_cpu.compile_to_ptx("one_pass", 90)
     kernels = [code for code in ptx.split(".entry ")[1:] if "row_kernel" in code.partition("(")[0]]
     assert len(kernels) == 3
     for code in kernels:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ from fusedpo import objectives as O
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"
-NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+NVCC = cuda_on_cpu.NVCC
 
 on_the_cpu = pytest.mark.skipif(
     backends.NATIVE_MISSING is not None or cuda_on_cpu.COMPILER is None,
@@ -130,7 +128,7 @@ def check(program: Path, calls: list[Call]) -> None:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return cuda_on_cpu.build("policy_loss", tmp_path_factory.mktemp("cuda") / "policy_loss")
+    return cuda_on_cpu.build_as_compiled("policy_loss", tmp_path_factory.mktemp("cuda") / "policy_loss")
 
 
 @on_the_cpu
@@ -303,6 +301,34 @@ def test_bits_do_not_depend_on_layout_or_run(program):
         assert all(map(torch.equal, one, again))
 
 
+# -------------------------------------------------------------------------------------------------------- as compiled
+
+
+def check_a_few(program: Path) -> None:
+    batch = random_batch(2, 90, spread=0.05)
+    packed = pack(batch, [90, 41])
+    calls = [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)]
+    check(program, [*calls, call(pack(random_batch(70, 1), [1] * 70), O.ppo(), False, Sizes(64, 32, 3))])
+
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [80, 100, 120])
+def test_other_architectures(program, tmp_path, architecture):
+    check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"])
+def test_what_devices_may_do(program, monkeypatch, option):
+    """Approximate instructions are off, warps take turns at random, copies arrive at once."""
+    monkeypatch.setenv(*option.split("="))
+    check_a_few(program)
+
+
 # -------------------------------------------------------------------------------------------------------- sanitizers
 
 
@@ -310,10 +336,7 @@ def test_bits_do_not_depend_on_layout_or_run(program):
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_kernels_under_sanitizers(tmp_path, sanitizer):
     program = cuda_on_cpu.build("policy_loss", tmp_path / "policy_loss", f"-fsanitize={sanitizer}")
-    batch = random_batch(2, 90, spread=0.05)
-    packed = pack(batch, [90, 41])
-    calls = [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)]
-    check(program, [*calls, call(pack(random_batch(70, 1), [1] * 70), O.ppo(), False, Sizes(64, 32, 3))])
+    check_a_few(program)
 
 
 @on_the_cpu
