@@ -80,6 +80,8 @@ def order_statistic(
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.choice("scale", scale, ("mean", "unbiased"))
     mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups, spare=1)
+    if type(weights).__module__ == "numpy" and hasattr(weights, "tolist"):
+        weights = weights.tolist()
     if not isinstance(weights, Sequence) or isinstance(weights, str):
         raise TypeError(f"weights must be a sequence of {k} floats, got {type(weights).__name__}")
     if len(weights) != k:
@@ -203,7 +205,7 @@ def grpo_passk(
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    arguments.positive("eps", eps)
+    eps = arguments.positive("eps", eps)
     rule = "every group must have at least 2 samples"
     mask = arguments.group_sizes(2, rule, rewards, group_size, group_ids, mask, small_groups)
     return implementation("group_advantages", rewards).grpo_passk(
