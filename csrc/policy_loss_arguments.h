@@ -11,13 +11,13 @@ namespace fusedpo {
 inline Objective objective_of(const std::vector<int64_t>& parts, const std::vector<double>& values) {
   expect((int64_t)parts.size() == kNumParts, "parts must hold ", (int)kNumParts, " numbers, got ", parts.size());
   expect_in("the length of values", (int64_t)values.size(), kNumValues, kNumValues + kMaxBounds);
-  expect_in("parts[0], the ratio,", parts[0], kTokenRatio, kOnPolicy);
+  expect_in("parts[0], the ratio,", parts[0], 0, kNumRatios - 1);
   expect_in("parts[1], the positions back,", parts[1], 0, kWhole);
   expect_in("parts[2], the positions ahead,", parts[2], 0, kWhole);
   expect_in("parts[3], differentiate,", parts[3], 0, 1);
-  expect_in("parts[4], the trust region,", parts[4], kNoTrustRegion, kDRO);
-  expect_in("parts[5], the KL,", parts[5], kNoKL, 2 * kK3Plus);
-  expect_in("parts[6], the aggregation,", parts[6], kTokenMean, kSeqMeanTokenSumNorm);
+  expect_in("parts[4], the trust region,", parts[4], 0, kNumTrustRegions - 1);
+  expect_in("parts[5], the KL,", parts[5], 0, kNumKLs - 1 + kWeighted);
+  expect_in("parts[6], the aggregation,", parts[6], 0, kNumAggregations - 1);
   return decode(parts.data(), values.data(), (int64_t)values.size());
 }
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fusedpo import objectives as O
+
 LOG_RATIO_CLAMP = tl.constexpr(20.0)
 SEQUENCE_LOG_RATIO_MAX = tl.constexpr(10.0)
 VESPO_LOG_WEIGHT_MIN = tl.constexpr(-18.420680743952367)  # log(1e-8)
@@ -19,13 +21,34 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # -------------------------------------------------------------------------------------------------------- the objective
-# Numbers are those that _RATIOS, _TRUST_REGIONS, ... in python/fusedpo/ops_policy_loss.py count.
+# Of numbers Triton's compiler takes none but those of the module that are tl.constexpr.
 
-TOKEN_RATIO, SEQUENCE_RATIO, TRACE, ON_POLICY = map(tl.constexpr, range(4))
-NO_TRUST_REGION, PPO_CLIP, LOG_CLIP, CISPO, BINARY_TV, BINARY_KL = map(tl.constexpr, range(6))
-CPPO, SAPO, VESPO, GMPO, DRO = map(tl.constexpr, range(6, 11))
-NO_KL, K1, K2, K3, K3_PLUS = map(tl.constexpr, range(5))  # and K3_PLUS more where it is weighted
-TOKEN_MEAN, TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM = map(tl.constexpr, range(5))
+SEQUENCE_RATIO = tl.constexpr(O.RATIOS[O.SequenceRatio])
+TRACE = tl.constexpr(O.RATIOS[O.Trace])
+ON_POLICY = tl.constexpr(O.RATIOS[O.OnPolicy])
+
+PPO_CLIP = tl.constexpr(O.TRUST_REGIONS[O.PPOClip])
+LOG_CLIP = tl.constexpr(O.TRUST_REGIONS[O.LogClip])
+CISPO = tl.constexpr(O.TRUST_REGIONS[O.CISPO])
+BINARY_TV = tl.constexpr(O.TRUST_REGIONS[O.BinaryTV])
+BINARY_KL = tl.constexpr(O.TRUST_REGIONS[O.BinaryKL])
+CPPO = tl.constexpr(O.TRUST_REGIONS[O.CPPO])
+SAPO = tl.constexpr(O.TRUST_REGIONS[O.SAPO])
+VESPO = tl.constexpr(O.TRUST_REGIONS[O.VESPO])
+GMPO = tl.constexpr(O.TRUST_REGIONS[O.GMPO])
+DRO = tl.constexpr(O.TRUST_REGIONS[O.DRO])
+
+NO_KL = tl.constexpr(O.KL_NUMBERS[None])
+K1 = tl.constexpr(O.KL_NUMBERS["k1"])
+K2 = tl.constexpr(O.KL_NUMBERS["k2"])
+K3 = tl.constexpr(O.KL_NUMBERS["k3"])
+NUM_KLS = tl.constexpr(len(O.KL_NUMBERS))
+WEIGHTED = tl.constexpr(len(O.KL_KINDS))  # what the number of a weighted KL is higher by
+
+TOKEN_MEAN = tl.constexpr(O.AGGREGATION_NUMBERS["token-mean"])
+TOKEN_SUM = tl.constexpr(O.AGGREGATION_NUMBERS["token-sum"])
+SEQ_MEAN_TOKEN_MEAN = tl.constexpr(O.AGGREGATION_NUMBERS["seq-mean-token-mean"])
+SEQ_MEAN_TOKEN_SUM_NORM = tl.constexpr(O.AGGREGATION_NUMBERS["seq-mean-token-sum-norm"])
 
 
 class Objective(NamedTuple):
@@ -407,8 +430,8 @@ def kl_of(o, x, own):
     value = tl.zeros_like(d)
     d_logprob = tl.zeros_like(d)
     d_weighted = tl.zeros_like(d)
-    weighted = o.kl > K3_PLUS
-    kind = tl.where(weighted, o.kl - K3_PLUS, o.kl)
+    weighted = o.kl >= NUM_KLS
+    kind = tl.where(weighted, o.kl - WEIGHTED, o.kl)
     if kind == K1:
         value = d
         d_logprob = tl.full(d.shape, 1.0, tl.float32)

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedpo import _checks
+from fusedpo.objectives import AGGREGATION_NUMBERS, KL_KINDS, KL_NUMBERS, RATIOS, TRUST_REGIONS
 from fusedpo.reference import METRICS
 
 from .checks import BOOL, FLOAT, INT64, WHOLE, Arguments, dims, expect, in_range, packed
@@ -230,7 +231,8 @@ def _places(kept, before):
 def _count_kept(o, mask, tile, CHUNK: tl.constexpr):
     """How many tokens the sequence keeps before the tile, and in all of it, if the objective needs to know."""
     needs_place = (o.trust_region == LOG_CLIP) | (o.trust_region == CPPO)
-    needs_length = (o.trust_region == CPPO) | (o.ratio == SEQUENCE_RATIO) | (o.aggregation >= SEQ_MEAN_TOKEN_MEAN)
+    of_sequences = (o.aggregation != TOKEN_MEAN) & (o.aggregation != TOKEN_SUM)
+    needs_length = (o.trust_region == CPPO) | (o.ratio == SEQUENCE_RATIO) | of_sequences
     if mask is None:
         before, count = tile.before, tile.before + tile.left
     else:
@@ -606,13 +608,13 @@ def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bo
     expect(len(parts) == 7, f"parts must hold 7 numbers, got {len(parts)}")
     in_range("the length of values", len(values), 4, 9)
     ratio, back, ahead, differentiate, trust_region, kl, aggregation = parts
-    in_range("parts[0], the ratio,", ratio, 0, 3)
+    in_range("parts[0], the ratio,", ratio, 0, max(RATIOS.values()))
     in_range("parts[1], the positions back,", back, 0, WHOLE)
     in_range("parts[2], the positions ahead,", ahead, 0, WHOLE)
     in_range("parts[3], differentiate,", differentiate, 0, 1)
-    in_range("parts[4], the trust region,", trust_region, 0, 10)
-    in_range("parts[5], the KL,", kl, 0, 8)
-    in_range("parts[6], the aggregation,", aggregation, 0, 4)
+    in_range("parts[4], the trust region,", trust_region, 0, max(TRUST_REGIONS.values()))
+    in_range("parts[5], the KL,", kl, 0, max(KL_NUMBERS.values()) + len(KL_KINDS))
+    in_range("parts[6], the aggregation,", aggregation, 0, max(AGGREGATION_NUMBERS.values()))
     values = [math.inf if value >= _checks.FLOAT32_MAX else value for value in values]  # as AOTInductor writes infinity
     bounds = values[4:] + [0.0] * (9 - len(values))
     return Objective(

@@ -14,9 +14,9 @@ constexpr float kVespoLogWeightMin = -18.420681f;  // log(1e-8)
 
 // ------------------------------------------------------------------------------------------------------- the objective
 
-// The numbers of ratios and trust regions are those of _RATIOS and _TRUST_REGIONS in python/fusedpo/ops_policy_loss.py.
+// The numbers are those of the tables in python/fusedpo/objectives.py; beside that, their order means nothing.
 
-enum Ratio : int32_t { kTokenRatio, kSequenceRatio, kTrace, kOnPolicy };
+enum Ratio : int32_t { kTokenRatio, kSequenceRatio, kTrace, kOnPolicy, kNumRatios };
 enum TrustRegion : int32_t {
   kNoTrustRegion,
   kPPOClip,
@@ -28,10 +28,20 @@ enum TrustRegion : int32_t {
   kSAPO,
   kVESPO,
   kGMPO,
-  kDRO
+  kDRO,
+  kNumTrustRegions
 };
-enum KL : int32_t { kNoKL, kK1, kK2, kK3, kK3Plus };  // and kK3Plus more where it is weighted
-enum Aggregation : int32_t { kTokenMean, kTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSum, kSeqMeanTokenSumNorm };
+enum KL : int32_t { kNoKL, kK1, kK2, kK3, kK3Plus, kNumKLs };
+enum Aggregation : int32_t {
+  kTokenMean,
+  kTokenSum,
+  kSeqMeanTokenMean,
+  kSeqMeanTokenSum,
+  kSeqMeanTokenSumNorm,
+  kNumAggregations
+};
+
+constexpr int kWeighted = kNumKLs - 1;  // what the number of a weighted KL is higher by
 
 constexpr int kMaxBounds = 5;
 
@@ -61,8 +71,8 @@ FUSEDPO_HD Objective decode(const int64_t* parts, const double* values, int64_t 
   o.ahead = parts[2];
   o.differentiate = parts[3] != 0;
   o.trust_region = (TrustRegion)parts[4];
-  o.kl_weighted = parts[5] > kK3Plus;
-  o.kl = (KL)(o.kl_weighted ? parts[5] - kK3Plus : parts[5]);
+  o.kl_weighted = parts[5] >= kNumKLs;
+  o.kl = (KL)(o.kl_weighted ? parts[5] - kWeighted : parts[5]);
   o.aggregation = (Aggregation)parts[6];
   o.kl_coef = (float)values[0];
   o.kl_clamp = to_float(values[1]);
@@ -374,6 +384,7 @@ FUSEDPO_HD Term<F> trust_region(const Objective& o, const Token<F>& x, const Wei
     case kDRO:
       return dro(p, x, w);
     case kNoTrustRegion:
+    case kNumTrustRegions:
       break;
   }
   return o.ratio == kOnPolicy ? through_logprob(x, Math<F>::splat(1), Mask<F>{}, Mask<F>{}) : no_trust_region(x, w);

@@ -503,6 +503,31 @@ PARTS: list[type[_Part]] = [*get_args(Ratio), *get_args(TrustRegion), KL, Object
 # A checkpoint may hold the objective of a run: torch.load(weights_only=True) takes it.
 torch.serialization.add_safe_globals([*PARTS])
 
+# The numbers by which kernels know the parts: from 0 on, none left out; beside that, their order means nothing. The
+# enumerations of csrc/core/objective.h have the same.
+RATIOS: dict[type[_Part], int] = {TokenRatio: 0, SequenceRatio: 1, Trace: 2, ForwardTrace: 2, OnPolicy: 3}
+TRUST_REGIONS: dict[type[_Part], int] = {
+    NoTrustRegion: 0,
+    PPOClip: 1,
+    LogClip: 2,
+    CISPO: 3,
+    BinaryTV: 4,
+    BinaryKL: 5,
+    CPPO: 6,
+    SAPO: 7,
+    VESPO: 8,
+    GMPO: 9,
+    DRO: 10,
+}
+KL_NUMBERS: dict[KLKind | None, int] = {None: 0, "k1": 1, "k2": 2, "k3": 3, "k3+": 4}
+AGGREGATION_NUMBERS: dict[Aggregation, int] = {
+    "token-mean": 0,
+    "token-sum": 1,
+    "seq-mean-token-mean": 2,
+    "seq-mean-token-sum": 3,
+    "seq-mean-token-sum-norm": 4,
+}
+
 
 # -------------------------------------------------------------------------------------------------------------- presets
 

@@ -31,9 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import objectives
 from ._checks import FLOAT32_MAX
-from .objectives import AGGREGATIONS, KL_KINDS, Objective
+from .objectives import AGGREGATION_NUMBERS, KL_KINDS, KL_NUMBERS, RATIOS, TRUST_REGIONS, Objective
 from .ops import apply, define, is_differentiated, once_differentiable
 from .reference import METRICS
 
@@ -52,27 +51,6 @@ define(
     lambda grad_loss, *_: grad_loss.new_empty(grad_loss.shape),
 )
 
-# The numbers of the enumerations in csrc/core/objective.h.
-_RATIOS = {
-    objectives.TokenRatio: 0,
-    objectives.SequenceRatio: 1,
-    objectives.Trace: 2,
-    objectives.ForwardTrace: 2,
-    objectives.OnPolicy: 3,
-}
-_TRUST_REGIONS = {
-    objectives.NoTrustRegion: 0,
-    objectives.PPOClip: 1,
-    objectives.LogClip: 2,
-    objectives.CISPO: 3,
-    objectives.BinaryTV: 4,
-    objectives.BinaryKL: 5,
-    objectives.CPPO: 6,
-    objectives.SAPO: 7,
-    objectives.VESPO: 8,
-    objectives.GMPO: 9,
-    objectives.DRO: 10,
-}
 _WHOLE_SEQUENCE = 1 << 62
 
 
@@ -90,13 +68,13 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         for count in (getattr(ratio, "back", 0), getattr(ratio, "ahead", 0))
     )
     parts = [
-        _RATIOS[type(ratio)],
+        RATIOS[type(ratio)],
         back,
         ahead,
         int(getattr(ratio, "differentiate", False)),
-        _TRUST_REGIONS[type(region)],
-        0 if kl is None else 1 + KL_KINDS.index(kl.kind) + len(KL_KINDS) * bool(kl.weighted),
-        AGGREGATIONS.index(objective.aggregation),
+        TRUST_REGIONS[type(region)],
+        KL_NUMBERS[None] if kl is None else KL_NUMBERS[kl.kind] + len(KL_KINDS) * bool(kl.weighted),
+        AGGREGATION_NUMBERS[objective.aggregation],
     ]
     values = [
         0.0 if kl is None else float(kl.coef),
