@@ -18,14 +18,16 @@ inline Objective objective_of(const std::vector<int64_t>& parts, const std::vect
   expect_in("parts[4], the trust region,", parts[4], 0, kNumTrustRegions - 1);
   expect_in("parts[5], the KL,", parts[5], 0, kNumKLs - 1 + kWeighted);
   expect_in("parts[6], the aggregation,", parts[6], 0, kNumAggregations - 1);
+  expect_in("parts[7], what the ratio looks at,", parts[7], 0, kEverything);
+  expect_in("parts[8], what the trust region looks at,", parts[8], 0, kEverything);
   return decode(parts.data(), values.data(), (int64_t)values.size());
 }
 
-// Of these the coefficient of a token depends on nothing but itself and the tokens behind it.
+// Of these the coefficient of a token depends on nothing but itself and the tokens after it.
 inline void expect_one_pass(const Objective& o) {
-  expect(o.ratio != kSequenceRatio && o.back == 0 && !o.differentiate && !needs_place(o) && !needs_mean(o),
-         "parts must encode an objective that one pass can compute: no sequence ratio, no window back, no ",
-         "differentiated trace, and none of the trust regions log-clip, CPPO and GMPO");
+  expect(o.trust_region_looks_at == 0 && (o.ratio_looks_at & ~kAhead) == 0 && o.back == 0 && !o.differentiate,
+         "parts must encode an objective that one pass can compute: nothing in it looks at its sequence but at a ",
+         "window ahead, and no trace is differentiated");
 }
 
 // The shape that the logits of tokens of this shape have; with `rows` they are those of some tokens.

@@ -45,6 +45,13 @@ def test_numbers_are_those_of_cpp(name, table, parts):
     assert O.RATIOS[O.ForwardTrace] == O.RATIOS[O.Trace]
 
 
+def test_flags_are_those_of_cpp():
+    [text] = re.findall(r"constexpr int (kAhead = .*);", HEADER)
+    flags = {name: int(number) for name, number in (flag.split(" = ") for flag in text.split(", "))}
+    own = {"kAhead": O.AHEAD, "kPlace": O.PLACE, "kPrefix": O.PREFIX, "kSequence": O.SEQUENCE}
+    assert flags == own | {"kEverything": sum(own.values())}
+
+
 @pytest.mark.triton
 def test_triton_knows_each_number_by_the_name_of_its_part():
     from fusedpo.triton_kernels import objective

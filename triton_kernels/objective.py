@@ -45,6 +45,10 @@ K3 = tl.constexpr(O.KL_NUMBERS["k3"])
 NUM_KLS = tl.constexpr(len(O.KL_NUMBERS))
 WEIGHTED = tl.constexpr(len(O.KL_KINDS))  # what the number of a weighted KL is higher by
 
+# What a part looks at beside the token itself: flags.
+AHEAD, PLACE, PREFIX, SEQUENCE = map(tl.constexpr, (O.AHEAD, O.PLACE, O.PREFIX, O.SEQUENCE))
+EVERYTHING = tl.constexpr(O.AHEAD | O.PLACE | O.PREFIX | O.SEQUENCE)
+
 TOKEN_MEAN = tl.constexpr(O.AGGREGATION_NUMBERS["token-mean"])
 TOKEN_SUM = tl.constexpr(O.AGGREGATION_NUMBERS["token-sum"])
 SEQ_MEAN_TOKEN_MEAN = tl.constexpr(O.AGGREGATION_NUMBERS["seq-mean-token-mean"])
@@ -61,6 +65,7 @@ class Objective(NamedTuple):
     trust_region: Any
     kl: Any
     aggregation: Any
+    looks_at: Any  # of the trust region
     kl_coef: Any
     kl_clamp: Any
     entropy_coef: Any

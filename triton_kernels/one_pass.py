@@ -47,7 +47,7 @@ from .logprobs import (
     row_width,
     with_layout,
 )
-from .objective import CPPO, GMPO, LOG_CLIP, SEQUENCE_RATIO, TRACE, Objective, Token, evaluate, log_ratio
+from .objective import AHEAD, TRACE, Objective, Token, evaluate, log_ratio
 from .policy_loss import Weights, decode, only_if, token_layout
 
 # ----------------------------------------------------------------------------------------------------- segments of rows
@@ -353,6 +353,7 @@ def _one_pass_kernel(
     trust_region,
     kl,
     aggregation,
+    looks_at,
     kl_coef,
     kl_clamp,
     entropy_coef,
@@ -379,6 +380,7 @@ def _one_pass_kernel(
         trust_region,
         kl,
         aggregation,
+        looks_at,
         kl_coef,
         kl_clamp,
         entropy_coef,
@@ -517,14 +519,12 @@ def _check_values(
 
 
 def _decode(parts: list[int], values: list[float], num_tokens: int) -> Objective:
-    """Of the objectives, those whose coefficient of a token depends on nothing but itself and the tokens behind it."""
+    """Of the objectives, those whose coefficient of a token depends on nothing but itself and the tokens after it."""
     o = decode(parts, values, num_tokens, per_token=False)
     expect(
-        o.ratio != SEQUENCE_RATIO.value
-        and (o.back, o.differentiate) == (0, 0)
-        and o.trust_region not in (LOG_CLIP.value, CPPO.value, GMPO.value),
-        "parts must encode an objective that one pass can compute: no sequence ratio, no window back, no "
-        "differentiated trace, and none of the trust regions log-clip, CPPO and GMPO",
+        o.looks_at == 0 and parts[7] & ~AHEAD.value == 0 and (o.back, o.differentiate) == (0, 0),
+        "parts must encode an objective that one pass can compute: nothing in it looks at its sequence but at a "
+        "window ahead, and no trace is differentiated",
     )
     return o
 

@@ -33,11 +33,12 @@ from fusedpo.reference import METRICS
 from .checks import BOOL, FLOAT, INT64, WHOLE, Arguments, dims, expect, in_range, packed
 from .common import kernel, launch
 from .objective import (
-    CPPO,
-    GMPO,
-    LOG_CLIP,
+    EVERYTHING,
+    PLACE,
+    PREFIX,
     SEQ_MEAN_TOKEN_MEAN,
     SEQ_MEAN_TOKEN_SUM_NORM,
+    SEQUENCE,
     SEQUENCE_RATIO,
     TOKEN_MEAN,
     TOKEN_SUM,
@@ -230,15 +231,14 @@ def _places(kept, before):
 @triton.jit
 def _count_kept(o, mask, tile, CHUNK: tl.constexpr):
     """How many tokens the sequence keeps before the tile, and in all of it, if the objective needs to know."""
-    needs_place = (o.trust_region == LOG_CLIP) | (o.trust_region == CPPO)
     of_sequences = (o.aggregation != TOKEN_MEAN) & (o.aggregation != TOKEN_SUM)
-    needs_length = (o.trust_region == CPPO) | (o.ratio == SEQUENCE_RATIO) | of_sequences
+    needs_count = ((o.looks_at & (PLACE | SEQUENCE)) != 0) | (o.ratio == SEQUENCE_RATIO) | of_sequences
     if mask is None:
         before, count = tile.before, tile.before + tile.left
     else:
         counts_before = tl.zeros([CHUNK], tl.int32)
         counts = tl.zeros([CHUNK], tl.int32)
-        stop = tl.where(needs_length, tile.left, tl.where(needs_place, 0, -tile.before))
+        stop = tl.where(needs_count, tile.left, -tile.before)
         for start in range(-tile.before, stop, CHUNK):
             offset = start + tl.arange(0, CHUNK)
             there = _kept(mask, tile, offset, offset < stop).to(tl.int32)
@@ -250,11 +250,12 @@ def _count_kept(o, mask, tile, CHUNK: tl.constexpr):
 
 @triton.jit
 def _sum_sequence(o, tokens, advantages, tile, length, CHUNK: tl.constexpr):
-    """The sums of the log-ratios, and of what the trust region sums: GMPO over the sequence, CPPO before the tile."""
+    """The sums of the log-ratios, and of what the trust region sums: over the sequence, or before the tile."""
     log_ratios = tl.zeros([CHUNK], tl.float32)
     summands = tl.zeros([CHUNK], tl.float32)
     before = 0
-    stop = tl.where(o.ratio == SEQUENCE_RATIO, tile.left, tl.where(o.trust_region == CPPO, 0, -tile.before))
+    needs_all = ((o.looks_at & SEQUENCE) != 0) | (o.ratio == SEQUENCE_RATIO)
+    stop = tl.where(needs_all, tile.left, tl.where((o.looks_at & PREFIX) != 0, 0, -tile.before))
     for start in range(-tile.before, stop, CHUNK):
         offset = start + tl.arange(0, CHUNK)
         kept = _kept(tokens.mask, tile, offset, offset < stop)
@@ -307,6 +308,7 @@ def _tokens_kernel(
     trust_region,
     kl,
     aggregation,
+    looks_at,
     kl_coef,
     kl_clamp,
     entropy_coef,
@@ -327,6 +329,7 @@ def _tokens_kernel(
         trust_region,
         kl,
         aggregation,
+        looks_at,
         kl_coef,
         kl_clamp,
         entropy_coef,
@@ -354,9 +357,9 @@ def _tokens_kernel(
         log_trace = _sum_of_window(Traced(tokens, None, None), tile, o.back, o.ahead, TILE, CHUNK)
     elif o.ratio == SEQUENCE_RATIO:
         log_trace += log_ratios / length
-    if o.trust_region == GMPO:
+    if (o.looks_at & SEQUENCE) != 0:
         sequence_sum += summands / length
-    elif o.trust_region == CPPO:
+    elif (o.looks_at & PREFIX) != 0:
         sequence_sum = summands + tl.cumsum(tl.where(kept, summand(o, x), 0.0), 0)
 
     ref_logprob = _load(ref_logprobs, tile, i, only_if(o.kl, kept))
@@ -605,9 +608,9 @@ def token_layout(logprobs: Tensor, cu_seqlens: Tensor | None) -> TokenLayout:
 
 def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bool) -> Objective:
     """The objective as the kernels take it. Losses per token are not aggregated: they are summed with no weight."""
-    expect(len(parts) == 7, f"parts must hold 7 numbers, got {len(parts)}")
+    expect(len(parts) == 9, f"parts must hold 9 numbers, got {len(parts)}")
     in_range("the length of values", len(values), 4, 9)
-    ratio, back, ahead, differentiate, trust_region, kl, aggregation = parts
+    ratio, back, ahead, differentiate, trust_region, kl, aggregation, ratio_looks_at, looks_at = parts
     in_range("parts[0], the ratio,", ratio, 0, max(RATIOS.values()))
     in_range("parts[1], the positions back,", back, 0, WHOLE)
     in_range("parts[2], the positions ahead,", ahead, 0, WHOLE)
@@ -615,6 +618,8 @@ def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bo
     in_range("parts[4], the trust region,", trust_region, 0, max(TRUST_REGIONS.values()))
     in_range("parts[5], the KL,", kl, 0, max(KL_NUMBERS.values()) + len(KL_KINDS))
     in_range("parts[6], the aggregation,", aggregation, 0, max(AGGREGATION_NUMBERS.values()))
+    in_range("parts[7], what the ratio looks at,", ratio_looks_at, 0, EVERYTHING.value)
+    in_range("parts[8], what the trust region looks at,", looks_at, 0, EVERYTHING.value)
     values = [math.inf if value >= _checks.FLOAT32_MAX else value for value in values]  # as AOTInductor writes infinity
     bounds = values[4:] + [0.0] * (9 - len(values))
     return Objective(
@@ -625,6 +630,7 @@ def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bo
         trust_region,
         kl,
         TOKEN_SUM.value if per_token else aggregation,
+        looks_at,
         *values[:4],
         *bounds,
     )

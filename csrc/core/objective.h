@@ -41,6 +41,9 @@ enum Aggregation : int32_t {
   kNumAggregations
 };
 
+// What a part looks at beside the token itself: flags, those of python/fusedpo/objectives.py.
+constexpr int kAhead = 1, kPlace = 2, kPrefix = 4, kSequence = 8, kEverything = 15;
+
 constexpr int kWeighted = kNumKLs - 1;  // what the number of a weighted KL is higher by
 
 constexpr int kMaxBounds = 5;
@@ -53,12 +56,13 @@ struct Objective {
   KL kl;
   bool kl_weighted;
   Aggregation aggregation;
+  int ratio_looks_at, trust_region_looks_at;
   float kl_coef, kl_clamp, entropy_coef;
   float length_norm;         // 0: the longest sequence
   float bounds[kMaxBounds];  // the fields of the trust region's dataclass, in their order; infinity for None
 };
 
-constexpr int kNumParts = 7, kNumValues = 4;
+constexpr int kNumParts = 9, kNumValues = 4;
 
 // The largest float32 stands for infinity, which AOTInductor cannot write.
 FUSEDPO_HD float to_float(double value) { return value >= 0x1.fffffep127 ? kInfinity : (float)value; }
@@ -74,6 +78,8 @@ FUSEDPO_HD Objective decode(const int64_t* parts, const double* values, int64_t 
   o.kl_weighted = parts[5] >= kNumKLs;
   o.kl = (KL)(o.kl_weighted ? parts[5] - kWeighted : parts[5]);
   o.aggregation = (Aggregation)parts[6];
+  o.ratio_looks_at = (int)parts[7];
+  o.trust_region_looks_at = (int)parts[8];
   o.kl_coef = (float)values[0];
   o.kl_clamp = to_float(values[1]);
   o.entropy_coef = (float)values[2];
@@ -83,9 +89,9 @@ FUSEDPO_HD Objective decode(const int64_t* parts, const double* values, int64_t 
 }
 
 // What the trust region needs to know of the sequence beside the token.
-FUSEDPO_HD bool needs_place(const Objective& o) { return o.trust_region == kLogClip || o.trust_region == kCPPO; }
-FUSEDPO_HD bool needs_mean(const Objective& o) { return o.trust_region == kGMPO; }
-FUSEDPO_HD bool needs_prefix(const Objective& o) { return o.trust_region == kCPPO; }
+FUSEDPO_HD bool needs_place(const Objective& o) { return (o.trust_region_looks_at & kPlace) != 0; }
+FUSEDPO_HD bool needs_mean(const Objective& o) { return (o.trust_region_looks_at & kSequence) != 0; }
+FUSEDPO_HD bool needs_prefix(const Objective& o) { return (o.trust_region_looks_at & kPrefix) != 0; }
 
 // ----------------------------------------------------------------------------------------------------------- one token
 

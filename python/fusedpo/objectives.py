@@ -108,8 +108,26 @@ def _is_count(value: object, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
+# What a part looks at beside the token itself, as flags: the log-probs of tokens after it; which of the kept tokens of
+# its sequence it is and how many there are, which the mask tells; the log-probs of tokens before it; those of all.
+TOKEN, AHEAD, PLACE, PREFIX, SEQUENCE = 0, 1, 2, 4, 8
+
+
 class _Part:
-    """Takes the NumPy numbers among its fields for the numbers that they are."""
+    """Takes the NumPy numbers among its fields for the numbers that they are.
+
+    ``looks_at`` says what the gradient coefficient of a token depends on, ``vanishes`` whether the term of a token with
+    the advantage 0 is 0 and has no gradient. A part that declares neither is taken for one of whole sequences, which
+    takes two passes, and none of its tokens are skipped.
+    """
+
+    @property
+    def looks_at(self) -> int:
+        return SEQUENCE
+
+    @property
+    def vanishes(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]  # not vars(self): torch 2.10's compiler does not trace it
@@ -126,6 +144,8 @@ class _Part:
 class TokenRatio(_Part):
     """``rho = exp(clamp(lp - olp, -20, 20))`` of the token alone (PPO, GRPO)."""
 
+    looks_at = TOKEN
+
 
 @dataclass(frozen=True)
 class SequenceRatio(_Part):
@@ -133,6 +153,8 @@ class SequenceRatio(_Part):
 
     The token's ratio is ``exp(min(x - sg(x) + sg(log s), 10))``, where ``x = clamp(lp - olp, -20, 20)``.
     """
+
+    looks_at = SEQUENCE
 
 
 @dataclass(frozen=True)
@@ -165,6 +187,13 @@ class Trace(_Part):
             if count != "all" and count >= _LONGEST:
                 object.__setattr__(self, name, "all")
 
+    @property
+    def looks_at(self) -> int:
+        back, ahead = self.back != 0, self.ahead != 0
+        if self.differentiate:  # the log-prob of a token is in the loss of those whose windows hold it
+            back = ahead = back or ahead
+        return PREFIX * back | AHEAD * ahead
+
 
 @dataclass(frozen=True)
 class ForwardTrace(_Part):
@@ -189,10 +218,16 @@ class ForwardTrace(_Part):
     def ahead(self) -> int | Literal["all"]:
         return self.n - 1 if self.n <= _LONGEST else "all"
 
+    @property
+    def looks_at(self) -> int:
+        return Trace(self.back, self.ahead, self.differentiate).looks_at
+
 
 @dataclass(frozen=True)
 class OnPolicy(_Part):
     """No ratio: the loss is ``-A * lp`` (REINFORCE, OPO). ``old_logprobs`` feed the metrics and :class:`DRO` only."""
+
+    looks_at = TOKEN
 
 
 Ratio = TokenRatio | SequenceRatio | Trace | ForwardTrace | OnPolicy
@@ -205,6 +240,9 @@ Ratio = TokenRatio | SequenceRatio | Trace | ForwardTrace | OnPolicy
 class NoTrustRegion(_Part):
     """``-A * rho * sg(F)``."""
 
+    looks_at = TOKEN
+    vanishes = True
+
 
 @dataclass(frozen=True)
 class PPOClip(_Part):
@@ -215,6 +253,9 @@ class PPOClip(_Part):
     is at most ``cap`` (``F`` is lowered to ``cap / rho``). ``on="product"``: the clip (and ``dual``) looks at
     ``rho * sg(F)``.
     """
+
+    looks_at = TOKEN
+    vanishes = True
 
     low: float = 0.2
     high: float = 0.2
@@ -241,6 +282,9 @@ class LogClip(_Part):
     positions alike; ``power=0.5`` follows the standard deviation of a sum of ``t`` log-ratios.
     """
 
+    looks_at = PLACE
+    vanishes = True
+
     low: float
     high: float
     dual: float | None = None
@@ -260,6 +304,9 @@ class CISPO(_Part):
     TRL and Liger have no lower bound, and their ``epsilon_high`` is the upper one itself: ``high = epsilon_high - 1``.
     """
 
+    looks_at = TOKEN
+    vanishes = True
+
     low: float = 10.0
     high: float = 0.2
 
@@ -277,6 +324,9 @@ class BinaryTV(_Part):
 
     ``A > 0``: ``p - p_old <= high``; otherwise ``p - p_old >= -low``. ``cap=None``: no cap.
     """
+
+    looks_at = TOKEN
+    vanishes = True
 
     low: float = 0.15
     high: float = 0.15
@@ -297,6 +347,9 @@ class BinaryKL(_Part):
     ``olp - lp`` is at least -20, and ``1 - p`` at least 0.
     """
 
+    looks_at = TOKEN
+    vanishes = True
+
     low: float = 0.05
     high: float = 0.05
     cap: float | None = 20.0
@@ -316,6 +369,9 @@ class CPPO(_Part):
     ``w_t D_t <= threshold`` and ``sum_{s<=t} w_s D_s <= threshold + budget * sum_{s<t} w_s``.
     """
 
+    looks_at = PLACE | PREFIX
+    vanishes = True
+
     threshold: float = 0.15
     budget: float = 0.015
     min_weight: float = 0.8
@@ -332,6 +388,9 @@ class CPPO(_Part):
 class SAPO(_Part):
     """``-A * (4 / tau) * sigmoid(tau (rho - 1)) * sg(F)`` with ``tau = tau_pos`` where ``A > 0``, else ``tau_neg``."""
 
+    looks_at = TOKEN
+    vanishes = True
+
     tau_pos: float = 1.0
     tau_neg: float = 1.05
 
@@ -347,6 +406,9 @@ class VESPO(_Part):
     ``k_pos`` and ``lambda_pos`` hold where ``A >= 0``. ``log w`` is clamped to ``[log 1e-8, 20]``, and ``log phi``,
     whose largest value is ``k log(k / lambda) - k + lambda``, to at most 20.
     """
+
+    looks_at = TOKEN
+    vanishes = True
 
     k_pos: float = 2.0
     lambda_pos: float = 3.0
@@ -367,6 +429,9 @@ class GMPO(_Part):
     As with :class:`SequenceRatio`, which it needs, each token carries the gradient of its own ``x'``.
     """
 
+    looks_at = SEQUENCE
+    vanishes = True
+
     low: float = 0.4
     high: float = 0.4
 
@@ -378,6 +443,8 @@ class GMPO(_Part):
 @dataclass(frozen=True)
 class DRO(_Part):
     """``-A lp + beta / 2 (lp - olp)^2``: a quadratic penalty in place of a ratio; needs :class:`OnPolicy`."""
+
+    looks_at = TOKEN
 
     beta: float
 
@@ -502,6 +569,14 @@ class Objective(_Part):
 PARTS: list[type[_Part]] = [*get_args(Ratio), *get_args(TrustRegion), KL, Objective]
 # A checkpoint may hold the objective of a run: torch.load(weights_only=True) takes it.
 torch.serialization.add_safe_globals([*PARTS])
+
+
+def reach(part: Ratio | TrustRegion) -> tuple[int | Literal["all"], int | Literal["all"]]:
+    """How many positions before and after a token the log-probs lie that its term looks at."""
+    if isinstance(part, Trace | ForwardTrace):
+        return part.back, part.ahead
+    return ("all", "all") if part.looks_at & (AHEAD | PREFIX | SEQUENCE) else (0, 0)
+
 
 # The numbers by which kernels know the parts: from 0 on, none left out; beside that, their order means nothing. The
 # enumerations of csrc/core/objective.h have the same.

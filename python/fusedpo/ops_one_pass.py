@@ -46,21 +46,17 @@ MAX_AHEAD = 256
 
 
 def is_possible(objective: Objective) -> bool:
-    """Whether the coefficient of a token depends on nothing but the log-probs of itself and of tokens behind it.
+    """Whether the coefficient of a token depends on nothing but the log-probs of itself and of tokens after it.
 
     What looks at the tokens before it, or at all tokens of the sequence, takes two passes.
     """
     ratio = objective.ratio
-    if isinstance(objective.trust_region, objectives.LogClip | objectives.CPPO | objectives.GMPO):
-        return False
-    if isinstance(ratio, objectives.TokenRatio | objectives.OnPolicy):
-        return True
+    _, ahead = objectives.reach(ratio)
     return (
-        isinstance(ratio, objectives.Trace | objectives.ForwardTrace)
-        and getattr(ratio, "back", 0) == 0
-        and ratio.ahead != "all"
-        and int(ratio.ahead) <= MAX_AHEAD
-        and not ratio.differentiate
+        objective.trust_region.looks_at == objectives.TOKEN
+        and ratio.looks_at in (objectives.TOKEN, objectives.AHEAD)
+        and ahead != "all"
+        and ahead <= MAX_AHEAD
     )
 
 

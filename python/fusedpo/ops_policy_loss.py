@@ -55,7 +55,8 @@ _WHOLE_SEQUENCE = 1 << 62
 
 
 def encode(objective: Objective) -> tuple[list[int], list[float]]:
-    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation.
+    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation, what the
+    ratio looks at and what the trust region does.
 
     The number of a weighted KL is higher by ``len(KL_KINDS)``. ``values``: coefficient and clamp of the KL, entropy
     coefficient, length_norm (0: the longest sequence), and then the fields of the trust region in their order. A bound
@@ -75,6 +76,8 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         TRUST_REGIONS[type(region)],
         KL_NUMBERS[None] if kl is None else KL_NUMBERS[kl.kind] + len(KL_KINDS) * bool(kl.weighted),
         AGGREGATION_NUMBERS[objective.aggregation],
+        ratio.looks_at,
+        region.looks_at,
     ]
     values = [
         0.0 if kl is None else float(kl.coef),
