@@ -26,6 +26,7 @@ All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ define(
 _WHOLE_SEQUENCE = 1 << 62
 
 
-def encode(objective: Objective) -> tuple[list[int], list[float]]:
+def encode(objective: Objective) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation, what the
     ratio looks at and what the trust region does.
 
@@ -63,12 +64,17 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
     that is None or infinite is the largest float32, which decoders take for infinity: AOTInductor cannot write
     an infinite number.
     """
+    # the tracer of torch.compile, which runs this once, does not take the cache
+    return _encode(objective) if torch.compiler.is_compiling() else _cached(objective)
+
+
+def _encode(objective: Objective) -> tuple[tuple[int, ...], tuple[float, ...]]:
     ratio, region, kl = objective.ratio, objective.trust_region, objective.kl
     back, ahead = (
         _WHOLE_SEQUENCE if count == "all" else int(count)
         for count in (getattr(ratio, "back", 0), getattr(ratio, "ahead", 0))
     )
-    parts = [
+    parts = (
         RATIOS[type(ratio)],
         back,
         ahead,
@@ -78,16 +84,19 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         AGGREGATION_NUMBERS[objective.aggregation],
         ratio.looks_at,
         region.looks_at,
-    ]
-    values = [
+    )
+    values = (
         0.0 if kl is None else float(kl.coef),
         FLOAT32_MAX if kl is None else _number(kl.clamp),
         float(objective.entropy_coef),
         float(objective.length_norm or 0),
         # not vars(region): torch 2.10's compiler does not trace it
         *(_number(getattr(region, field.name)) for field in dataclasses.fields(region)),
-    ]
+    )
     return parts, values
+
+
+_cached = functools.lru_cache(maxsize=256)(_encode)
 
 
 def _number(field: float | str | None) -> float:
