@@ -47,7 +47,7 @@ def test_a_part_that_declares_nothing_has_its_sequence_looked_at():
     numbers = {MadeUp: 0}
     with mock.patch.multiple(ops_policy_loss, RATIOS=numbers, TRUST_REGIONS=numbers):
         parts, _ = ops_policy_loss.encode(objective)
-    assert parts[-2:] == [O.SEQUENCE, O.SEQUENCE]
+    assert parts[-2:] == (O.SEQUENCE, O.SEQUENCE)
 
 
 def test_a_trace_looks_where_its_window_is():

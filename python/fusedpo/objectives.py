@@ -11,8 +11,11 @@ before an error needs it would break the graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, ParamSpec, cast, get_args
 
 import torch
 
@@ -25,6 +28,7 @@ __all__ = [
     "DRO",
     "GMPO",
     "KL",
+    "PRESETS",
     "SAPO",
     "VESPO",
     "Aggregation",
@@ -130,11 +134,11 @@ class _Part:
         return False
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]  # not vars(self): torch 2.10's compiler does not trace it
-            value = getattr(self, field.name)
+        for own in fields(self):  # type: ignore[arg-type]  # not vars(self): torch 2.10's compiler does not trace it
+            value = getattr(self, own.name) if own.init else None
             number = _checks.plain(value)
             if number is not value:
-                object.__setattr__(self, field.name, number)
+                object.__setattr__(self, own.name, number)
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
@@ -196,31 +200,28 @@ class Trace(_Part):
 
 
 @dataclass(frozen=True)
-class ForwardTrace(_Part):
+class _Length(_Part):
+    n: int
+
+
+@dataclass(frozen=True)
+class ForwardTrace(Trace, _Length):
     """NFPO: ``Trace(0, n - 1)``, the ratio times the likelihood ratio of the next ``n - 1`` positions.
 
     ``n=1`` is :class:`TokenRatio`; ``n >= T`` is the whole suffix.
     """
 
-    n: int
-    differentiate: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not _is_count(self.n, 1):
-            raise ValueError(f"ForwardTrace: n must be an integer >= 1, got {_checks.brief(self.n)}")
-
-    @property
-    def back(self) -> int:
-        return 0
-
-    @property
-    def ahead(self) -> int | Literal["all"]:
+    def _ahead(self) -> int | Literal["all"]:
         return self.n - 1 if self.n <= _LONGEST else "all"
 
-    @property
-    def looks_at(self) -> int:
-        return Trace(self.back, self.ahead, self.differentiate).looks_at
+    # Arguments of Trace, not of this; the second is computed from n, which alone is pickled.
+    back: int | Literal["all"] = field(default=0, init=False, repr=False, compare=False)
+    ahead: int | Literal["all"] = field(default=cast(Any, property(_ahead)), init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _Part.__post_init__(self)
+        if not _is_count(self.n, 1):
+            raise ValueError(f"ForwardTrace: n must be an integer >= 1, got {_checks.brief(self.n)}")
 
 
 @dataclass(frozen=True)
@@ -548,7 +549,7 @@ class Objective(_Part):
             raise ValueError(
                 f"Objective: {region_name} compares the probabilities of one token, SequenceRatio has none"
             )
-        trace = ratio if isinstance(ratio, Trace | ForwardTrace) else None
+        trace = ratio if isinstance(ratio, Trace) else None
         if isinstance(region, PPOClip) and region.on == "product" and (trace is None or trace.differentiate):
             raise ValueError(
                 f"Objective: PPOClip(on='product') needs a Trace or ForwardTrace with differentiate=False, got {ratio}"
@@ -573,7 +574,7 @@ torch.serialization.add_safe_globals([*PARTS])
 
 def reach(part: Ratio | TrustRegion) -> tuple[int | Literal["all"], int | Literal["all"]]:
     """How many positions before and after a token the log-probs lie that its term looks at."""
-    if isinstance(part, Trace | ForwardTrace):
+    if isinstance(part, Trace):
         return part.back, part.ahead
     return ("all", "all") if part.looks_at & (AHEAD | PREFIX | SEQUENCE) else (0, 0)
 
@@ -605,6 +606,33 @@ AGGREGATION_NUMBERS: dict[Aggregation, int] = {
 
 
 # -------------------------------------------------------------------------------------------------------------- presets
+
+_BOUNDS = {"low": "clip_low", "high": "clip_high"}
+OLD_NAMES = dict.fromkeys(("gmpo", "ctpo", "cispo", "dppo_tv", "dppo_kl"), _BOUNDS)
+
+P = ParamSpec("P")
+
+
+def with_new_names(preset: str, arguments: Mapping[str, Any], stacklevel: int = 2) -> dict[str, Any]:
+    """``arguments`` of a preset by the names that they have now. Warns of old ones at the line that called."""
+    found = dict(arguments)
+    for old, new in OLD_NAMES.get(preset, {}).items():
+        if old in found:
+            warnings.warn(f"{preset}: {old} is called {new} now", DeprecationWarning, stacklevel=stacklevel + 1)
+            if new in found:
+                raise TypeError(f"{preset}: {old} and {new} are the same argument, and both were given")
+            found[new] = found.pop(old)
+    return found
+
+
+def _takes_old_names(preset: Callable[P, Objective]) -> Callable[P, Objective]:
+    @functools.wraps(preset)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Objective:
+        if kwargs.keys() & OLD_NAMES[preset.__name__].keys():
+            kwargs = cast(Any, with_new_names(preset.__name__, kwargs))
+        return preset(*args, **kwargs)
+
+    return call
 
 
 def ppo(
@@ -681,12 +709,13 @@ def luspo(clip_low: float = 2e-3, clip_high: float = 2.5e-3) -> Objective:
     return Objective(SequenceRatio(), PPOClip(clip_low, clip_high), aggregation="seq-mean-token-sum")
 
 
-def gmpo(low: float = 0.4, high: float = 0.4) -> Objective:
+@_takes_old_names
+def gmpo(clip_low: float = 0.4, clip_high: float = 0.4) -> Objective:
     """GMPO (2507.20673): the geometric mean of token ratios that are clipped in log space, mean over sequences.
 
     As verl's ``geo_mean`` for advantages per sequence, the only kind for which the method is defined.
     """
-    return Objective(SequenceRatio(), GMPO(low, high), aggregation="seq-mean-token-mean")
+    return Objective(SequenceRatio(), GMPO(clip_low, clip_high), aggregation="seq-mean-token-mean")
 
 
 def vespo(k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0) -> Objective:
@@ -698,17 +727,21 @@ def vespo(k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambd
     return Objective(Trace("all", "all"), VESPO(k_pos, lambda_pos, k_neg, lambda_neg))
 
 
-def ctpo(low: float = 0.025, high: float = 0.05, *, dual: float | None = 0.05, power: float = 0.5) -> Objective:
+@_takes_old_names
+def ctpo(
+    clip_low: float = 0.025, clip_high: float = 0.05, *, dual: float | None = 0.05, power: float = 0.5
+) -> Objective:
     """CTPO (2605.07331): the cumulative ratio of the prefix, clipped in log space by position (authors' code)."""
-    return Objective(Trace("all", 0), LogClip(low, high, dual, power))
+    return Objective(Trace("all", 0), LogClip(clip_low, clip_high, dual, power))
 
 
-def cispo(low: float = 10.0, high: float = 0.2) -> Objective:
+@_takes_old_names
+def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
     """CISPO: the clipped ratio as a detached weight; the default, of verl's example, has no lower clip.
 
-    TRL's and Liger's ``epsilon_high`` is ``1 + high``, the bound itself.
+    TRL's and Liger's ``epsilon_high`` is ``1 + clip_high``, the bound itself.
     """
-    return Objective(TokenRatio(), CISPO(low, high))
+    return Objective(TokenRatio(), CISPO(clip_low, clip_high))
 
 
 def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
@@ -716,21 +749,23 @@ def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
     return Objective(TokenRatio(), SAPO(tau_pos, tau_neg), aggregation="seq-mean-token-mean")
 
 
+@_takes_old_names
 def dppo_tv(
-    low: float = 0.15, high: float = 0.15, *, cap: float | None = 20.0, length_norm: float | None = None
+    clip_low: float = 0.15, clip_high: float = 0.15, *, cap: float | None = 20.0, length_norm: float | None = None
 ) -> Objective:
     """DPPO with the total-variation mask (2602.04879). The thresholds are those of verl's example."""
     return Objective(
-        TokenRatio(), BinaryTV(low, high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
+        TokenRatio(), BinaryTV(clip_low, clip_high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
     )
 
 
+@_takes_old_names
 def dppo_kl(
-    low: float = 0.05, high: float = 0.05, *, cap: float | None = 20.0, length_norm: float | None = None
+    clip_low: float = 0.05, clip_high: float = 0.05, *, cap: float | None = 20.0, length_norm: float | None = None
 ) -> Objective:
     """DPPO with the binary KL mask (2602.04879). The thresholds are those of verl's example."""
     return Objective(
-        TokenRatio(), BinaryKL(low, high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
+        TokenRatio(), BinaryKL(clip_low, clip_high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
     )
 
 
@@ -792,3 +827,12 @@ def nfpo(
     """
     region = PPOClip(clip_low, clip_high) if trust_region is None else trust_region
     return Objective(ForwardTrace(n, differentiate), region, kl, entropy_coef, aggregation)
+
+
+PRESETS: dict[str, Callable[..., Objective]] = {
+    preset.__name__: preset
+    for preset in (
+        *(cispo, cppo, ctpo, dapo, dppo_kl, dppo_tv, dr_grpo, dro, gmpo, grpo, gspo, luspo, nfpo, opo, ppo, reinforce),
+        *(sapo, two_sided_grpo, vespo),
+    )
+}
