@@ -49,7 +49,7 @@ from .objective import (
     exp,
     exp_minus_1_minus,
     log_ratio,
-    log_ratio_live,
+    log_ratio_passes,
     summand,
 )
 
@@ -215,8 +215,8 @@ def _through_traces(x, tile, back, ahead, TILE: tl.constexpr, CHUNK: tl.constexp
     reaching = _sum_of_window(x, tile, ahead, back, TILE, CHUNK)
     i = tl.arange(0, TILE)
     kept = _kept(x.tokens.mask, tile, i, i < tile.left)
-    live = log_ratio_live(_load(x.tokens.logprobs, tile, i, kept), _load(x.tokens.old_logprobs, tile, i, kept))
-    return tl.where(kept & live, reaching, 0.0)
+    passes = log_ratio_passes(_load(x.tokens.logprobs, tile, i, kept), _load(x.tokens.old_logprobs, tile, i, kept))
+    return tl.where(kept & passes, reaching, 0.0)
 
 
 # ----------------------------------------------------------------------------------- what tokens know of their sequence

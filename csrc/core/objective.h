@@ -105,13 +105,14 @@ struct Token {
   F sequence_sum;  // of `summand`. needs_mean: mean over the kept tokens; needs_prefix: sum up to this token
 };
 
-// The ratio with its forward trace; `live` where no clamp stops the gradient.
+// The ratio with its forward trace; `passes` where no clamp stops the gradient.
 template <class F>
 struct Weight {
   F log_ratio, own_ratio;  // of the token, clamped; and its exponential
   F ratio, trace;
-  F log_of_ratio, log_weight;                // log(ratio), log(ratio * trace)
-  Mask<F> own_live, ratio_live, trace_live;  // where no clamp of log_ratio, of the sequence's ratio, of the trace acts
+  F log_of_ratio, log_weight;  // log(ratio), log(ratio * trace)
+  Mask<F> own_passes, ratio_passes,
+      trace_passes;  // where no clamp of log_ratio, of the sequence's ratio, of the trace acts
   Mask<F> clamped;
 };
 
@@ -140,7 +141,7 @@ FUSEDPO_HD F log_ratio(F logprob, F old_logprob) {
 }
 
 template <class F>
-FUSEDPO_HD Mask<F> log_ratio_live(F logprob, F old_logprob) {
+FUSEDPO_HD Mask<F> log_ratio_passes(F logprob, F old_logprob) {
   return absolute(logprob - old_logprob) <= kLogRatioClamp;
 }
 
@@ -153,8 +154,8 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
   Weight<F> w;
   w.log_ratio = own;
   w.ratio = w.own_ratio = M::exp(own);
-  w.own_live = log_ratio_live(x.logprob, x.old_logprob);
-  w.ratio_live = w.trace_live = own == own;
+  w.own_passes = log_ratio_passes(x.logprob, x.old_logprob);
+  w.ratio_passes = w.trace_passes = own == own;
   w.clamped = absolute(x.logprob - x.old_logprob) > kLogRatioClamp;
   w.trace = M::splat(1);
   w.log_of_ratio = w.log_weight = own;
@@ -162,13 +163,13 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
     const F log_s = own - own + x.log_trace;  // NaN where the token's own ratio is
     w.log_of_ratio = w.log_weight = log_s > kSequenceLogRatioMax ? M::splat(kSequenceLogRatioMax) : log_s;
     w.ratio = M::exp(w.log_weight);
-    w.ratio_live = log_s <= kSequenceLogRatioMax;
+    w.ratio_passes = log_s <= kSequenceLogRatioMax;
     w.clamped = w.clamped | (log_s > kSequenceLogRatioMax);
   }
   if (o.ratio == kTrace) {
     const F log_trace = clamp(x.log_trace, -kLogRatioClamp, kLogRatioClamp);
     w.trace = M::exp(log_trace);
-    w.trace_live = absolute(x.log_trace) <= kLogRatioClamp;
+    w.trace_passes = absolute(x.log_trace) <= kLogRatioClamp;
     w.clamped = w.clamped | (absolute(x.log_trace) > kLogRatioClamp);
     w.log_weight = own + log_trace;
   }
@@ -183,7 +184,7 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
 template <class F>
 FUSEDPO_HD Term<F> through_ratio(const Weight<F>& w, F loss, F d_log_ratio, Mask<F> low, Mask<F> high) {
   const F zero = Math<F>::splat(0);
-  return {loss, low | high | !w.ratio_live ? zero : d_log_ratio, zero, low, high};
+  return {loss, low | high | !w.ratio_passes ? zero : d_log_ratio, zero, low, high};
 }
 
 // -A * weight * lp with the weight detached.
@@ -416,9 +417,9 @@ FUSEDPO_HD KLValue<F> kl_of(const Objective& o, F d) {
   } else {
     const F x = clamp(-d, -kLogRatioClamp, kLogRatioClamp), exp_x = M::exp(x);
     const F k3 = exp_minus_1_minus(x, exp_x);
-    const Mask<F> live = absolute(d) <= kLogRatioClamp;
+    const Mask<F> passes = absolute(d) <= kLogRatioClamp;
     if (o.kl == kK3) {
-      kl = {k3, live ? -exp_minus_1(x, exp_x) : M::splat(0), live ? d : k3};
+      kl = {k3, passes ? -exp_minus_1(x, exp_x) : M::splat(0), passes ? d : k3};
     } else {
       kl = {k3, d, d + k3};
     }
@@ -446,13 +447,13 @@ FUSEDPO_HD TokenResult<F> evaluate(const Objective& o, const Token<F>& x) {
     term.loss = cut ? zero : -x.advantage * exp_minus_1(w.log_ratio, w.own_ratio) * w.trace;
     term.d_log_ratio = cut ? zero : -x.advantage * w.ratio * w.trace;
     term.d_logprob = zero;
-    d_log_trace = w.trace_live ? times(x.is_weight, term.loss) : zero;
+    d_log_trace = w.trace_passes ? times(x.is_weight, term.loss) : zero;
   }
-  const F d_policy = (w.own_live ? term.d_log_ratio : zero) + term.d_logprob;
+  const F d_policy = (w.own_passes ? term.d_log_ratio : zero) + term.d_logprob;
   const F kl_coef = M::splat(o.kl_coef);
   KLValue<F> kl = kl_of(o, x.logprob - x.ref_logprob);
   if (o.kl_weighted) {
-    kl.d_logprob = w.own_ratio * (w.own_live ? kl.d_weighted : kl.d_logprob);
+    kl.d_logprob = w.own_ratio * (w.own_passes ? kl.d_weighted : kl.d_logprob);
     kl.value = kl.value * w.own_ratio;
   }
   const F bonus = o.entropy_coef != 0 ? o.entropy_coef * x.entropy : zero;

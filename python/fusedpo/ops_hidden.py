@@ -105,7 +105,7 @@ def evaluated_tokens(
     moving = kept & (where.per_token(advantages) != 0)
     back, ahead = ("all", "all") if "all" in objectives.reach(region) else objectives.reach(ratio)
     count = moving.long()
-    looked_at = where.sum_behind(count, ahead) + where.sum_ahead(count, back)
+    looked_at = where.sum_before(count, ahead) + where.sum_after(count, back)
     return (moving | (kept & (looked_at > 0))).reshape(token_ids.shape)
 
 

@@ -10,7 +10,7 @@
 * ``logprobs`` and ``entropy``, float32 ``[*tokens]``, are written at every row that is evaluated.
 * ``rows`` None: every token that ``mask`` (bool) keeps is evaluated, and the gradient of the others is zero. Otherwise
   ``logits`` is ``[R, V]`` and its row r belongs to the kept token ``rows[r]`` (int64, ascending positions among the
-  flattened tokens); tokens behind the last of them that a window reaches have their log-probs in ``logprobs`` already.
+  flattened tokens); tokens after the last of them that a window reaches have their log-probs in ``logprobs`` already.
 * ``token_ids`` int64; ``temperature`` ``[]`` or ``[*tokens]``; ``advantages`` and ``is_weights`` ``[*tokens]`` or
   ``[num_sequences, 1]``; ``old_logprobs`` (None: the log-probs themselves) and ``ref_logprobs`` ``[*tokens]``; float32.
 * ``scale`` ``[*tokens]`` float32: what the loss of each token is multiplied by.

@@ -74,9 +74,9 @@ void one_pass(Calls& calls) {
 
   cuda_on_cpu::Tensor* gradient = other ? other : logits;
   std::vector<Row> order(p.num_rows, {-1, -1, -1, -1, -1});
-  int64_t num_live = -1;
+  int64_t num_evaluated = -1;
   p.order = order.data();
-  p.num_live = &num_live;
+  p.num_evaluated = &num_evaluated;
   p.order_threads = kFewThreads;
   dispatch(*logits, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
