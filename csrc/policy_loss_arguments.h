@@ -11,21 +11,23 @@ namespace fusedpo {
 inline Objective objective_of(const std::vector<int64_t>& parts, const std::vector<double>& values) {
   expect((int64_t)parts.size() == kNumParts, "parts must hold ", (int)kNumParts, " numbers, got ", parts.size());
   expect_in("the length of values", (int64_t)values.size(), kNumValues, kNumValues + kMaxBounds);
-  expect_in("parts[0], the ratio,", parts[0], kTokenRatio, kOnPolicy);
+  expect_in("parts[0], the ratio,", parts[0], 0, kNumRatios - 1);
   expect_in("parts[1], the positions back,", parts[1], 0, kWhole);
   expect_in("parts[2], the positions ahead,", parts[2], 0, kWhole);
   expect_in("parts[3], differentiate,", parts[3], 0, 1);
-  expect_in("parts[4], the trust region,", parts[4], kNoTrustRegion, kDRO);
-  expect_in("parts[5], the KL,", parts[5], kNoKL, 2 * kK3Plus);
-  expect_in("parts[6], the aggregation,", parts[6], kTokenMean, kSeqMeanTokenSumNorm);
+  expect_in("parts[4], the trust region,", parts[4], 0, kNumTrustRegions - 1);
+  expect_in("parts[5], the KL,", parts[5], 0, kNumKLs - 1 + kWeighted);
+  expect_in("parts[6], the aggregation,", parts[6], 0, kNumAggregations - 1);
+  expect_in("parts[7], what the ratio looks at,", parts[7], 0, kEverything);
+  expect_in("parts[8], what the trust region looks at,", parts[8], 0, kEverything);
   return decode(parts.data(), values.data(), (int64_t)values.size());
 }
 
-// Of these the coefficient of a token depends on nothing but itself and the tokens behind it.
+// Of these the coefficient of a token depends on nothing but itself and the tokens after it.
 inline void expect_one_pass(const Objective& o) {
-  expect(o.ratio != kSequenceRatio && o.back == 0 && !o.differentiate && !needs_place(o) && !needs_mean(o),
-         "parts must encode an objective that one pass can compute: no sequence ratio, no window back, no ",
-         "differentiated trace, and none of the trust regions log-clip, CPPO and GMPO");
+  expect(o.trust_region_looks_at == 0 && (o.ratio_looks_at & ~kAhead) == 0 && o.back == 0 && !o.differentiate,
+         "parts must encode an objective that one pass can compute: nothing in it looks at its sequence but at a ",
+         "window ahead, and no trace is differentiated");
 }
 
 // The shape that the logits of tokens of this shape have; with `rows` they are those of some tokens.

@@ -26,7 +26,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +206,7 @@ def update(
 
 
 def build_objective(args: argparse.Namespace) -> fusedpo.Objective:
-    preset: Callable[..., fusedpo.Objective] = getattr(fusedpo.objectives, args.objective)
+    preset = fusedpo.objectives.PRESETS[args.objective]
     return preset(n=args.n) if args.objective == "nfpo" else preset()
 
 

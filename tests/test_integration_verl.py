@@ -177,6 +177,7 @@ def test_every_preset_runs_by_name(preset):
     assert all(isinstance(value, float) for value in metrics.values())
     own = {"clip_low": 0.15, "clip_high": 0.3, "low": 0.15, "high": 0.3, "dual": 2.0, "cap": 2.0, "beta": 0.3}
     own = {key: value for key, value in own.items() if key in _common.THRESHOLDS.get(preset, ())}
+    own = {{"low": "clip_low", "high": "clip_high"}.get(key, key): value for key, value in own.items()}
     objective = _common.objective(preset, {**own, **options}, aggregation="seq-mean-token-mean")
     want = fusedpo.policy_loss(
         tensors["log_prob"], tensors["old_log_prob"], tensors["advantages"], objective=objective, mask=MASK

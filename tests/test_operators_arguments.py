@@ -132,7 +132,7 @@ def parts(place: int, value: int) -> list[int]:
         ),
         ("policy_loss", "logprobs", torch.zeros(()), "logprobs must have 1 to 2 dimensions"),
         ("policy_loss", "cu_seqlens", torch.tensor([0, 6]), "cu_seqlens needs packed tokens"),
-        ("policy_loss", "parts", PARTS[:-1], "parts must hold 7 numbers, got 6"),
+        ("policy_loss", "parts", PARTS[:-1], "parts must hold 9 numbers, got 8"),
         ("policy_loss", "parts", parts(0, 4), r"parts\[0\], the ratio, must be 0 to 3, got 4"),
         ("policy_loss", "parts", parts(1, -1), r"parts\[1\], the positions back, must be 0 to"),
         ("policy_loss", "parts", parts(4, 11), r"parts\[4\], the trust region, must be 0 to 10, got 11"),

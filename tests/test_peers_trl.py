@@ -199,7 +199,7 @@ def test_cispo(weighted, epsilon_high, dtype):
     if not weighted:
         del batch["is_weights"]
     expected, _ = trl_loss(batch, "cispo", epsilon_high=epsilon_high)
-    out = ours(batch, "cispo", O.TokenRatio(), O.cispo(high=epsilon_high - 1).trust_region)
+    out = ours(batch, "cispo", O.TokenRatio(), O.cispo(clip_high=epsilon_high - 1).trust_region)
     assert_same(out.loss, expected, batch)
     assert out.metrics["clip_frac"] > 0
 

@@ -79,9 +79,9 @@ def check(batch, objective, rtol=1e-5, **options):
 
 
 def test_all_parts_take_part():
-    assert {type(o.ratio) for o in COMBINATIONS} == set(ops_policy_loss._RATIOS) == set(O.Ratio.__args__)
-    assert {type(o.trust_region) for o in COMBINATIONS} == set(ops_policy_loss._TRUST_REGIONS)
-    assert set(ops_policy_loss._TRUST_REGIONS) == set(O.TrustRegion.__args__)
+    assert {type(o.ratio) for o in COMBINATIONS} == set(O.RATIOS) == set(O.Ratio.__args__)
+    assert {type(o.trust_region) for o in COMBINATIONS} == set(O.TRUST_REGIONS)
+    assert set(O.TRUST_REGIONS) == set(O.TrustRegion.__args__)
 
 
 @every_combination

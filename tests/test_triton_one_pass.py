@@ -368,7 +368,7 @@ def test_live_rows_come_first(size):
     from fusedpo.triton_kernels import one_pass
 
     for mask in (torch.rand(size) < 0.3, torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)):
-        order, counts = one_pass._live_first(mask)
+        order, counts = one_pass._evaluated_first(mask)
         assert order.tolist() == [*mask.nonzero().flatten().tolist(), *(~mask).nonzero().flatten().tolist()]
         assert counts[-1] == mask.sum()
 

@@ -19,7 +19,7 @@ triton_aot = pytest.importorskip("triton_aot")
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-WALK, LIST, SCALE = "_one_pass_kernel", "_live_first_kernel", "_scale_kernel"
+WALK, LIST, SCALE = "_one_pass_kernel", "_evaluated_first_kernel", "_scale_kernel"
 
 
 def one_pass(

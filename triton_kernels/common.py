@@ -15,6 +15,12 @@ def kernel(function: Callable) -> Any:
 
     Left alone, Triton also compiles for integers that are 1 or divisible by 16 and for aligned pointers: again and
     again as lengths change. A kernel that wants to know such a thing takes a ``tl.constexpr`` that says so.
+
+    ``do_not_specialize`` does not reach into tuples, so what kernels treat as one (:class:`.objective.Objective`) comes
+    as one argument for each number. With the kinds of its parts as ``tl.constexpr`` the kernel of the policy loss would
+    have a variant for each of some hundred combinations; that saves code which is not run anyway (1,700 to 2,900 of
+    6,400 instructions are left on sm_90) and 4 to 26 of 90 registers, of which none spills. As a tensor on the device
+    it would have to be copied there, which a CUDA graph that is captured does not allow.
     """
     parameters = inspect.signature(function).parameters.values()
     return triton.jit(function, do_not_specialize=[p.name for p in parameters if "constexpr" not in str(p.annotation)])

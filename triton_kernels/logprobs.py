@@ -238,32 +238,32 @@ def _token_logprobs_backward_kernel(
     The columns whose log-prob was taken are computed apart and rounded once, with 1 - p_y as (rest + (1 - e_y)) /
     (1 + rest). No digits are lost: e_y is exactly 1 where y is the maximum, and where it is not, rest is at least e_y.
     """
-    rows, exists, live = _rows(mask, num_rows, ROWS)
+    rows, exists, evaluated = _rows(mask, num_rows, ROWS)
     g_sum = tl.zeros([ROWS], tl.float32)
     g_entropy = tl.zeros([ROWS], tl.float32)
     if grad_entropy is not None:
-        g_entropy = tl.load(grad_entropy + rows, mask=live, other=0.0)
+        g_entropy = tl.load(grad_entropy + rows, mask=evaluated, other=0.0)
     reached = g_entropy != 0
     if grad_logprobs is not None:
         ids, in_range, g, here, others = _sums_at_ids(
-            grad_logprobs, token_ids, order, rows, live, num_ids, vocab_size, IDS
+            grad_logprobs, token_ids, order, rows, evaluated, num_ids, vocab_size, IDS
         )
         g_sum = tl.sum(g, 1)
         reached = reached | (tl.max((g != 0).to(tl.int32), 1) != 0)
-    live = live & reached
+    evaluated = evaluated & reached
 
     # The other rows are left with x = 0, T = 1 and the gradient 0.
-    T = tl.load(temperature + rows * temperature_stride, mask=live, other=1.0)
+    T = tl.load(temperature + rows * temperature_stride, mask=evaluated, other=1.0)
     scale = tl.div_rn(LOG2E, T)
-    reference = tl.load(stats + 3 * rows, mask=live, other=0.0)
-    rest = tl.load(stats + 3 * rows + 1, mask=live, other=0.0)
+    reference = tl.load(stats + 3 * rows, mask=evaluated, other=0.0)
+    rest = tl.load(stats + 3 * rows + 1, mask=evaluated, other=0.0)
     inverse = tl.div_rn(1.0, 1 + rest)
-    mean = tl.load(stats + 3 * rows + 2, mask=live, other=0.0) * inverse
+    mean = tl.load(stats + 3 * rows + 2, mask=evaluated, other=0.0) * inverse
     row = _row_pointers(logits, inner_rows, outer_stride, inner_stride, ROWS, WIDTH)
     grad_row = _row_pointers(grad_logits, inner_rows, grad_outer_stride, grad_inner_stride, ROWS, WIDTH)
 
     if grad_logprobs is not None:
-        in_range = in_range & live[:, None]
+        in_range = in_range & evaluated[:, None]
         t = (tl.load(row + ids, mask=in_range, other=0.0).to(tl.float32) - reference[:, None]) * scale[:, None]
         e = tl.exp2(t)
         chosen = here * (rest[:, None] + (1 - e)) - others * e
@@ -278,12 +278,12 @@ def _token_logprobs_backward_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     full = vocab_size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        x = tl.load(row + (start + columns), mask=live[:, None], other=0.0, eviction_policy="evict_first")
+        x = tl.load(row + (start + columns), mask=evaluated[:, None], other=0.0, eviction_policy="evict_first")
         grad = gradient_of(x, reference, scale, constant, slope, grad_entropy is not None)
         tl.store(grad_row + (start + columns), grad, mask=exists[:, None])
     if full < vocab_size:
         inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
-        x = tl.load(row + (full + columns), mask=inside & live[:, None], other=0.0, eviction_policy="evict_first")
+        x = tl.load(row + (full + columns), mask=inside & evaluated[:, None], other=0.0, eviction_policy="evict_first")
         grad = gradient_of(x, reference, scale, constant, slope, grad_entropy is not None)
         tl.store(grad_row + (full + columns), grad, mask=inside & exists[:, None])
 

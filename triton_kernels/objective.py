@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fusedpo import objectives as O
+
 LOG_RATIO_CLAMP = tl.constexpr(20.0)
 SEQUENCE_LOG_RATIO_MAX = tl.constexpr(10.0)
 VESPO_LOG_WEIGHT_MIN = tl.constexpr(-18.420680743952367)  # log(1e-8)
@@ -19,13 +21,38 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # -------------------------------------------------------------------------------------------------------- the objective
-# Numbers are those that _RATIOS, _TRUST_REGIONS, ... in python/fusedpo/ops_policy_loss.py count.
+# Of numbers Triton's compiler takes none but those of the module that are tl.constexpr.
 
-TOKEN_RATIO, SEQUENCE_RATIO, TRACE, ON_POLICY = map(tl.constexpr, range(4))
-NO_TRUST_REGION, PPO_CLIP, LOG_CLIP, CISPO, BINARY_TV, BINARY_KL = map(tl.constexpr, range(6))
-CPPO, SAPO, VESPO, GMPO, DRO = map(tl.constexpr, range(6, 11))
-NO_KL, K1, K2, K3, K3_PLUS = map(tl.constexpr, range(5))  # and K3_PLUS more where it is weighted
-TOKEN_MEAN, TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM = map(tl.constexpr, range(5))
+SEQUENCE_RATIO = tl.constexpr(O.RATIOS[O.SequenceRatio])
+TRACE = tl.constexpr(O.RATIOS[O.Trace])
+ON_POLICY = tl.constexpr(O.RATIOS[O.OnPolicy])
+
+PPO_CLIP = tl.constexpr(O.TRUST_REGIONS[O.PPOClip])
+LOG_CLIP = tl.constexpr(O.TRUST_REGIONS[O.LogClip])
+CISPO = tl.constexpr(O.TRUST_REGIONS[O.CISPO])
+BINARY_TV = tl.constexpr(O.TRUST_REGIONS[O.BinaryTV])
+BINARY_KL = tl.constexpr(O.TRUST_REGIONS[O.BinaryKL])
+CPPO = tl.constexpr(O.TRUST_REGIONS[O.CPPO])
+SAPO = tl.constexpr(O.TRUST_REGIONS[O.SAPO])
+VESPO = tl.constexpr(O.TRUST_REGIONS[O.VESPO])
+GMPO = tl.constexpr(O.TRUST_REGIONS[O.GMPO])
+DRO = tl.constexpr(O.TRUST_REGIONS[O.DRO])
+
+NO_KL = tl.constexpr(O.KL_NUMBERS[None])
+K1 = tl.constexpr(O.KL_NUMBERS["k1"])
+K2 = tl.constexpr(O.KL_NUMBERS["k2"])
+K3 = tl.constexpr(O.KL_NUMBERS["k3"])
+NUM_KLS = tl.constexpr(len(O.KL_NUMBERS))
+WEIGHTED = tl.constexpr(len(O.KL_KINDS))  # what the number of a weighted KL is higher by
+
+# What a part looks at beside the token itself: flags.
+AHEAD, PLACE, PREFIX, SEQUENCE = map(tl.constexpr, (O.AHEAD, O.PLACE, O.PREFIX, O.SEQUENCE))
+EVERYTHING = tl.constexpr(O.AHEAD | O.PLACE | O.PREFIX | O.SEQUENCE)
+
+TOKEN_MEAN = tl.constexpr(O.AGGREGATION_NUMBERS["token-mean"])
+TOKEN_SUM = tl.constexpr(O.AGGREGATION_NUMBERS["token-sum"])
+SEQ_MEAN_TOKEN_MEAN = tl.constexpr(O.AGGREGATION_NUMBERS["seq-mean-token-mean"])
+SEQ_MEAN_TOKEN_SUM_NORM = tl.constexpr(O.AGGREGATION_NUMBERS["seq-mean-token-sum-norm"])
 
 
 class Objective(NamedTuple):
@@ -38,6 +65,7 @@ class Objective(NamedTuple):
     trust_region: Any
     kl: Any
     aggregation: Any
+    looks_at: Any  # of the trust region
     kl_coef: Any
     kl_clamp: Any
     entropy_coef: Any
@@ -65,15 +93,15 @@ class Token(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """The ratio with its trace; ``live`` where no clamp stops the gradient."""
+    """The ratio with its trace; ``passes`` where no clamp stops the gradient."""
 
     log_ratio: Any
     ratio: Any
     trace: Any
     log_of_ratio: Any
     log_weight: Any  # log(ratio * trace)
-    ratio_live: Any
-    trace_live: Any
+    ratio_passes: Any
+    trace_passes: Any
     clamped: Any
 
 
@@ -154,7 +182,7 @@ def log_ratio(logprob, old_logprob):
 
 
 @triton.jit
-def log_ratio_live(logprob, old_logprob):
+def log_ratio_passes(logprob, old_logprob):
     return tl.abs(logprob - old_logprob) <= LOG_RATIO_CLAMP
 
 
@@ -164,25 +192,25 @@ def log_ratio_live(logprob, old_logprob):
 @triton.jit
 def weight_of(o, x):
     own = log_ratio(x.logprob, x.old_logprob)
-    ratio_live = log_ratio_live(x.logprob, x.old_logprob)
+    ratio_passes = log_ratio_passes(x.logprob, x.old_logprob)
     clamped = tl.abs(x.logprob - x.old_logprob) > LOG_RATIO_CLAMP
     log_weight = own
     if o.ratio == SEQUENCE_RATIO:
         log_s = own - own + x.log_trace  # NaN where the token's own ratio is
         log_weight = tl.where(log_s > SEQUENCE_LOG_RATIO_MAX, SEQUENCE_LOG_RATIO_MAX, log_s)
-        ratio_live = ratio_live & (log_s <= SEQUENCE_LOG_RATIO_MAX)
+        ratio_passes = ratio_passes & (log_s <= SEQUENCE_LOG_RATIO_MAX)
         clamped = clamped | (log_s > SEQUENCE_LOG_RATIO_MAX)
     log_of_ratio = log_weight
     ratio = exp(log_of_ratio)
     trace = tl.full(own.shape, 1.0, tl.float32)
-    trace_live = ratio_live
+    trace_passes = ratio_passes
     if o.ratio == TRACE:
         log_trace = clamp(x.log_trace, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
         trace = exp(log_trace)
-        trace_live = tl.abs(x.log_trace) <= LOG_RATIO_CLAMP
+        trace_passes = tl.abs(x.log_trace) <= LOG_RATIO_CLAMP
         clamped = clamped | (tl.abs(x.log_trace) > LOG_RATIO_CLAMP)
         log_weight = own + log_trace
-    return Weight(own, ratio, trace, log_of_ratio, log_weight, ratio_live, trace_live, clamped)
+    return Weight(own, ratio, trace, log_of_ratio, log_weight, ratio_passes, trace_passes, clamped)
 
 
 # -------------------------------------------------------------------------------------------------------- trust regions
@@ -343,8 +371,8 @@ def gmpo_high(high, x, log_ratio):
 def gmpo(low, high, x, w):
     loss = -x.advantage * exp(w.log_ratio - w.log_ratio + x.sequence_sum)  # NaN where the token's own ratio is
     too_low, too_high = gmpo_low(low, x, w.log_ratio), gmpo_high(high, x, w.log_ratio)
-    dead = too_low | too_high | (log_ratio_live(x.logprob, x.old_logprob) == 0)
-    d_logprob = tl.where(dead, 0.0, loss)  # the bound on the sequence's ratio has no say
+    stopped = too_low | too_high | (log_ratio_passes(x.logprob, x.old_logprob) == 0)
+    d_logprob = tl.where(stopped, 0.0, loss)  # the bound on the sequence's ratio has no say
     return Term(loss, tl.zeros_like(loss), d_logprob, too_low, too_high)
 
 
@@ -407,8 +435,8 @@ def kl_of(o, x, own):
     value = tl.zeros_like(d)
     d_logprob = tl.zeros_like(d)
     d_weighted = tl.zeros_like(d)
-    weighted = o.kl > K3_PLUS
-    kind = tl.where(weighted, o.kl - K3_PLUS, o.kl)
+    weighted = o.kl >= NUM_KLS
+    kind = tl.where(weighted, o.kl - WEIGHTED, o.kl)
     if kind == K1:
         value = d
         d_logprob = tl.full(d.shape, 1.0, tl.float32)
@@ -421,16 +449,16 @@ def kl_of(o, x, own):
         y = clamp(-d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
         exp_y = exp(y)
         value = exp_minus_1_minus(y, exp_y)
-        live = tl.abs(d) <= LOG_RATIO_CLAMP
-        d_logprob = tl.where(kind == K3, tl.where(live, -exp_minus_1(y, exp_y), 0.0), d)
-        d_weighted = tl.where(kind == K3, tl.where(live, d, value), d + value)
+        passes = tl.abs(d) <= LOG_RATIO_CLAMP
+        d_logprob = tl.where(kind == K3, tl.where(passes, -exp_minus_1(y, exp_y), 0.0), d)
+        d_weighted = tl.where(kind == K3, tl.where(passes, d, value), d + value)
     beyond = tl.abs(value) > o.kl_clamp
     value = clamp(value, -o.kl_clamp, o.kl_clamp)
     d_logprob = tl.where(beyond, 0.0, d_logprob)
     d_weighted = tl.where(beyond, value, d_weighted)
     if weighted:
         ratio = exp(own)
-        d_logprob = ratio * tl.where(log_ratio_live(x.logprob, x.old_logprob), d_weighted, d_logprob)
+        d_logprob = ratio * tl.where(log_ratio_passes(x.logprob, x.old_logprob), d_weighted, d_logprob)
         value = value * ratio
     return value, d_logprob
 
@@ -448,9 +476,9 @@ def evaluate(o, x):
         cut = term.low | term.high
         loss = tl.where(cut, 0.0, -x.advantage * exp_minus_1(w.log_ratio, w.ratio) * w.trace)
         d_log_ratio = tl.where(cut, 0.0, -x.advantage * w.ratio * w.trace)
-        d_log_trace = tl.where(w.trace_live, times(x.is_weight, loss), 0.0)
+        d_log_trace = tl.where(w.trace_passes, times(x.is_weight, loss), 0.0)
         term = Term(loss, d_log_ratio, tl.zeros_like(loss), term.low, term.high)
-    d_policy = tl.where(w.ratio_live, term.d_log_ratio, 0.0) + term.d_logprob
+    d_policy = tl.where(w.ratio_passes, term.d_log_ratio, 0.0) + term.d_logprob
     kl, d_kl = kl_of(o, x, w.log_ratio)
     bonus = tl.where(o.entropy_coef != 0, o.entropy_coef * x.entropy, 0.0)
     loss = times(x.is_weight, term.loss) + times(o.kl_coef, kl) - bonus

@@ -1,18 +1,18 @@
 """From logits to the gradient of the loss: each row read once from memory, and written once.
 
 A row is reduced to its log-prob and entropy, which give the coefficient of its token, and while it is still in the L2
-cache it is read again, from its end, and its gradient written. A trace looks at the tokens behind its own, so every
+cache it is read again, from its end, and its gradient written. A trace looks at the tokens after its own, so every
 sequence is walked backwards: what a window holds is known when its row comes up.
 
-The evaluated rows ("live": kept by the mask, or all those that ``rows`` names) are cut into segments of equal numbers,
+The evaluated rows (kept by the mask, or all those that ``rows`` names) are cut into segments of equal numbers,
 one per program. Launches, none of which waits for the host:
 
-1. where there is a mask, ``torch.cumsum`` counts the live rows, and ``_live_first_kernel`` lists their indices, then
-   those of the dead rows;
+1. where there is a mask, ``torch.cumsum`` counts the evaluated rows, and ``_evaluated_first_kernel`` lists their
+   indices, then those of the skipped rows;
 2. where there is a trace, ``_one_pass_kernel`` reduces the halo: those first rows of each segment that are in windows
    of the segment before, whose walk starts with them. A program per row, which reads it and writes its log-prob;
 3. ``_one_pass_kernel`` walks, a program per segment: it reads its rows and writes their gradients, those of the halo as
-   well, and a share of the zeros of the dead rows.
+   well, and a share of the zeros of the skipped rows.
 
 In place, step 2 is over before step 3 overwrites anything. A row is in one halo at most, and then read twice: the
 shorter the windows beside the segments, the less that costs, and never more than the 3 T V elements that two passes
@@ -47,29 +47,29 @@ from .logprobs import (
     row_width,
     with_layout,
 )
-from .objective import CPPO, GMPO, LOG_CLIP, SEQUENCE_RATIO, TRACE, Objective, Token, evaluate, log_ratio
+from .objective import AHEAD, TRACE, Objective, Token, evaluate, log_ratio
 from .policy_loss import Weights, decode, only_if, token_layout
 
 # ----------------------------------------------------------------------------------------------------- segments of rows
 
 
 @kernel
-def _live_first_kernel(mask, counts, order, num_rows, BLOCK: tl.constexpr):
+def _evaluated_first_kernel(mask, counts, order, num_rows, BLOCK: tl.constexpr):
     """Lists the rows that the mask keeps, then the others, both in order; ``counts[i]``: those kept up to row i."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = row < num_rows
     kept = tl.load(mask + row, mask=exists, other=0) != 0
     count = tl.load(counts + row, mask=exists, other=0)
-    num_live = tl.load(counts + num_rows - 1)
-    tl.store(order + tl.where(kept, count - 1, num_live + row - count), row, mask=exists)
+    num_evaluated = tl.load(counts + num_rows - 1)
+    tl.store(order + tl.where(kept, count - 1, num_evaluated + row - count), row, mask=exists)
 
 
 class Rows(NamedTuple):
-    """The rows in the order in which they are counted: live ones, then dead ones."""
+    """The rows in the order in which they are counted: evaluated ones, then skipped ones."""
 
     order: Any  # the token of each
     has_order: Any  # otherwise row k is that of token k
-    num_live: Any
+    num_evaluated: Any
     num_tokens: Any
 
 
@@ -98,7 +98,7 @@ def _sequence_of(token, sequences):
         sequence = (token // sequences.width).to(tl.int32)
         end = (sequence + 1).to(tl.int64) * sequences.width
     else:
-        sequence = 0  # the last that does not begin behind the token
+        sequence = 0  # the last that does not begin after the token
         above = sequences.num_sequences
         while above - sequence > 1:
             middle = (sequence + above) // 2
@@ -121,7 +121,7 @@ def _segment(count, segment, num_segments):
 @triton.jit
 def _halo_row(rows, sequences, segment, num_segments, place, ahead):
     """As a segment of its own: row number ``place`` of a segment if windows of the segment before reach it."""
-    begin, end = _segment(rows.num_live, segment, num_segments)
+    begin, end = _segment(rows.num_evaluated, segment, num_segments)
     exists = (begin > 0) & (begin + place < end)
     before = _token_of(rows, begin - 1, exists)
     _, sequence_end = _sequence_of(before, sequences)
@@ -266,19 +266,19 @@ class Batch(NamedTuple):
 
 @triton.jit
 def _sum_ahead(batch, token, count, CHUNK: tl.constexpr):
-    """[1]: the sum of the log-ratios of the ``count`` tokens behind a token, masked ones being 0.
+    """[1]: the sum of the log-ratios of the ``count`` tokens after a token, masked ones being 0.
 
     It is taken afresh for each token: nothing cancels, and a NaN stays in the windows that hold it.
     """
-    behind = token + 1
+    following = token + 1
     total = tl.zeros([CHUNK], tl.float32)
     for start in range(0, count, CHUNK):
         offset = start + tl.arange(0, CHUNK)
         kept = offset < count
         if batch.mask is not None:
-            kept = kept & (tl.load(batch.mask + behind + offset, mask=kept, other=0) != 0)
-        logprob = tl.load(batch.logprobs + behind + offset, mask=kept, other=0.0)
-        total += log_ratio(logprob, tl.load(batch.old_logprobs + behind + offset, mask=kept, other=0.0))
+            kept = kept & (tl.load(batch.mask + following + offset, mask=kept, other=0) != 0)
+        logprob = tl.load(batch.logprobs + following + offset, mask=kept, other=0.0)
+        total += log_ratio(logprob, tl.load(batch.old_logprobs + following + offset, mask=kept, other=0.0))
     return tl.sum(total[None, :], 1)
 
 
@@ -353,6 +353,7 @@ def _one_pass_kernel(
     trust_region,
     kl,
     aggregation,
+    looks_at,
     kl_coef,
     kl_clamp,
     entropy_coef,
@@ -379,6 +380,7 @@ def _one_pass_kernel(
         trust_region,
         kl,
         aggregation,
+        looks_at,
         kl_coef,
         kl_clamp,
         entropy_coef,
@@ -401,14 +403,14 @@ def _one_pass_kernel(
         loss_scale,
     )
     sequences = Sequences(cu_seqlens, num_sequences, width)
-    num_live = num_rows
+    num_evaluated = num_rows
     if (has_order != 0) & (gathered == 0):
-        num_live = tl.load(counts + num_rows - 1).to(tl.int32)
+        num_evaluated = tl.load(counts + num_rows - 1).to(tl.int32)
     num_tokens = tl.cast(num_sequences if cu_seqlens is None else 1, tl.int64) * width
-    rows = Rows(order, has_order, num_live, num_tokens)
+    rows = Rows(order, has_order, num_evaluated, num_tokens)
     program = tl.program_id(0)
     if halo == 0:
-        begin, end = _segment(num_live, program, num_segments)
+        begin, end = _segment(num_evaluated, program, num_segments)
     else:
         begin, end = _halo_row(rows, sequences, 1 + program // halo, num_segments, program % halo, ahead)
 
@@ -437,9 +439,9 @@ def _one_pass_kernel(
         tl.debug_barrier()  # the log-prob can be read, for the rows before
 
     if halo == 0:
-        begin, end = _segment(num_rows - num_live, program, num_segments)
+        begin, end = _segment(num_rows - num_evaluated, program, num_segments)
         for k in range(begin, end):
-            row = _token_of(rows, num_live + k, k >= 0).to(tl.int32)
+            row = _token_of(rows, num_evaluated + k, k >= 0).to(tl.int32)
             grad_row = _row_pointer(grad_logits, row, inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
             _write_zeros(grad_row, vocab_size, BLOCK, WIDTH)
 
@@ -476,7 +478,7 @@ _BLOCK = 16384  # logits of a row at a time, half of that where loads are narrow
 def _num_segments(device: torch.device, num_rows: int, row_bytes: int) -> int:
     """A program per multiprocessor, while their rows fill no more than half of the L2 cache."""
     processors, cache = 128, 48 << 20
-    if device.type == "cuda" and torch.version.hip is None:  # ROCm knows the L2 of one die, and not what is behind it
+    if device.type == "cuda" and torch.version.hip is None:  # ROCm knows the L2 of one die, and not what lies beyond it
         properties = torch.cuda.get_device_properties(device)
         processors, cache = properties.multi_processor_count, properties.L2_cache_size
     return max(1, min(num_rows, processors, cache // 2 // row_bytes))
@@ -489,13 +491,13 @@ def _tile(vocab_size: int, width: int) -> dict[str, int]:
     return {"BLOCK": block, "WIDTH": width, "num_warps": min(16, max(1, block // (32 * per_thread)))}
 
 
-def _live_first(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows in order, live ones first; and how many live ones there are up to each."""
+def _evaluated_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in order, evaluated ones first; and how many of them there are up to each."""
     counts = mask.flatten().cumsum(0)
     order = torch.empty_like(counts)
     num_rows, block = mask.numel(), 1024
     programs = triton.cdiv(num_rows, block)
-    launch(_live_first_kernel, programs, mask.device, mask, counts, order, num_rows, BLOCK=block, num_warps=4)
+    launch(_evaluated_first_kernel, programs, mask.device, mask, counts, order, num_rows, BLOCK=block, num_warps=4)
     return order, counts
 
 
@@ -517,14 +519,12 @@ def _check_values(
 
 
 def _decode(parts: list[int], values: list[float], num_tokens: int) -> Objective:
-    """Of the objectives, those whose coefficient of a token depends on nothing but itself and the tokens behind it."""
+    """Of the objectives, those whose coefficient of a token depends on nothing but itself and the tokens after it."""
     o = decode(parts, values, num_tokens, per_token=False)
     expect(
-        o.ratio != SEQUENCE_RATIO.value
-        and (o.back, o.differentiate) == (0, 0)
-        and o.trust_region not in (LOG_CLIP.value, CPPO.value, GMPO.value),
-        "parts must encode an objective that one pass can compute: no sequence ratio, no window back, no "
-        "differentiated trace, and none of the trust regions log-clip, CPPO and GMPO",
+        o.looks_at == 0 and parts[7] & ~AHEAD.value == 0 and (o.back, o.differentiate) == (0, 0),
+        "parts must encode an objective that one pass can compute: nothing in it looks at its sequence but at a "
+        "window ahead, and no trace is differentiated",
     )
     return o
 
@@ -574,7 +574,7 @@ def _one_pass(
         return
     counts = None
     if rows is None and mask is not None:
-        order, counts = _live_first(mask)
+        order, counts = _evaluated_first(mask)
     olp, ref, weights = (logprobs if x is None else x for x in given)
     tile = _tile(vocab_size, min(row_width(logits, layout), row_width(grad_logits, grad_layout)))
     num_segments = _num_segments(logits.device, num_rows, vocab_size * logits.element_size())

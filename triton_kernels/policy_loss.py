@@ -27,16 +27,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedpo import _checks
+from fusedpo.objectives import AGGREGATION_NUMBERS, KL_KINDS, KL_NUMBERS, RATIOS, TRUST_REGIONS
 from fusedpo.reference import METRICS
 
 from .checks import BOOL, FLOAT, INT64, WHOLE, Arguments, dims, expect, in_range, packed
 from .common import kernel, launch
 from .objective import (
-    CPPO,
-    GMPO,
-    LOG_CLIP,
+    EVERYTHING,
+    PLACE,
+    PREFIX,
     SEQ_MEAN_TOKEN_MEAN,
     SEQ_MEAN_TOKEN_SUM_NORM,
+    SEQUENCE,
     SEQUENCE_RATIO,
     TOKEN_MEAN,
     TOKEN_SUM,
@@ -47,7 +49,7 @@ from .objective import (
     exp,
     exp_minus_1_minus,
     log_ratio,
-    log_ratio_live,
+    log_ratio_passes,
     summand,
 )
 
@@ -213,8 +215,8 @@ def _through_traces(x, tile, back, ahead, TILE: tl.constexpr, CHUNK: tl.constexp
     reaching = _sum_of_window(x, tile, ahead, back, TILE, CHUNK)
     i = tl.arange(0, TILE)
     kept = _kept(x.tokens.mask, tile, i, i < tile.left)
-    live = log_ratio_live(_load(x.tokens.logprobs, tile, i, kept), _load(x.tokens.old_logprobs, tile, i, kept))
-    return tl.where(kept & live, reaching, 0.0)
+    passes = log_ratio_passes(_load(x.tokens.logprobs, tile, i, kept), _load(x.tokens.old_logprobs, tile, i, kept))
+    return tl.where(kept & passes, reaching, 0.0)
 
 
 # ----------------------------------------------------------------------------------- what tokens know of their sequence
@@ -229,8 +231,9 @@ def _places(kept, before):
 @triton.jit
 def _count_kept(o, mask, tile, CHUNK: tl.constexpr):
     """How many tokens the sequence keeps before the tile, and in all of it, if the objective needs to know."""
-    needs_place = (o.trust_region == LOG_CLIP) | (o.trust_region == CPPO)
-    needs_length = (o.trust_region == CPPO) | (o.ratio == SEQUENCE_RATIO) | (o.aggregation >= SEQ_MEAN_TOKEN_MEAN)
+    of_sequences = (o.aggregation != TOKEN_MEAN) & (o.aggregation != TOKEN_SUM)
+    needs_place = (o.looks_at & PLACE) != 0
+    needs_length = ((o.looks_at & (PREFIX | SEQUENCE)) != 0) | (o.ratio == SEQUENCE_RATIO) | of_sequences
     if mask is None:
         before, count = tile.before, tile.before + tile.left
     else:
@@ -248,12 +251,13 @@ def _count_kept(o, mask, tile, CHUNK: tl.constexpr):
 
 @triton.jit
 def _sum_sequence(o, tokens, advantages, tile, length, CHUNK: tl.constexpr):
-    """The sums of the log-ratios, and of what the trust region sums: GMPO over the sequence, CPPO before the tile."""
+    """The sums of the log-ratios, and of what the trust region sums: over the sequence, or before the tile."""
     log_ratios = tl.zeros([CHUNK], tl.float32)
     summands = tl.zeros([CHUNK], tl.float32)
     before = 0
-    until_tile = tl.minimum(tile.left, 0)  # a tile may begin behind the end of its sequence
-    stop = tl.where(o.ratio == SEQUENCE_RATIO, tile.left, tl.where(o.trust_region == CPPO, until_tile, -tile.before))
+    until_tile = tl.minimum(tile.left, 0)  # a tile may begin after the end of its sequence
+    needs_all = ((o.looks_at & SEQUENCE) != 0) | (o.ratio == SEQUENCE_RATIO)
+    stop = tl.where(needs_all, tile.left, tl.where((o.looks_at & PREFIX) != 0, until_tile, -tile.before))
     for start in range(-tile.before, stop, CHUNK):
         offset = start + tl.arange(0, CHUNK)
         kept = _kept(tokens.mask, tile, offset, offset < stop)
@@ -306,6 +310,7 @@ def _tokens_kernel(
     trust_region,
     kl,
     aggregation,
+    looks_at,
     kl_coef,
     kl_clamp,
     entropy_coef,
@@ -326,6 +331,7 @@ def _tokens_kernel(
         trust_region,
         kl,
         aggregation,
+        looks_at,
         kl_coef,
         kl_clamp,
         entropy_coef,
@@ -353,9 +359,9 @@ def _tokens_kernel(
         log_trace = _sum_of_window(Traced(tokens, None, None), tile, o.back, o.ahead, TILE, CHUNK)
     elif o.ratio == SEQUENCE_RATIO:
         log_trace += log_ratios / length
-    if o.trust_region == GMPO:
+    if (o.looks_at & SEQUENCE) != 0:
         sequence_sum += summands / length
-    elif o.trust_region == CPPO:
+    elif (o.looks_at & PREFIX) != 0:
         sequence_sum = summands + tl.cumsum(tl.where(kept, summand(o, x), 0.0), 0)
 
     ref_logprob = _load(ref_logprobs, tile, i, only_if(o.kl, kept))
@@ -604,16 +610,18 @@ def token_layout(logprobs: Tensor, cu_seqlens: Tensor | None) -> TokenLayout:
 
 def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bool) -> Objective:
     """The objective as the kernels take it. Losses per token are not aggregated: they are summed with no weight."""
-    expect(len(parts) == 7, f"parts must hold 7 numbers, got {len(parts)}")
+    expect(len(parts) == 9, f"parts must hold 9 numbers, got {len(parts)}")
     in_range("the length of values", len(values), 4, 9)
-    ratio, back, ahead, differentiate, trust_region, kl, aggregation = parts
-    in_range("parts[0], the ratio,", ratio, 0, 3)
+    ratio, back, ahead, differentiate, trust_region, kl, aggregation, ratio_looks_at, looks_at = parts
+    in_range("parts[0], the ratio,", ratio, 0, max(RATIOS.values()))
     in_range("parts[1], the positions back,", back, 0, WHOLE)
     in_range("parts[2], the positions ahead,", ahead, 0, WHOLE)
     in_range("parts[3], differentiate,", differentiate, 0, 1)
-    in_range("parts[4], the trust region,", trust_region, 0, 10)
-    in_range("parts[5], the KL,", kl, 0, 8)
-    in_range("parts[6], the aggregation,", aggregation, 0, 4)
+    in_range("parts[4], the trust region,", trust_region, 0, max(TRUST_REGIONS.values()))
+    in_range("parts[5], the KL,", kl, 0, max(KL_NUMBERS.values()) + len(KL_KINDS))
+    in_range("parts[6], the aggregation,", aggregation, 0, max(AGGREGATION_NUMBERS.values()))
+    in_range("parts[7], what the ratio looks at,", ratio_looks_at, 0, EVERYTHING.value)
+    in_range("parts[8], what the trust region looks at,", looks_at, 0, EVERYTHING.value)
     values = [math.inf if value >= _checks.FLOAT32_MAX else value for value in values]  # as AOTInductor writes infinity
     bounds = values[4:] + [0.0] * (9 - len(values))
     return Objective(
@@ -624,6 +632,7 @@ def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bo
         trust_region,
         kl,
         TOKEN_SUM.value if per_token else aggregation,
+        looks_at,
         *values[:4],
         *bounds,
     )

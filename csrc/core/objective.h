@@ -14,9 +14,9 @@ constexpr float kVespoLogWeightMin = -18.420681f;  // log(1e-8)
 
 // ------------------------------------------------------------------------------------------------------- the objective
 
-// The numbers of ratios and trust regions are those of _RATIOS and _TRUST_REGIONS in python/fusedpo/ops_policy_loss.py.
+// The numbers are those of the tables in python/fusedpo/objectives.py; beside that, their order means nothing.
 
-enum Ratio : int32_t { kTokenRatio, kSequenceRatio, kTrace, kOnPolicy };
+enum Ratio : int32_t { kTokenRatio, kSequenceRatio, kTrace, kOnPolicy, kNumRatios };
 enum TrustRegion : int32_t {
   kNoTrustRegion,
   kPPOClip,
@@ -28,10 +28,23 @@ enum TrustRegion : int32_t {
   kSAPO,
   kVESPO,
   kGMPO,
-  kDRO
+  kDRO,
+  kNumTrustRegions
 };
-enum KL : int32_t { kNoKL, kK1, kK2, kK3, kK3Plus };  // and kK3Plus more where it is weighted
-enum Aggregation : int32_t { kTokenMean, kTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSum, kSeqMeanTokenSumNorm };
+enum KL : int32_t { kNoKL, kK1, kK2, kK3, kK3Plus, kNumKLs };
+enum Aggregation : int32_t {
+  kTokenMean,
+  kTokenSum,
+  kSeqMeanTokenMean,
+  kSeqMeanTokenSum,
+  kSeqMeanTokenSumNorm,
+  kNumAggregations
+};
+
+// What a part looks at beside the token itself: flags, those of python/fusedpo/objectives.py.
+constexpr int kAhead = 1, kPlace = 2, kPrefix = 4, kSequence = 8, kEverything = 15;
+
+constexpr int kWeighted = kNumKLs - 1;  // what the number of a weighted KL is higher by
 
 constexpr int kMaxBounds = 5;
 
@@ -43,12 +56,13 @@ struct Objective {
   KL kl;
   bool kl_weighted;
   Aggregation aggregation;
+  int ratio_looks_at, trust_region_looks_at;
   float kl_coef, kl_clamp, entropy_coef;
   float length_norm;         // 0: the longest sequence
   float bounds[kMaxBounds];  // the fields of the trust region's dataclass, in their order; infinity for None
 };
 
-constexpr int kNumParts = 7, kNumValues = 4;
+constexpr int kNumParts = 9, kNumValues = 4;
 
 // The largest float32 stands for infinity, which AOTInductor cannot write.
 FUSEDPO_HD float to_float(double value) { return value >= 0x1.fffffep127 ? kInfinity : (float)value; }
@@ -61,9 +75,11 @@ FUSEDPO_HD Objective decode(const int64_t* parts, const double* values, int64_t 
   o.ahead = parts[2];
   o.differentiate = parts[3] != 0;
   o.trust_region = (TrustRegion)parts[4];
-  o.kl_weighted = parts[5] > kK3Plus;
-  o.kl = (KL)(o.kl_weighted ? parts[5] - kK3Plus : parts[5]);
+  o.kl_weighted = parts[5] >= kNumKLs;
+  o.kl = (KL)(o.kl_weighted ? parts[5] - kWeighted : parts[5]);
   o.aggregation = (Aggregation)parts[6];
+  o.ratio_looks_at = (int)parts[7];
+  o.trust_region_looks_at = (int)parts[8];
   o.kl_coef = (float)values[0];
   o.kl_clamp = to_float(values[1]);
   o.entropy_coef = (float)values[2];
@@ -73,9 +89,9 @@ FUSEDPO_HD Objective decode(const int64_t* parts, const double* values, int64_t 
 }
 
 // What the trust region needs to know of the sequence beside the token.
-FUSEDPO_HD bool needs_place(const Objective& o) { return o.trust_region == kLogClip || o.trust_region == kCPPO; }
-FUSEDPO_HD bool needs_mean(const Objective& o) { return o.trust_region == kGMPO; }
-FUSEDPO_HD bool needs_prefix(const Objective& o) { return o.trust_region == kCPPO; }
+FUSEDPO_HD bool needs_place(const Objective& o) { return (o.trust_region_looks_at & kPlace) != 0; }
+FUSEDPO_HD bool needs_mean(const Objective& o) { return (o.trust_region_looks_at & kSequence) != 0; }
+FUSEDPO_HD bool needs_prefix(const Objective& o) { return (o.trust_region_looks_at & kPrefix) != 0; }
 
 // ----------------------------------------------------------------------------------------------------------- one token
 
@@ -89,13 +105,14 @@ struct Token {
   F sequence_sum;  // of `summand`. needs_mean: mean over the kept tokens; needs_prefix: sum up to this token
 };
 
-// The ratio with its forward trace; `live` where no clamp stops the gradient.
+// The ratio with its forward trace; `passes` where no clamp stops the gradient.
 template <class F>
 struct Weight {
   F log_ratio, own_ratio;  // of the token, clamped; and its exponential
   F ratio, trace;
-  F log_of_ratio, log_weight;                // log(ratio), log(ratio * trace)
-  Mask<F> own_live, ratio_live, trace_live;  // where no clamp of log_ratio, of the sequence's ratio, of the trace acts
+  F log_of_ratio, log_weight;  // log(ratio), log(ratio * trace)
+  Mask<F> own_passes, ratio_passes,
+      trace_passes;  // where no clamp of log_ratio, of the sequence's ratio, of the trace acts
   Mask<F> clamped;
 };
 
@@ -124,7 +141,7 @@ FUSEDPO_HD F log_ratio(F logprob, F old_logprob) {
 }
 
 template <class F>
-FUSEDPO_HD Mask<F> log_ratio_live(F logprob, F old_logprob) {
+FUSEDPO_HD Mask<F> log_ratio_passes(F logprob, F old_logprob) {
   return absolute(logprob - old_logprob) <= kLogRatioClamp;
 }
 
@@ -137,8 +154,8 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
   Weight<F> w;
   w.log_ratio = own;
   w.ratio = w.own_ratio = M::exp(own);
-  w.own_live = log_ratio_live(x.logprob, x.old_logprob);
-  w.ratio_live = w.trace_live = own == own;
+  w.own_passes = log_ratio_passes(x.logprob, x.old_logprob);
+  w.ratio_passes = w.trace_passes = own == own;
   w.clamped = absolute(x.logprob - x.old_logprob) > kLogRatioClamp;
   w.trace = M::splat(1);
   w.log_of_ratio = w.log_weight = own;
@@ -146,13 +163,13 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
     const F log_s = own - own + x.log_trace;  // NaN where the token's own ratio is
     w.log_of_ratio = w.log_weight = log_s > kSequenceLogRatioMax ? M::splat(kSequenceLogRatioMax) : log_s;
     w.ratio = M::exp(w.log_weight);
-    w.ratio_live = log_s <= kSequenceLogRatioMax;
+    w.ratio_passes = log_s <= kSequenceLogRatioMax;
     w.clamped = w.clamped | (log_s > kSequenceLogRatioMax);
   }
   if (o.ratio == kTrace) {
     const F log_trace = clamp(x.log_trace, -kLogRatioClamp, kLogRatioClamp);
     w.trace = M::exp(log_trace);
-    w.trace_live = absolute(x.log_trace) <= kLogRatioClamp;
+    w.trace_passes = absolute(x.log_trace) <= kLogRatioClamp;
     w.clamped = w.clamped | (absolute(x.log_trace) > kLogRatioClamp);
     w.log_weight = own + log_trace;
   }
@@ -167,7 +184,7 @@ FUSEDPO_HD Weight<F> weight_of(const Objective& o, const Token<F>& x) {
 template <class F>
 FUSEDPO_HD Term<F> through_ratio(const Weight<F>& w, F loss, F d_log_ratio, Mask<F> low, Mask<F> high) {
   const F zero = Math<F>::splat(0);
-  return {loss, low | high | !w.ratio_live ? zero : d_log_ratio, zero, low, high};
+  return {loss, low | high | !w.ratio_passes ? zero : d_log_ratio, zero, low, high};
 }
 
 // -A * weight * lp with the weight detached.
@@ -374,6 +391,7 @@ FUSEDPO_HD Term<F> trust_region(const Objective& o, const Token<F>& x, const Wei
     case kDRO:
       return dro(p, x, w);
     case kNoTrustRegion:
+    case kNumTrustRegions:
       break;
   }
   return o.ratio == kOnPolicy ? through_logprob(x, Math<F>::splat(1), Mask<F>{}, Mask<F>{}) : no_trust_region(x, w);
@@ -399,9 +417,9 @@ FUSEDPO_HD KLValue<F> kl_of(const Objective& o, F d) {
   } else {
     const F x = clamp(-d, -kLogRatioClamp, kLogRatioClamp), exp_x = M::exp(x);
     const F k3 = exp_minus_1_minus(x, exp_x);
-    const Mask<F> live = absolute(d) <= kLogRatioClamp;
+    const Mask<F> passes = absolute(d) <= kLogRatioClamp;
     if (o.kl == kK3) {
-      kl = {k3, live ? -exp_minus_1(x, exp_x) : M::splat(0), live ? d : k3};
+      kl = {k3, passes ? -exp_minus_1(x, exp_x) : M::splat(0), passes ? d : k3};
     } else {
       kl = {k3, d, d + k3};
     }
@@ -429,13 +447,13 @@ FUSEDPO_HD TokenResult<F> evaluate(const Objective& o, const Token<F>& x) {
     term.loss = cut ? zero : -x.advantage * exp_minus_1(w.log_ratio, w.own_ratio) * w.trace;
     term.d_log_ratio = cut ? zero : -x.advantage * w.ratio * w.trace;
     term.d_logprob = zero;
-    d_log_trace = w.trace_live ? times(x.is_weight, term.loss) : zero;
+    d_log_trace = w.trace_passes ? times(x.is_weight, term.loss) : zero;
   }
-  const F d_policy = (w.own_live ? term.d_log_ratio : zero) + term.d_logprob;
+  const F d_policy = (w.own_passes ? term.d_log_ratio : zero) + term.d_logprob;
   const F kl_coef = M::splat(o.kl_coef);
   KLValue<F> kl = kl_of(o, x.logprob - x.ref_logprob);
   if (o.kl_weighted) {
-    kl.d_logprob = w.own_ratio * (w.own_live ? kl.d_weighted : kl.d_logprob);
+    kl.d_logprob = w.own_ratio * (w.own_passes ? kl.d_weighted : kl.d_logprob);
     kl.value = kl.value * w.own_ratio;
   }
   const F bonus = o.entropy_coef != 0 ? o.entropy_coef * x.entropy : zero;

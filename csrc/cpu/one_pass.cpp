@@ -1,6 +1,6 @@
 // Bytes: every evaluated row is read once and its gradient written once; between the two it stays in the core's L2.
 //
-// Every sequence is walked from its end, so that the log-ratios behind a token, which its trace needs, are known when
+// Every sequence is walked from its end, so that the log-ratios after a token, which its trace needs, are known when
 // its row is there. The evaluated rows are cut into segments of equal numbers, one per thread. Where the windows of a
 // segment reach beyond its end, the rows there are reduced before any thread starts to walk: in place, they are about
 // to be overwritten. What a row gives depends on the segments in no way.
@@ -50,27 +50,27 @@ struct Walk : BatchArguments {
 
   void run() {
     const auto segments = cut();
-    std::vector<int64_t> behind;
-    for (const Segment& segment : segments) add_rows_behind(segment, behind);
+    std::vector<int64_t> after;
+    for (const Segment& segment : segments) add_rows_after(segment, after);
     std::vector<char> known(from.count, 0);
-    for_each_row(behind, from.size, [&](int64_t row) {
+    for_each_row(after, from.size, [&](int64_t row) {
       reduce(row);
       known[row] = 1;
     });
     parallel_for(0, (int64_t)segments.size(), 1, [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) {
         for (int64_t i = segments[s].end - 1; i >= segments[s].begin; --i) {
-          if (!known[live[i]]) reduce(live[i]);
-          write_gradient(live[i]);
+          if (!known[evaluated[i]]) reduce(evaluated[i]);
+          write_gradient(evaluated[i]);
         }
       }
     });
-    const auto dead = rows_where(token_of.empty() ? from.count : 0, [&](int64_t row) { return !is_kept(row); });
-    for_each_row(dead, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
+    const auto skipped = rows_where(token_of.empty() ? from.count : 0, [&](int64_t row) { return !is_kept(row); });
+    for_each_row(skipped, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
   }
 
  private:
-  // live[begin, end).
+  // evaluated[begin, end).
   struct Segment {
     int64_t begin, end;
   };
@@ -90,11 +90,11 @@ struct Walk : BatchArguments {
         if (t <= before || t >= batch.num_tokens || !is_kept(t))
           fail("rows must be ascending positions of kept tokens, got ", t);
       }
-      live = rows_where(from.count, [](int64_t) { return true; });
+      evaluated = rows_where(from.count, [](int64_t) { return true; });
     } else {
-      live = rows_where(from.count, [&](int64_t row) { return is_kept(row); });
+      evaluated = rows_where(from.count, [&](int64_t row) { return is_kept(row); });
     }
-    for (const int64_t row : live) {
+    for (const int64_t row : evaluated) {
       const int64_t t = token(row);
       if (token_ids[t] < 0 || token_ids[t] >= from.size)
         fail("token_ids must be in [0, ", from.size, ") at kept rows, got ", token_ids[t], " at flat position ", t);
@@ -104,7 +104,7 @@ struct Walk : BatchArguments {
   }
 
   std::vector<Segment> cut() const {
-    const int64_t count = live.size(), grain = grain_of(from.size);
+    const int64_t count = evaluated.size(), grain = grain_of(from.size);
     const int64_t wanted = std::min<int64_t>(torch::stable::get_num_threads(), (count + grain - 1) / grain);
     std::vector<Segment> segments;
     for (int64_t s = 0; s < wanted; ++s) segments.push_back({count * s / wanted, count * (s + 1) / wanted});
@@ -112,12 +112,12 @@ struct Walk : BatchArguments {
   }
 
   // The evaluated rows that windows of the segment reach beyond its end, if they are not among `rows` yet.
-  void add_rows_behind(const Segment& segment, std::vector<int64_t>& rows) const {
-    const int64_t last = token(live[segment.end - 1]), end = offsets[sequence_of(last) + 1];
-    for (size_t i = segment.end; i < live.size(); ++i) {
-      const int64_t t = token(live[i]);
+  void add_rows_after(const Segment& segment, std::vector<int64_t>& rows) const {
+    const int64_t last = token(evaluated[segment.end - 1]), end = offsets[sequence_of(last) + 1];
+    for (size_t i = segment.end; i < evaluated.size(); ++i) {
+      const int64_t t = token(evaluated[i]);
       if (t >= end || t > last + objective.ahead) break;
-      if (rows.empty() || rows.back() < live[i]) rows.push_back(live[i]);
+      if (rows.empty() || rows.back() < evaluated[i]) rows.push_back(evaluated[i]);
     }
   }
 
@@ -174,7 +174,7 @@ struct Walk : BatchArguments {
   std::vector<float> grad_logprobs, grad_entropy;  // per token
   std::vector<float> log_ratios, log_traces;       // per token; empty unless the window is a long one
   std::vector<int64_t> token_of;                   // of each row; empty: row r is token r
-  std::vector<int64_t> live;                       // the rows that are evaluated
+  std::vector<int64_t> evaluated;                  // the rows that are evaluated
 };
 
 }  // namespace

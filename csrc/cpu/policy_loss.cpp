@@ -153,7 +153,8 @@ void add_through_traces(const Tiling& tiling, const Tokens& tokens, const float*
     sum_windows(grad_log_trace, reaching.data(), begin, end, ahead, back);
     for (int64_t t = begin; t < end; ++t) {
       const bool kept = tokens.mask == nullptr || tokens.mask[t] != 0;
-      if (kept && log_ratio_live(tokens.logprobs.data[t], tokens.old_logprobs.data[t])) grad_logprobs[t] += reaching[t];
+      if (kept && log_ratio_passes(tokens.logprobs.data[t], tokens.old_logprobs.data[t]))
+        grad_logprobs[t] += reaching[t];
     }
   });
 }

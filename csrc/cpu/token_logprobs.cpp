@@ -57,27 +57,27 @@ void gradient(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_en
   const std::vector<float> zeros(grad_logprob ? 0 : ids.count, 0.0f);
   const auto upstream = [&](int64_t row) { return grad_logprob ? grad_logprob + row * ids.count : zeros.data(); };
   const auto upstream_entropy = [&](int64_t row) { return grad_of_entropy ? grad_of_entropy[row] : 0.0f; };
-  const auto is_live = [&](int64_t row) {
+  const auto is_evaluated = [&](int64_t row) {
     if (kept && kept[row] == 0) return false;
     return upstream_entropy(row) != 0 ||
            std::any_of(upstream(row), upstream(row) + ids.count, [](float g) { return g != 0; });
   };
 
-  const auto live = rows_where(from.count, is_live);
-  for (const int64_t row : live)
+  const auto evaluated = rows_where(from.count, is_evaluated);
+  for (const int64_t row : evaluated)
     for (int64_t k = 0; k < ids.count; ++k)
       if (ids[row][k] < 0 || ids[row][k] >= from.size)
         fail("token_ids must be in [0, ", from.size, ") at kept rows, got ", ids[row][k], " at flat position ",
              row * ids.count + k, " in the backward: they were others in the forward");
-  for_each_row(live, from.size, Scratch(ids.count), [&](int64_t row, Scratch& scratch) {
+  for_each_row(evaluated, from.size, Scratch(ids.count), [&](int64_t row, Scratch& scratch) {
     const RowStats row_stats{stats[3 * row], stats[3 * row + 1], stats[3 * row + 2]};
     sum_over_equal(ids[row], upstream(row), ids.count, scratch.order.data(), scratch.grad_at_ids.data());
     kernels.gradient(from[row], to[row], from.size, row_stats,
                      {ids[row], upstream(row), scratch.grad_at_ids.data(), scratch.at_ids.data(), ids.count,
                       upstream_entropy(row), temperatures[row]});
   });
-  const auto dead = rows_where(from.count, [&](int64_t row) { return !is_live(row); });
-  for_each_row(dead, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
+  const auto skipped = rows_where(from.count, [&](int64_t row) { return !is_evaluated(row); });
+  for_each_row(skipped, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
 }
 
 }  // namespace

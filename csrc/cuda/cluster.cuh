@@ -42,7 +42,7 @@ struct Cluster {
   __device__ int rank() const { return (int)__clusterRelativeBlockRank(); }
   __device__ int size() const { return (int)__clusterSizeInBlocks(); }
 
-  // A barrier of all threads of the cluster. What they wrote before it, also to global memory, they all see behind it.
+  // A barrier of all threads of the cluster. What they wrote before it, also to global memory, they all see after it.
   __device__ void sync() const {
     __cluster_barrier_arrive();
     __cluster_barrier_wait();

@@ -128,7 +128,7 @@ void run(const Tensor& logits, const Tensor& gradient, const Tensor& logprobs, c
   const Tensor memory = torch::stable::new_empty(logits, {p.num_rows * (int64_t)sizeof(Row) + (int64_t)sizeof(int64_t)},
                                                  ScalarType::Byte);
   p.order = static_cast<Row*>(memory.data_ptr());
-  p.num_live = (int64_t*)(p.order + p.num_rows);
+  p.num_evaluated = (int64_t*)(p.order + p.num_rows);
   dispatch("logits", logits, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     fit<T>(p);

@@ -2,7 +2,7 @@
 // its gradient is written once. Free of torch.
 //
 // A first kernel puts the rows in the order of the walk: those that are evaluated, from the last to the first, so that
-// the log-ratios behind a token, which its trace needs, are known when its row is there. Each cluster walks over a
+// the log-ratios after a token, which its trace needs, are known when its row is there. Each cluster walks over a
 // segment of equally many of them; while the gradient of a row is written, the next row is on its way. Where windows
 // reach rows of the segment before, which in place are about to be overwritten, another launch reduces those first.
 // What a row gives depends on the segments in no way.
@@ -46,8 +46,8 @@ struct OnePass {
   Geometry geometry;
   int64_t num_clusters;
   int order_threads = kOrderThreads;
-  Row* order;         // [num_rows]: first the rows that are evaluated, in the order of the walk
-  int64_t* num_live;  // how many these are
+  Row* order;              // [num_rows]: first the rows that are evaluated, in the order of the walk
+  int64_t* num_evaluated;  // how many these are
 
   FUSEDPO_DEVICE int64_t ahead() const { return objective.ratio == kTrace ? objective.ahead : 0; }
 };
@@ -65,23 +65,24 @@ __device__ inline int64_t sequence_of(const Batch& batch, int64_t t) {
   return first;
 }
 
-// A thread per row. A block counts for itself what comes behind its rows.
+// A thread per row. A block counts for itself what comes after its rows.
 __global__ void __launch_bounds__(kOrderThreads, 1) order_kernel(const __grid_constant__ OnePass p) {
   const auto plus = [](int64_t a, int64_t b) { return a + b; };
-  const auto is_live = [&](int64_t row) { return p.rows != nullptr || is_kept(p.batch, row); };
+  const auto is_evaluated = [&](int64_t row) { return p.rows != nullptr || is_kept(p.batch, row); };
   const advantages::Block block;
   const int64_t first = (int64_t)blockIdx.x * blockDim.x, row = first + threadIdx.x;
   int64_t mine = 0;
-  for (int64_t i = row + blockDim.x; i < p.num_rows; i += blockDim.x) mine += is_live(i);
-  int64_t behind = reduce(block, mine, (int64_t)0, plus);
-  const bool live = row < p.num_rows && is_live(row);
-  const int64_t later = block.after((int64_t)live, behind, plus);
+  for (int64_t i = row + blockDim.x; i < p.num_rows; i += blockDim.x) mine += is_evaluated(i);
+  int64_t following = reduce(block, mine, (int64_t)0, plus);
+  const bool evaluated = row < p.num_rows && is_evaluated(row);
+  const int64_t later = block.after((int64_t)evaluated, following, plus);
   if (row < p.num_rows) {
     const int64_t token = p.rows == nullptr ? row : position_in(p.batch.num_tokens - 1, p.rows[row]);
     const int64_t sequence = sequence_of(p.batch, token);
-    p.order[live ? later : row + later] = {p.from[row], p.to[row], token, sequence, begin_of(p.batch, sequence + 1)};
+    p.order[evaluated ? later : row + later] = {p.from[row], p.to[row], token, sequence,
+                                                begin_of(p.batch, sequence + 1)};
   }
-  if (row == 0) *p.num_live = behind;
+  if (row == 0) *p.num_evaluated = following;
 }
 
 // ------------------------------------------------------------------------------------------------------------ the walk
@@ -191,9 +192,9 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads, 1) row_kernel(const __grid_constant__ OnePass p, bool halo) {
 #if FUSEDPO_HAS_CLUSTERS
   const Cluster cluster;
-  const int64_t live = *p.num_live, segments = live < p.num_clusters ? live : p.num_clusters;
+  const int64_t evaluated = *p.num_evaluated, segments = evaluated < p.num_clusters ? evaluated : p.num_clusters;
   const int64_t number = blockIdx.x / p.geometry.blocks;
-  const auto begin_of_segment = [&](int64_t s) { return live * s / segments; };
+  const auto begin_of_segment = [&](int64_t s) { return evaluated * s / segments; };
   if (number < segments) {
     int64_t begin = begin_of_segment(number), end = begin_of_segment(number + 1), known = 0;
     if (halo) {
@@ -201,13 +202,13 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_kernel(const __grid_consta
       const int64_t reach = reach_of(p, p.order[begin]), most = number == 0 ? begin : begin_of_segment(number - 1);
       end = begin;
       while (begin > most && p.order[begin - 1].token < reach) --begin;
-    } else if (end < live) {
+    } else if (end < evaluated) {
       known = reach_of(p, p.order[end]);
     }
     if (begin < end) walk<T>(p, cluster, begin, end, known, halo);
   }
   if (!halo)
-    write_zeros<T>(p, live + number, p.num_clusters, cluster.rank() * blockDim.x + threadIdx.x,
+    write_zeros<T>(p, evaluated + number, p.num_clusters, cluster.rank() * blockDim.x + threadIdx.x,
                    p.geometry.blocks * blockDim.x);
 #endif
 }

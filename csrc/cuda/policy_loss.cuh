@@ -203,7 +203,7 @@ __device__ inline int64_t first_tile(const PolicyLoss& p, int64_t sequence) {
   return begin_of(p.batch, sequence) / p.tile_size + sequence;
 }
 
-// The last sequence whose first tile is not behind `tile`, found by each warp for itself, 32 candidates at a time.
+// The last sequence whose first tile is not after `tile`, found by each warp for itself, 32 candidates at a time.
 __device__ inline int64_t sequence_of_tile(const PolicyLoss& p, int64_t tile) {
   int64_t first = 0;
   for (int64_t size = p.batch.num_sequences; size > 1;) {
@@ -338,8 +338,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) trace_gradient_kernel(con
         through);
     for (int64_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
       const Tokens& tokens = batch.tokens;
-      const bool live = is_kept(batch, t) && log_ratio_live(tokens.logprobs.data[t], tokens.old_logprobs.data[t]);
-      g.grad_logprobs[t] = times_upstream(g.own, t) + (live ? through[t] : 0);
+      const bool passes = is_kept(batch, t) && log_ratio_passes(tokens.logprobs.data[t], tokens.old_logprobs.data[t]);
+      g.grad_logprobs[t] = times_upstream(g.own, t) + (passes ? through[t] : 0);
     }
   }
 }

@@ -120,7 +120,7 @@ def policy_loss_from_logits(
     """:func:`policy_loss` of the log-probs of ``token_ids`` under ``softmax(logits / temperature)``.
 
     The gradient is computed with the loss, in one pass over the logits, where that of a token depends on no token
-    before it and on at most 256 behind it. Otherwise a second pass, in the backward, computes it: for a
+    before it and on at most 256 after it. Otherwise a second pass, in the backward, computes it: for a
     ``SequenceRatio``, a trace that looks back, further ahead or is differentiated, ``LogClip``, ``CPPO`` and ``GMPO``;
     for float16 with a number of at most 1 as ``loss_scale``; and under ``torch.compile`` and functorch.
 

@@ -11,8 +11,11 @@ before an error needs it would break the graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, ParamSpec, cast, get_args
 
 import torch
 
@@ -25,6 +28,7 @@ __all__ = [
     "DRO",
     "GMPO",
     "KL",
+    "PRESETS",
     "SAPO",
     "VESPO",
     "Aggregation",
@@ -108,15 +112,33 @@ def _is_count(value: object, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
+# What a part looks at beside the token itself, as flags: the log-probs of tokens after it; which of the kept tokens of
+# its sequence it is and how many there are, which the mask tells; the log-probs of tokens before it; those of all.
+TOKEN, AHEAD, PLACE, PREFIX, SEQUENCE = 0, 1, 2, 4, 8
+
+
 class _Part:
-    """Takes the NumPy numbers among its fields for the numbers that they are."""
+    """Takes the NumPy numbers among its fields for the numbers that they are.
+
+    ``looks_at`` says what the gradient coefficient of a token depends on, ``vanishes`` whether the term of a token with
+    the advantage 0 is 0 and has no gradient. A part that declares neither is taken for one of whole sequences, which
+    takes two passes, and none of its tokens are skipped.
+    """
+
+    @property
+    def looks_at(self) -> int:
+        return SEQUENCE
+
+    @property
+    def vanishes(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]  # not vars(self): torch 2.10's compiler does not trace it
-            value = getattr(self, field.name)
+        for own in fields(self):  # type: ignore[arg-type]  # not vars(self): torch 2.10's compiler does not trace it
+            value = getattr(self, own.name) if own.init else None
             number = _checks.plain(value)
             if number is not value:
-                object.__setattr__(self, field.name, number)
+                object.__setattr__(self, own.name, number)
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
@@ -126,6 +148,8 @@ class _Part:
 class TokenRatio(_Part):
     """``rho = exp(clamp(lp - olp, -20, 20))`` of the token alone (PPO, GRPO)."""
 
+    looks_at = TOKEN
+
 
 @dataclass(frozen=True)
 class SequenceRatio(_Part):
@@ -133,6 +157,8 @@ class SequenceRatio(_Part):
 
     The token's ratio is ``exp(min(x - sg(x) + sg(log s), 10))``, where ``x = clamp(lp - olp, -20, 20)``.
     """
+
+    looks_at = SEQUENCE
 
 
 @dataclass(frozen=True)
@@ -165,34 +191,44 @@ class Trace(_Part):
             if count != "all" and count >= _LONGEST:
                 object.__setattr__(self, name, "all")
 
+    @property
+    def looks_at(self) -> int:
+        back, ahead = self.back != 0, self.ahead != 0
+        if self.differentiate:  # the log-prob of a token is in the loss of those whose windows hold it
+            back = ahead = back or ahead
+        return PREFIX * back | AHEAD * ahead
+
 
 @dataclass(frozen=True)
-class ForwardTrace(_Part):
+class _Length(_Part):
+    n: int
+
+
+@dataclass(frozen=True)
+class ForwardTrace(Trace, _Length):
     """NFPO: ``Trace(0, n - 1)``, the ratio times the likelihood ratio of the next ``n - 1`` positions.
 
     ``n=1`` is :class:`TokenRatio`; ``n >= T`` is the whole suffix.
     """
 
-    n: int
-    differentiate: bool = False
+    def _ahead(self) -> int | Literal["all"]:
+        return self.n - 1 if self.n <= _LONGEST else "all"
+
+    # Arguments of Trace, not of this; the second is computed from n, which alone is pickled.
+    back: int | Literal["all"] = field(default=0, init=False, repr=False, compare=False)
+    ahead: int | Literal["all"] = field(default=cast(Any, property(_ahead)), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _Part.__post_init__(self)
         if not _is_count(self.n, 1):
             raise ValueError(f"ForwardTrace: n must be an integer >= 1, got {_checks.brief(self.n)}")
-
-    @property
-    def back(self) -> int:
-        return 0
-
-    @property
-    def ahead(self) -> int | Literal["all"]:
-        return self.n - 1 if self.n <= _LONGEST else "all"
 
 
 @dataclass(frozen=True)
 class OnPolicy(_Part):
     """No ratio: the loss is ``-A * lp`` (REINFORCE, OPO). ``old_logprobs`` feed the metrics and :class:`DRO` only."""
+
+    looks_at = TOKEN
 
 
 Ratio = TokenRatio | SequenceRatio | Trace | ForwardTrace | OnPolicy
@@ -205,6 +241,9 @@ Ratio = TokenRatio | SequenceRatio | Trace | ForwardTrace | OnPolicy
 class NoTrustRegion(_Part):
     """``-A * rho * sg(F)``."""
 
+    looks_at = TOKEN
+    vanishes = True
+
 
 @dataclass(frozen=True)
 class PPOClip(_Part):
@@ -215,6 +254,9 @@ class PPOClip(_Part):
     is at most ``cap`` (``F`` is lowered to ``cap / rho``). ``on="product"``: the clip (and ``dual``) looks at
     ``rho * sg(F)``.
     """
+
+    looks_at = TOKEN
+    vanishes = True
 
     low: float = 0.2
     high: float = 0.2
@@ -241,6 +283,9 @@ class LogClip(_Part):
     positions alike; ``power=0.5`` follows the standard deviation of a sum of ``t`` log-ratios.
     """
 
+    looks_at = PLACE
+    vanishes = True
+
     low: float
     high: float
     dual: float | None = None
@@ -260,6 +305,9 @@ class CISPO(_Part):
     TRL and Liger have no lower bound, and their ``epsilon_high`` is the upper one itself: ``high = epsilon_high - 1``.
     """
 
+    looks_at = TOKEN
+    vanishes = True
+
     low: float = 10.0
     high: float = 0.2
 
@@ -277,6 +325,9 @@ class BinaryTV(_Part):
 
     ``A > 0``: ``p - p_old <= high``; otherwise ``p - p_old >= -low``. ``cap=None``: no cap.
     """
+
+    looks_at = TOKEN
+    vanishes = True
 
     low: float = 0.15
     high: float = 0.15
@@ -297,6 +348,9 @@ class BinaryKL(_Part):
     ``olp - lp`` is at least -20, and ``1 - p`` at least 0.
     """
 
+    looks_at = TOKEN
+    vanishes = True
+
     low: float = 0.05
     high: float = 0.05
     cap: float | None = 20.0
@@ -316,6 +370,9 @@ class CPPO(_Part):
     ``w_t D_t <= threshold`` and ``sum_{s<=t} w_s D_s <= threshold + budget * sum_{s<t} w_s``.
     """
 
+    looks_at = PLACE | PREFIX
+    vanishes = True
+
     threshold: float = 0.15
     budget: float = 0.015
     min_weight: float = 0.8
@@ -332,6 +389,9 @@ class CPPO(_Part):
 class SAPO(_Part):
     """``-A * (4 / tau) * sigmoid(tau (rho - 1)) * sg(F)`` with ``tau = tau_pos`` where ``A > 0``, else ``tau_neg``."""
 
+    looks_at = TOKEN
+    vanishes = True
+
     tau_pos: float = 1.0
     tau_neg: float = 1.05
 
@@ -347,6 +407,9 @@ class VESPO(_Part):
     ``k_pos`` and ``lambda_pos`` hold where ``A >= 0``. ``log w`` is clamped to ``[log 1e-8, 20]``, and ``log phi``,
     whose largest value is ``k log(k / lambda) - k + lambda``, to at most 20.
     """
+
+    looks_at = TOKEN
+    vanishes = True
 
     k_pos: float = 2.0
     lambda_pos: float = 3.0
@@ -367,6 +430,9 @@ class GMPO(_Part):
     As with :class:`SequenceRatio`, which it needs, each token carries the gradient of its own ``x'``.
     """
 
+    looks_at = SEQUENCE
+    vanishes = True
+
     low: float = 0.4
     high: float = 0.4
 
@@ -378,6 +444,8 @@ class GMPO(_Part):
 @dataclass(frozen=True)
 class DRO(_Part):
     """``-A lp + beta / 2 (lp - olp)^2``: a quadratic penalty in place of a ratio; needs :class:`OnPolicy`."""
+
+    looks_at = TOKEN
 
     beta: float
 
@@ -481,7 +549,7 @@ class Objective(_Part):
             raise ValueError(
                 f"Objective: {region_name} compares the probabilities of one token, SequenceRatio has none"
             )
-        trace = ratio if isinstance(ratio, Trace | ForwardTrace) else None
+        trace = ratio if isinstance(ratio, Trace) else None
         if isinstance(region, PPOClip) and region.on == "product" and (trace is None or trace.differentiate):
             raise ValueError(
                 f"Objective: PPOClip(on='product') needs a Trace or ForwardTrace with differentiate=False, got {ratio}"
@@ -504,7 +572,67 @@ PARTS: list[type[_Part]] = [*get_args(Ratio), *get_args(TrustRegion), KL, Object
 torch.serialization.add_safe_globals([*PARTS])
 
 
+def reach(part: Ratio | TrustRegion) -> tuple[int | Literal["all"], int | Literal["all"]]:
+    """How many positions before and after a token the log-probs lie that its term looks at."""
+    if isinstance(part, Trace):
+        return part.back, part.ahead
+    return ("all", "all") if part.looks_at & (AHEAD | PREFIX | SEQUENCE) else (0, 0)
+
+
+# The numbers by which kernels know the parts: from 0 on, none left out; beside that, their order means nothing. The
+# enumerations of csrc/core/objective.h have the same.
+RATIOS: dict[type[_Part], int] = {TokenRatio: 0, SequenceRatio: 1, Trace: 2, ForwardTrace: 2, OnPolicy: 3}
+TRUST_REGIONS: dict[type[_Part], int] = {
+    NoTrustRegion: 0,
+    PPOClip: 1,
+    LogClip: 2,
+    CISPO: 3,
+    BinaryTV: 4,
+    BinaryKL: 5,
+    CPPO: 6,
+    SAPO: 7,
+    VESPO: 8,
+    GMPO: 9,
+    DRO: 10,
+}
+KL_NUMBERS: dict[KLKind | None, int] = {None: 0, "k1": 1, "k2": 2, "k3": 3, "k3+": 4}
+AGGREGATION_NUMBERS: dict[Aggregation, int] = {
+    "token-mean": 0,
+    "token-sum": 1,
+    "seq-mean-token-mean": 2,
+    "seq-mean-token-sum": 3,
+    "seq-mean-token-sum-norm": 4,
+}
+
+
 # -------------------------------------------------------------------------------------------------------------- presets
+
+_BOUNDS = {"low": "clip_low", "high": "clip_high"}
+OLD_NAMES = dict.fromkeys(("gmpo", "ctpo", "cispo", "dppo_tv", "dppo_kl"), _BOUNDS)
+
+P = ParamSpec("P")
+
+
+def with_new_names(preset: str, arguments: Mapping[str, Any], stacklevel: int = 2) -> dict[str, Any]:
+    """``arguments`` of a preset by the names that they have now. Warns of old ones at the line that called."""
+    found = dict(arguments)
+    for old, new in OLD_NAMES.get(preset, {}).items():
+        if old in found:
+            warnings.warn(f"{preset}: {old} is called {new} now", DeprecationWarning, stacklevel=stacklevel + 1)
+            if new in found:
+                raise TypeError(f"{preset}: {old} and {new} are the same argument, and both were given")
+            found[new] = found.pop(old)
+    return found
+
+
+def _takes_old_names(preset: Callable[P, Objective]) -> Callable[P, Objective]:
+    @functools.wraps(preset)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Objective:
+        if kwargs.keys() & OLD_NAMES[preset.__name__].keys():
+            kwargs = cast(Any, with_new_names(preset.__name__, kwargs))
+        return preset(*args, **kwargs)
+
+    return call
 
 
 def ppo(
@@ -581,12 +709,13 @@ def luspo(clip_low: float = 2e-3, clip_high: float = 2.5e-3) -> Objective:
     return Objective(SequenceRatio(), PPOClip(clip_low, clip_high), aggregation="seq-mean-token-sum")
 
 
-def gmpo(low: float = 0.4, high: float = 0.4) -> Objective:
+@_takes_old_names
+def gmpo(clip_low: float = 0.4, clip_high: float = 0.4) -> Objective:
     """GMPO (2507.20673): the geometric mean of token ratios that are clipped in log space, mean over sequences.
 
     As verl's ``geo_mean`` for advantages per sequence, the only kind for which the method is defined.
     """
-    return Objective(SequenceRatio(), GMPO(low, high), aggregation="seq-mean-token-mean")
+    return Objective(SequenceRatio(), GMPO(clip_low, clip_high), aggregation="seq-mean-token-mean")
 
 
 def vespo(k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0) -> Objective:
@@ -598,17 +727,21 @@ def vespo(k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambd
     return Objective(Trace("all", "all"), VESPO(k_pos, lambda_pos, k_neg, lambda_neg))
 
 
-def ctpo(low: float = 0.025, high: float = 0.05, *, dual: float | None = 0.05, power: float = 0.5) -> Objective:
+@_takes_old_names
+def ctpo(
+    clip_low: float = 0.025, clip_high: float = 0.05, *, dual: float | None = 0.05, power: float = 0.5
+) -> Objective:
     """CTPO (2605.07331): the cumulative ratio of the prefix, clipped in log space by position (authors' code)."""
-    return Objective(Trace("all", 0), LogClip(low, high, dual, power))
+    return Objective(Trace("all", 0), LogClip(clip_low, clip_high, dual, power))
 
 
-def cispo(low: float = 10.0, high: float = 0.2) -> Objective:
+@_takes_old_names
+def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
     """CISPO: the clipped ratio as a detached weight; the default, of verl's example, has no lower clip.
 
-    TRL's and Liger's ``epsilon_high`` is ``1 + high``, the bound itself.
+    TRL's and Liger's ``epsilon_high`` is ``1 + clip_high``, the bound itself.
     """
-    return Objective(TokenRatio(), CISPO(low, high))
+    return Objective(TokenRatio(), CISPO(clip_low, clip_high))
 
 
 def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
@@ -616,21 +749,23 @@ def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
     return Objective(TokenRatio(), SAPO(tau_pos, tau_neg), aggregation="seq-mean-token-mean")
 
 
+@_takes_old_names
 def dppo_tv(
-    low: float = 0.15, high: float = 0.15, *, cap: float | None = 20.0, length_norm: float | None = None
+    clip_low: float = 0.15, clip_high: float = 0.15, *, cap: float | None = 20.0, length_norm: float | None = None
 ) -> Objective:
     """DPPO with the total-variation mask (2602.04879). The thresholds are those of verl's example."""
     return Objective(
-        TokenRatio(), BinaryTV(low, high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
+        TokenRatio(), BinaryTV(clip_low, clip_high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
     )
 
 
+@_takes_old_names
 def dppo_kl(
-    low: float = 0.05, high: float = 0.05, *, cap: float | None = 20.0, length_norm: float | None = None
+    clip_low: float = 0.05, clip_high: float = 0.05, *, cap: float | None = 20.0, length_norm: float | None = None
 ) -> Objective:
     """DPPO with the binary KL mask (2602.04879). The thresholds are those of verl's example."""
     return Objective(
-        TokenRatio(), BinaryKL(low, high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
+        TokenRatio(), BinaryKL(clip_low, clip_high, cap), aggregation="seq-mean-token-sum-norm", length_norm=length_norm
     )
 
 
@@ -692,3 +827,12 @@ def nfpo(
     """
     region = PPOClip(clip_low, clip_high) if trust_region is None else trust_region
     return Objective(ForwardTrace(n, differentiate), region, kl, entropy_coef, aggregation)
+
+
+PRESETS: dict[str, Callable[..., Objective]] = {
+    preset.__name__: preset
+    for preset in (
+        *(cispo, cppo, ctpo, dapo, dppo_kl, dppo_tv, dr_grpo, dro, gmpo, grpo, gspo, luspo, nfpo, opo, ppo, reinforce),
+        *(sapo, two_sided_grpo, vespo),
+    )
+}

@@ -94,20 +94,18 @@ def evaluated_tokens(
 ) -> Tensor | None:
     """The mask of the tokens on which the loss or its gradient depends: ``mask`` itself where these are all it keeps.
 
-    A token with the advantage 0 has no policy term, and where a loss has no other, its log-prob matters only to those
-    whose ratio looks at it. The penalty of DRO is no multiple of the advantage.
+    Where the policy term of a token with the advantage 0 vanishes and the loss has no other, its log-prob matters only
+    to those whose term looks at it.
     """
     ratio, region = objective.ratio, objective.trust_region
-    if objective.kl is not None or objective.entropy_coef != 0 or isinstance(region, objectives.DRO):
+    if objective.kl is not None or objective.entropy_coef != 0 or not region.vanishes:
         return mask
     where = layout(token_ids, cu_seqlens)
     kept = where.kept(mask)
     moving = kept & (where.per_token(advantages) != 0)
-    back, ahead = getattr(ratio, "back", 0), getattr(ratio, "ahead", 0)
-    if isinstance(ratio, objectives.SequenceRatio) or isinstance(region, objectives.CPPO):
-        back = ahead = "all"
+    back, ahead = ("all", "all") if "all" in objectives.reach(region) else objectives.reach(ratio)
     count = moving.long()
-    looked_at = where.sum_behind(count, ahead) + where.sum_ahead(count, back)
+    looked_at = where.sum_before(count, ahead) + where.sum_after(count, back)
     return (moving | (kept & (looked_at > 0))).reshape(token_ids.shape)
 
 

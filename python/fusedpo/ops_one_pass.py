@@ -10,7 +10,7 @@
 * ``logprobs`` and ``entropy``, float32 ``[*tokens]``, are written at every row that is evaluated.
 * ``rows`` None: every token that ``mask`` (bool) keeps is evaluated, and the gradient of the others is zero. Otherwise
   ``logits`` is ``[R, V]`` and its row r belongs to the kept token ``rows[r]`` (int64, ascending positions among the
-  flattened tokens); tokens behind the last of them that a window reaches have their log-probs in ``logprobs`` already.
+  flattened tokens); tokens after the last of them that a window reaches have their log-probs in ``logprobs`` already.
 * ``token_ids`` int64; ``temperature`` ``[]`` or ``[*tokens]``; ``advantages`` and ``is_weights`` ``[*tokens]`` or
   ``[num_sequences, 1]``; ``old_logprobs`` (None: the log-probs themselves) and ``ref_logprobs`` ``[*tokens]``; float32.
 * ``scale`` ``[*tokens]`` float32: what the loss of each token is multiplied by.
@@ -46,21 +46,17 @@ MAX_AHEAD = 256
 
 
 def is_possible(objective: Objective) -> bool:
-    """Whether the coefficient of a token depends on nothing but the log-probs of itself and of tokens behind it.
+    """Whether the coefficient of a token depends on nothing but the log-probs of itself and of tokens after it.
 
     What looks at the tokens before it, or at all tokens of the sequence, takes two passes.
     """
     ratio = objective.ratio
-    if isinstance(objective.trust_region, objectives.LogClip | objectives.CPPO | objectives.GMPO):
-        return False
-    if isinstance(ratio, objectives.TokenRatio | objectives.OnPolicy):
-        return True
+    _, ahead = objectives.reach(ratio)
     return (
-        isinstance(ratio, objectives.Trace | objectives.ForwardTrace)
-        and getattr(ratio, "back", 0) == 0
-        and ratio.ahead != "all"
-        and int(ratio.ahead) <= MAX_AHEAD
-        and not ratio.differentiate
+        objective.trust_region.looks_at == objectives.TOKEN
+        and ratio.looks_at in (objectives.TOKEN, objectives.AHEAD)
+        and ahead != "all"
+        and ahead <= MAX_AHEAD
     )
 
 

@@ -26,14 +26,14 @@ All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import objectives
 from ._checks import FLOAT32_MAX
-from .objectives import AGGREGATIONS, KL_KINDS, Objective
+from .objectives import AGGREGATION_NUMBERS, KL_KINDS, KL_NUMBERS, RATIOS, TRUST_REGIONS, Objective
 from .ops import apply, define, is_differentiated, once_differentiable
 from .reference import METRICS
 
@@ -52,61 +52,51 @@ define(
     lambda grad_loss, *_: grad_loss.new_empty(grad_loss.shape),
 )
 
-# The numbers of the enumerations in csrc/core/objective.h.
-_RATIOS = {
-    objectives.TokenRatio: 0,
-    objectives.SequenceRatio: 1,
-    objectives.Trace: 2,
-    objectives.ForwardTrace: 2,
-    objectives.OnPolicy: 3,
-}
-_TRUST_REGIONS = {
-    objectives.NoTrustRegion: 0,
-    objectives.PPOClip: 1,
-    objectives.LogClip: 2,
-    objectives.CISPO: 3,
-    objectives.BinaryTV: 4,
-    objectives.BinaryKL: 5,
-    objectives.CPPO: 6,
-    objectives.SAPO: 7,
-    objectives.VESPO: 8,
-    objectives.GMPO: 9,
-    objectives.DRO: 10,
-}
 _WHOLE_SEQUENCE = 1 << 62
 
 
-def encode(objective: Objective) -> tuple[list[int], list[float]]:
-    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation.
+def encode(objective: Objective) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """``parts``: ratio, positions back and ahead in its window, differentiate, trust region, KL, aggregation, what the
+    ratio looks at and what the trust region does.
 
     The number of a weighted KL is higher by ``len(KL_KINDS)``. ``values``: coefficient and clamp of the KL, entropy
     coefficient, length_norm (0: the longest sequence), and then the fields of the trust region in their order. A bound
     that is None or infinite is the largest float32, which decoders take for infinity: AOTInductor cannot write
     an infinite number.
     """
+    # the tracer of torch.compile, which runs this once, does not take the cache
+    return _encode(objective) if torch.compiler.is_compiling() else _cached(objective)
+
+
+def _encode(objective: Objective) -> tuple[tuple[int, ...], tuple[float, ...]]:
     ratio, region, kl = objective.ratio, objective.trust_region, objective.kl
     back, ahead = (
         _WHOLE_SEQUENCE if count == "all" else int(count)
         for count in (getattr(ratio, "back", 0), getattr(ratio, "ahead", 0))
     )
-    parts = [
-        _RATIOS[type(ratio)],
+    parts = (
+        RATIOS[type(ratio)],
         back,
         ahead,
         int(getattr(ratio, "differentiate", False)),
-        _TRUST_REGIONS[type(region)],
-        0 if kl is None else 1 + KL_KINDS.index(kl.kind) + len(KL_KINDS) * bool(kl.weighted),
-        AGGREGATIONS.index(objective.aggregation),
-    ]
-    values = [
+        TRUST_REGIONS[type(region)],
+        KL_NUMBERS[None] if kl is None else KL_NUMBERS[kl.kind] + len(KL_KINDS) * bool(kl.weighted),
+        AGGREGATION_NUMBERS[objective.aggregation],
+        ratio.looks_at,
+        region.looks_at,
+    )
+    values = (
         0.0 if kl is None else float(kl.coef),
         FLOAT32_MAX if kl is None else _number(kl.clamp),
         float(objective.entropy_coef),
         float(objective.length_norm or 0),
         # not vars(region): torch 2.10's compiler does not trace it
         *(_number(getattr(region, field.name)) for field in dataclasses.fields(region)),
-    ]
+    )
     return parts, values
+
+
+_cached = functools.lru_cache(maxsize=256)(_encode)
 
 
 def _number(field: float | str | None) -> float:

@@ -133,7 +133,7 @@ def loss_from_hidden(
     """``loss_of(logprobs)``, the log-probs and the entropy of the tokens in ``chunks``, both 0 elsewhere.
 
     A chunk holds positions among the flattened tokens. The gradient of ``loss_of`` with respect to the log-probs of a
-    chunk must not depend on those of the chunks behind it.
+    chunk must not depend on those of the chunks after it.
     """
     temperature = _uncapped_temperature(temperature, options)
     return apply(

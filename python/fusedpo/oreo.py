@@ -93,7 +93,7 @@ def oreo_loss(
     where, dtype = layout(logprobs, cu_seqlens), wide(logprobs)
     kept = sequences.kept
     x = (logprobs.reshape(-1).to(dtype) - ref_logprobs.detach().reshape(-1).to(dtype)).masked_fill(~kept, 0)
-    ahead = x + where.sum_ahead(x, "all") if gradient == "suffix" else x.detach() + where.sum_ahead(x.detach(), "all")
+    ahead = x + where.sum_after(x, "all") if gradient == "suffix" else x.detach() + where.sum_after(x.detach(), "all")
     place = where.place(kept)
     if gradient == "sequence":
         state = kept & (place == 1)

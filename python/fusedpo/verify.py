@@ -133,7 +133,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def _tokens(device: str, packed: bool) -> dict[str, Any]:
-    """A batch with masked tokens, behind which there is nothing but nan; some ratios are far outside of any clip."""
+    """A batch with masked tokens, which hold nothing but nan; some ratios are far outside of any clip."""
     shape = (64,) if packed else (4, 16)
     mask = torch.rand(shape) < 0.8
     logprobs = -3 * torch.rand(shape)

@@ -80,8 +80,8 @@ int main() {
 
   const Ratio ratios[] = {kTokenRatio, kSequenceRatio, kTrace, kOnPolicy};
   for (const Ratio ratio : ratios)
-    for (int region = kNoTrustRegion; region <= kDRO; ++region)
-      for (int kl = kNoKL; kl <= 2 * kK3Plus; ++kl) {
+    for (int region = 0; region < kNumTrustRegions; ++region)
+      for (int kl = 0; kl < kNumKLs + kWeighted; ++kl) {
         const int64_t parts[kNumParts] = {ratio, 0, 2, ratio == kTrace && kl % 2, region, kl, kTokenMean};
         const double values[] = {0.3, 2.0, 0.1, 0, 0.2, 0.3, 1.5, 0.9, 1};
         difference = std::max(difference, worst_difference(decode(parts, values, kNumValues + kMaxBounds)));

@@ -76,9 +76,9 @@ void one_pass(Calls& calls) {
 
   cuda_on_cpu::Tensor* gradient = other ? other : logits;
   Memory<Row> order(p.num_rows, {-1, -1, -1, -1, -1});
-  Memory<int64_t> num_live(1, -1);
+  Memory<int64_t> num_evaluated(1, -1);
   p.order = order.data();
-  p.num_live = num_live.data();
+  p.num_evaluated = num_evaluated.data();
   p.order_threads = kFewThreads;
   dispatch(*logits, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;

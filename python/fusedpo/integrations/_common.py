@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import advantages, objectives
+from .. import advantages
 from ..logprobs import token_logprobs
-from ..objectives import KL, Aggregation, Objective, PPOClip
+from ..objectives import KL, OLD_NAMES, PRESETS, Aggregation, Objective, PPOClip, with_new_names
 
-PRESETS: dict[str, Callable[..., Objective]] = {
-    name: getattr(objectives, name) for name in objectives.__all__ if name.islower()
-}
-
-# The options of a preset that a trainer's own thresholds set. Options that are not here (CTPO's bounds of a log-ratio,
-# VESPO's exponents) mean something that no trainer has a setting for: they keep their defaults unless given.
+# The thresholds of a trainer that set options of a preset; ``low`` and ``high`` are bounds that it has for a loss other
+# than PPO's clip. Options that are not here (CTPO's bounds of a log-ratio, VESPO's exponents) mean something that no
+# trainer has a setting for: they keep their defaults unless given.
 THRESHOLDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("ppo", "dapo"), ("clip_low", "clip_high", "dual")),
     **dict.fromkeys(("grpo", "dr_grpo", "two_sided_grpo", "gspo", "luspo", "nfpo"), ("clip_low", "clip_high")),
@@ -66,8 +63,9 @@ def objective(
         if preset not in PRESETS:
             raise ValueError(f"objective must be an Objective or one of {sorted(PRESETS)}, got {preset!r}")
         check_options(preset, options, PRESETS[preset])
-        own = {name: value for name, value in (thresholds or {}).items() if name in THRESHOLDS.get(preset, ())}
-        built = PRESETS[preset](**{**own, **options})
+        new = OLD_NAMES.get(preset, {})
+        own = {new.get(name, name): x for name, x in (thresholds or {}).items() if name in THRESHOLDS.get(preset, ())}
+        built = PRESETS[preset](**{**own, **with_new_names(preset, options)})
     if kl_coef:
         built = dataclasses.replace(built, kl=KL(kl_kind, kl_coef))
     if aggregation is not None:
@@ -90,14 +88,15 @@ def with_dual_clip(trainer: str, built: Objective, **dual: float | None) -> Obje
 def check_options(name: str, options: Iterable[str], *functions: Callable[..., Any], extra: Iterable[str] = ()) -> None:
     """Every option is a parameter of one of ``functions``, which go by ``name``, or among ``extra``."""
     known = {parameter for function in functions for parameter in inspect.signature(function).parameters} | set(extra)
+    known_before = {old for function in functions for old in OLD_NAMES.get(function.__name__, ())}
     for option in options:
-        if option not in known:
+        if option not in known | known_before:
             raise ValueError(f"{name} has no option {option!r}; it has {sorted(known)}")
 
 
 def for_function(options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
     """Those of ``options`` that ``function`` has: a loss and an estimator may share a name, such as grpo."""
-    parameters = inspect.signature(function).parameters
+    parameters = {*inspect.signature(function).parameters, *OLD_NAMES.get(function.__name__, ())}
     return {option: value for option, value in options.items() if option in parameters}
 
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from .. import advantages
 from ..logprobs import token_logprobs
 from ..losses import policy_loss
+from ..objectives import PRESETS
 from . import _common
 
 __all__ = ["advantage_estimator", "logprobs_from_logits", "policy_loss_fn", "register"]
 
 PREFIX = "fusedpo_"
-LOSSES = tuple(name for name in _common.PRESETS if name != "dro")
+LOSSES = tuple(name for name in PRESETS if name != "dro")
 ESTIMATORS = (*_common.OUTCOME_ESTIMATORS, *_common.TOKEN_ESTIMATORS)
 
 
@@ -33,7 +34,7 @@ def register(**options: Mapping[str, Any]) -> None:
 
     Raises ``ValueError`` for a loss, an estimator or an option that does not exist.
     """
-    losses = {name: _common.PRESETS[name] for name in LOSSES}
+    losses = {name: PRESETS[name] for name in LOSSES}
     estimators = {name: getattr(advantages, name) for name in ESTIMATORS}
     for name, given in options.items():
         functions = [functions[name] for functions in (losses, estimators) if name in functions]

@@ -36,7 +36,7 @@ from ..aggregation import aggregate
 from ..covariance import clip_cov_weights, kl_cov_penalty
 from ..logprobs import linear_token_logprobs, token_logprobs
 from ..losses import policy_loss
-from ..objectives import Aggregation, NoTrustRegion, Objective, TokenRatio, ppo
+from ..objectives import PRESETS, Aggregation, NoTrustRegion, Objective, TokenRatio, ppo
 from . import _common
 from ._versions import check_version
 
@@ -78,7 +78,7 @@ def register(**options: Mapping[str, Any]) -> None:
         _check(name, values)
     for name, values in given.items():
         _registered.setdefault(name, {}).update(values)
-    for name in (*_common.PRESETS, *ALIASES, *_LOSSES):
+    for name in (*PRESETS, *ALIASES, *_LOSSES):
         core_algos.register_policy_loss(PREFIX + name)(_policy_loss(ALIASES.get(name, name)))
     for name in ESTIMATORS:
         core_algos.register_adv_est(PREFIX + name)(_advantage(name))
@@ -115,10 +115,10 @@ def _parse(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _check(name: str, options: Mapping[str, Any]) -> None:
-    functions = [_common.PRESETS[name]] if name in _common.PRESETS else []
+    functions = [PRESETS[name]] if name in PRESETS else []
     functions += [getattr(advantages, name)] if name in ESTIMATORS else []
     if not functions and name not in _LOSSES:
-        losses = sorted((*_common.PRESETS, *_LOSSES))
+        losses = sorted((*PRESETS, *_LOSSES))
         raise ValueError(f"{name!r} is neither a loss, {losses}, nor an estimator, {sorted(ESTIMATORS)}")
     _common.check_options(name, options, *functions, extra=_LOSSES[name][1] if name in _LOSSES else ())
 
@@ -220,7 +220,7 @@ def _preset(name: str, batch: _Batch, config: Any) -> tuple[Tensor, dict[str, Te
     section = config.get("policy_loss")
     objective = _common.objective(
         name,
-        _options(name, section, _common.PRESETS[name]),
+        _options(name, section, PRESETS[name]),
         thresholds=_thresholds(config),
         aggregation=batch.reduction.aggregation,
         length_norm=batch.reduction.length_norm,

@@ -46,21 +46,21 @@ class Layout(NamedTuple):
         position = torch.arange(total.numel(), device=total.device)
         return total - (total - kept.long())[position - self.before]
 
-    def ahead(self, x: Tensor, by: int) -> Tensor:
+    def later(self, x: Tensor, by: int) -> Tensor:
         """``x`` at the position ``by`` further on in the same sequence, 0 beyond its end."""
         return x.roll(-by).masked_fill(self.left <= by, 0)
 
-    def behind(self, x: Tensor, by: int) -> Tensor:
+    def earlier(self, x: Tensor, by: int) -> Tensor:
         """``x`` at the position ``by`` earlier in the same sequence, 0 before its start."""
         return x.roll(by).masked_fill(self.before < by, 0)
 
-    def sum_ahead(self, x: Tensor, count: int | Literal["all"]) -> Tensor:
+    def sum_after(self, x: Tensor, count: int | Literal["all"]) -> Tensor:
         """The sum over the next ``count`` positions of the same sequence."""
-        return self._sum(x, count, self.ahead)
+        return self._sum(x, count, self.later)
 
-    def sum_behind(self, x: Tensor, count: int | Literal["all"]) -> Tensor:
+    def sum_before(self, x: Tensor, count: int | Literal["all"]) -> Tensor:
         """The sum over the previous ``count`` positions of the same sequence."""
-        return self._sum(x, count, self.behind)
+        return self._sum(x, count, self.earlier)
 
     def _sum(self, x: Tensor, count: int | Literal["all"], shift: Callable[[Tensor, int], Tensor]) -> Tensor:
         """A window sum in ``log2(count)`` shifted adds.

@@ -111,7 +111,7 @@ def next_tokens(
     """
     where = layout(input_ids, cu_seqlens)
     kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
-    targets, target_kept = (where.ahead(x.reshape(-1), 1).reshape(input_ids.shape) for x in (input_ids, kept))
+    targets, target_kept = (where.later(x.reshape(-1), 1).reshape(input_ids.shape) for x in (input_ids, kept))
     return targets, target_kept
 
 

@@ -208,9 +208,9 @@ def _sequence_ratio(part: SequenceRatio, log_ratio: Tensor, kept: Tensor, where:
     return log_s.clamp(max=SEQUENCE_LOG_RATIO_MAX), torch.zeros_like(log_s), log_s > SEQUENCE_LOG_RATIO_MAX
 
 
-def _trace(part: Trace | ForwardTrace, log_ratio: Tensor, kept: Tensor, where: Layout) -> _Ratio:
+def _trace(part: Trace, log_ratio: Tensor, kept: Tensor, where: Layout) -> _Ratio:
     window = log_ratio if part.differentiate else log_ratio.detach()
-    log_trace = where.sum_behind(window, part.back) + where.sum_ahead(window, part.ahead)
+    log_trace = where.sum_before(window, part.back) + where.sum_after(window, part.ahead)
     return log_ratio, log_trace.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP), log_trace.abs() > LOG_RATIO_CLAMP
 
 
@@ -231,7 +231,7 @@ def _policy_term(objective: Objective, x: _Inputs) -> _Term:
     term = _TRUST_REGIONS[type(region)](region, x)
     if isinstance(ratio, OnPolicy) and isinstance(region, NoTrustRegion):
         return term._replace(loss=_times_logprob(-x.advantages, x))
-    if isinstance(ratio, Trace | ForwardTrace) and ratio.differentiate:
+    if isinstance(ratio, Trace) and ratio.differentiate:
         surrogate = -x.advantages * exp_minus_1(x.log_ratio) * x.trace
         return term._replace(loss=surrogate.masked_fill(term.low | term.high, 0))
     return term
@@ -320,7 +320,7 @@ def _cppo(part: CPPO, x: _Inputs) -> _Term:
     slope = (1 - part.min_weight) / (x.length() - 1).clamp(min=1)
     weight = 1 - slope * (place - 1)
     divergence = weight * (x.lp.detach().exp() - x.olp.exp()).abs()  # 0 at masked tokens
-    prefix = x.where.sum_behind(divergence, "all") + divergence
+    prefix = x.where.sum_before(divergence, "all") + divergence
     prefix_weight = (place - 1) - slope * (place - 1) * (place - 2) / 2  # of the tokens before this one
     outside = (divergence > part.threshold) | (prefix > part.threshold + part.budget * prefix_weight)
     ratio = x.ratio.detach()
