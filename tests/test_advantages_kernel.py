@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.kernels import Kernels
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedpo import backends
-from fusedpo.ops_advantages import ESTIMATORS, Kernels
+from fusedpo.ops_advantages import ESTIMATORS
 from fusedpo.reference import advantages as reference
 
 NATIVE, TRITON = Kernels("native"), Kernels("triton")
