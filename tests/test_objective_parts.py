@@ -180,11 +180,11 @@ def test_masked_garbage_reaches_nothing(objective):
 
 
 @every_combination
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_log_ratios_stay_finite(objective, dtype):
+def test_extreme_log_ratios_stay_finite(objective):
     if isinstance(objective.trust_region, O.DRO):
         return  # the penalty of an infinite log-ratio is infinite
-    contract.check_extreme_log_ratios_stay_finite(objective, dtype)
+    for dtype in (torch.float32, torch.float64):
+        contract.check_extreme_log_ratios_stay_finite(objective, dtype)
 
 
 @pytest.mark.parametrize("objective", COMBINATIONS + contract.COMBINATIONS, ids=name_of)
@@ -209,7 +209,8 @@ def test_the_binary_divergence_from_an_impossible_token():
     assert (tokens != 0).tolist() == [True, False]
 
 
-@every_combination
+# Without tokens a part fails by itself; all tokens masked, no tokens, no tokens packed, empty sequences.
+@pytest.mark.parametrize("objective", contract.each_part_once(COMBINATIONS), ids=name_of)
 @pytest.mark.parametrize(
     ("shape", "cu_seqlens"), [((2, 3), None), ((0, 3), None), ((0,), [0, 0]), ((4,), [0, 0, 3, 3, 4])]
 )

@@ -241,6 +241,17 @@ def check_nan_at_a_kept_token_is_not_hidden(objective):
     assert fusedpo.policy_loss(**batch, objective=objective).loss.isnan()
 
 
+def each_part_once(objectives):
+    """The first objective with each ratio, trust region, KL and aggregation, for what is no matter of their product."""
+    seen, chosen = set(), []
+    for objective in objectives:
+        parts = {repr(x) for x in (objective.ratio, objective.trust_region, objective.kl, objective.aggregation)}
+        if parts - seen:
+            chosen.append(objective)
+            seen |= parts
+    return chosen
+
+
 # shape and cu_seqlens of batches without a token
 EMPTY = [((0, 3), None), ((2, 0), None), ((0,), None), ((0,), [0]), ((0,), [0, 0, 0]), ((1, 0), [0, 0])]
 
