@@ -18,15 +18,30 @@ EXAMPLES := $(VENV)/.examples
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test sanitize fuzz bench docs lint wheel clean
+.PHONY: demo native test quick sanitize fuzz bench docs lint wheel clean
 
 demo: $(EXAMPLES)
 	$(PY) examples/train_arithmetic.py --out out
 	$(PY) examples/compare_losses.py --out out
 	$(PY) examples/train_with_trl.py --out out
 
+# The C++ alone, compiled and linked into the tree, without pip. The first time it is part of setting up.
+native:
+	@test -f $(READY) || $(MAKE) $(READY)
+	build=$$($(PY) -c "import sys, sysconfig as s; print(f'build/cmake-{s.get_platform()}-{sys.implementation.cache_tag}')") && \
+	    $(VENV)/bin/cmake -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/python/fusedpo $$build >/dev/null && \
+	    $(VENV)/bin/cmake --build $$build --parallel
+	touch $(EXAMPLES) $(READY)
+
+# All, or some: make test T=tests/test_nfpo.py, make test T="tests/test_nfpo.py -k window"
 test: $(READY)
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest $(or $(T),-n $(WORKERS) --dist loadfile)
+
+# What finds most mistakes soonest: a file for each layer, that of the definitions, and the bits of the CPU operators.
+QUICK := numbers nfpo policy_loss one_pass token_logprobs advantages errors_arguments recorded_bits
+
+quick: $(READY)
+	$(PY) -m pytest -x -n $(WORKERS) --dist loadfile -m "not slow and not triton" $(QUICK:%=tests/test_%.py)
 
 # The CPU kernels under the address and undefined-behaviour sanitizers: their tests, and a minute of the fuzzer.
 sanitize: $(READY)

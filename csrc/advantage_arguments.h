@@ -65,7 +65,7 @@ struct GroupArguments : RealArguments {
       : RealArguments("rewards", rewards), count(rewards.numel()), group_size(group_size_) {
     expect_dims("rewards", rewards, 1, 1);
     expect_in("group_size", group_size, 1, kWhole);
-    expect_in("estimator", estimator_, 0, (int64_t)Estimator::kOrderStatistic);
+    expect_in("estimator", estimator_, 0, kNumEstimators - 1);
     const auto estimator = (Estimator)estimator_;
     if (compares_ranks(estimator)) expect_in("k", k, 1, kWhole);
     params = {estimator, k, unbiased, number, 1};
@@ -95,7 +95,7 @@ struct TokenArguments : RealArguments {
                  double c_bar, bool wide)
       : RealArguments("rewards", rewards) {
     expect_dims("rewards", rewards, 1, 2);
-    expect_in("estimator", estimator_, 0, (int64_t)TokenEstimator::kVTrace);
+    expect_in("estimator", estimator_, 0, kNumTokenEstimators - 1);
     const auto estimator = (TokenEstimator)estimator_;
     const bool corrects = estimator == TokenEstimator::kVTrace;
     expect_given("values", values, corrects || estimator == TokenEstimator::kGAE);

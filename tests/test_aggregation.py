@@ -6,9 +6,9 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-import test_policy_loss as contract
 import torch
-from test_policy_loss import AGGREGATIONS, INF, NAN, pack, random_batch
+from support import policy_loss as contract
+from support.policy_loss import AGGREGATIONS, INF, NAN, pack, random_batch
 from torch import distributed as dist
 from torch.autograd import gradcheck
 from torch.nn.parallel import DistributedDataParallel

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_policy_loss import pack, random_batch
+from support.policy_loss import pack, random_batch
 
 import fusedpo
 from fusedpo import objectives as O

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_policy_loss_from_hidden import OBJECTIVES, assert_equal_to_reference, make
+from support.hidden import OBJECTIVES, assert_equal_to_reference, make
 from torch import Tensor
 
 import fusedpo

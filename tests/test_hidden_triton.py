@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_policy_loss_from_hidden import OBJECTIVES, assert_equal_to_reference, make
-from test_triton_one_pass import DEVICE, _backend, pytestmark, small  # noqa: F401
+from support.hidden import OBJECTIVES, assert_equal_to_reference, make
+from support.triton_device import DEVICE, _backend, pytestmark, small  # noqa: F401
 
 
 @pytest.mark.parametrize(("packed", "softcap"), [(False, None), (True, 3.0)])

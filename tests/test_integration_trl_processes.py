@@ -12,7 +12,7 @@ from torch import multiprocessing
 
 pytest.importorskip("trl", reason="trl is not installed (extra [peers])")
 
-from test_integration_trl import HIDDEN, REUSE, assert_same, builder, make_tokenizer, train
+from support.trl_training import HIDDEN, REUSE, assert_same, builder, make_tokenizer, train
 from trl import GRPOTrainer
 
 from fusedpo import advantages

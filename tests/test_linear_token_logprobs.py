@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_operators import peak_extra_bytes, total
+from support.hidden import GRID, Products
+from support.logprobs import peak_extra_bytes, total
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedpo
@@ -149,23 +149,6 @@ def test_all_masked(chunk_tokens):
 
 
 # ----------------------------------------------------------------------------------------------------- what is computed
-
-
-class Products(TorchDispatchMode):
-    """The shapes ``[rows, inner, columns]`` of all matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, int, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            left, right = args[-2:]
-            self.shapes.append((left.shape[0], left.shape[1], right.shape[1]))
-        return function(*args, **kwargs or {})
-
-
-GRID = [(h, w, b) for h in (False, True) for w in (False, True) for b in (False, True)]
 
 
 @pytest.mark.parametrize("needed", GRID, ids=str)

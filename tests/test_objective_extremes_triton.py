@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_objective_extremes import OBJECTIVES, batch_of, compare, run
-from test_triton_policy_loss import DEVICE, _backend, pytestmark  # noqa: F401
+from support.extremes import OBJECTIVES, batch_of, compare, run
+from support.triton_device import DEVICE, _backend, pytestmark  # noqa: F401
 
 import fusedpo
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 
-import one_pass
 import pytest
 import torch
-from one_pass import OBJECTIVES, TWO_PASSES
-from test_operators import peak_extra_bytes
+from support import one_pass
+from support.logprobs import peak_extra_bytes
+from support.one_pass import OBJECTIVES, TWO_PASSES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cuda_on_cpu
-import one_pass
 import pytest
-import test_policy_loss as contract
 import torch
-from test_policy_loss import INF, NAN
-from test_policy_loss_kernel import COMBINATIONS
+from support import one_pass
+from support import policy_loss as contract
+from support.combinations import COMBINATIONS
+from support.policy_loss import INF, NAN
 from torch import Tensor
 
 import fusedpo

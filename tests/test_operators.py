@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.logprobs import PARTS, peak_extra_bytes, total
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -31,12 +32,6 @@ def reference_grad(logits: Tensor, *args, **kwargs) -> Tensor:
     with fusedpo.backend("reference"):
         total(fusedpo.token_logprobs(x, *args, **kwargs)).backward()
     return x.grad
-
-
-def total(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A scalar with a different upstream gradient for every element."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return sum((o * torch.arange(o.numel()).cos().reshape(o.shape)).sum() for o in outputs)
 
 
 # -------------------------------------------------------------------------------------------------------- the operators
@@ -261,21 +256,6 @@ def test_changed_logits_are_noticed(logits, token_ids):
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-
-
-def peak_extra_bytes(function) -> int:
-    """The largest sum of what was allocated and not freed while `function` ran, as the profiler saw it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
-PARTS = {"all": lambda x: x, "rows": lambda x: x[:, :-1], "columns": lambda x: x[..., 3:]}
 
 
 @pytest.mark.parametrize("part", PARTS)

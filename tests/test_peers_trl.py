@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_policy_loss import random_batch
+from support.policy_loss import random_batch
 from torch import Tensor
 
 import fusedpo

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_policy_loss import AGGREGATIONS, random_batch
+from support.policy_loss import AGGREGATIONS, random_batch
 from torch import Tensor
 
 import fusedpo

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_policy_loss import (
+from support.policy_loss import (
     AGGREGATIONS,
     COMBINATIONS,
     EMPTY,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_policy_loss import INF, NAN, REGIONS
+from support.policy_loss import INF, NAN, REGIONS
 
 import fusedpo
 from fusedpo import objectives as O

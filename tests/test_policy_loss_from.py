@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_policy_loss import NAN, name_of, random_batch
+from support.policy_loss import NAN, name_of, random_batch
 
 import fusedpo
 from fusedpo import objectives as O

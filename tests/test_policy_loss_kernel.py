@@ -1,6 +1,5 @@
 """The kernel of the policy loss: against the reference in float64; bits, windows, autograd, tracing."""
 
-import itertools
 import os
 import shutil
 import subprocess
@@ -9,19 +8,20 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import test_nfpo
-import test_policy_loss as contract
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu_kernels import BUILDS, FLAGS
-from test_objective_parts import REGIONS, TRACES
-from test_policy_loss import AGGREGATIONS, INF, KLS, NAN, pack, random_batch
+from support import nfpo
+from support import policy_loss as contract
+from support.combinations import COMBINATIONS, operator_arguments
+from support.cpu_builds import BUILDS, FLAGS
+from support.parts import REGIONS
+from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, pack, random_batch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
-from fusedpo import backends, ops_policy_loss
+from fusedpo import backends
 from fusedpo import objectives as O
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
@@ -39,19 +39,6 @@ def _on_the_kernel():
 # ------------------------------------------------------------------------------------------------ against the reference
 
 
-def combinations():
-    """Every ratio with every trust region that it goes with; KL, entropy and aggregation take turns."""
-    ratios = [*contract.RATIOS, *TRACES, O.Trace(9, 12), O.Trace("all", 3, differentiate=True)]
-    i = 0
-    for ratio, region in itertools.product(ratios, contract.REGIONS + REGIONS):
-        try:
-            yield O.Objective(ratio, region, KLS[i % len(KLS)], 0.1 * (i % 2), AGGREGATIONS[i % 5])
-            i += 1
-        except ValueError:
-            continue
-
-
-COMBINATIONS = list(combinations())
 every_combination = pytest.mark.parametrize("objective", COMBINATIONS, ids=contract.name_of)
 
 
@@ -228,17 +215,17 @@ def test_sequence_ratios_beyond_their_clamp():
 
 @every_combination
 def test_masked_garbage_reaches_nothing(objective):
-    contract.test_masked_garbage_reaches_nothing(objective)
+    contract.check_masked_garbage_reaches_nothing(objective)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3", "k3+"])
 def test_extreme_distances_to_the_reference(kind):
-    contract.test_extreme_distances_to_the_reference(kind)
+    contract.check_extreme_distances_to_the_reference(kind)
 
 
 @every_combination
 def test_nan_at_a_kept_token_is_not_hidden(objective):
-    contract.test_nan_at_a_kept_token_is_not_hidden(O.Objective(objective.ratio, objective.trust_region))
+    contract.check_nan_at_a_kept_token_is_not_hidden(O.Objective(objective.ratio, objective.trust_region))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +234,7 @@ def test_nan_at_a_kept_token_is_not_hidden(objective):
 )
 def test_nothing_to_learn_from_is_a_connected_zero(shape, cu_seqlens):
     for objective in COMBINATIONS:
-        contract.test_nothing_to_learn_from_is_a_connected_zero(objective, shape, cu_seqlens)
+        contract.check_nothing_to_learn_from_is_a_connected_zero(objective, shape, cu_seqlens)
 
 
 def test_a_single_token():
@@ -283,7 +270,7 @@ def test_error_of_the_windows(n):
 @pytest.mark.parametrize("differentiate", [False, True])
 def test_nan_stays_in_its_windows(back, ahead, differentiate):
     lengths, changed = [100, 700, 50], 500
-    *arrays, _, cu_seqlens = test_nfpo.random_tokens(lengths, dtype=torch.float32)
+    *arrays, _, cu_seqlens = nfpo.random_tokens(lengths, dtype=torch.float32)
     objective = O.Objective(O.Trace(back, ahead, differentiate), O.NoTrustRegion())
     reach = [1000 if n == "all" else n for n in (back, ahead)]
     results = []
@@ -311,7 +298,7 @@ def test_nfpo_of_one_step_is_ppo_bit_for_bit():
 
 
 def test_cumulative_sums_would_cancel():
-    test_nfpo.test_cumulative_sums_would_cancel()
+    nfpo.check_cumulative_sums_would_cancel()
 
 
 # ----------------------------------------------------------------------------------------------------------------- bits
@@ -367,15 +354,6 @@ OBJECTIVES = [
     O.gspo(),
     O.cppo(),
 ]
-
-
-def operator_arguments(objective, per_token, packed=False):
-    lp, olp, ref, entropy = (-torch.rand(2, 5) for _ in range(4))
-    batch = [lp, olp, torch.randn(2, 1), torch.rand(2, 5) > 0.3, None, ref, -entropy, torch.rand(2, 5)]
-    if packed:
-        batch = [x if x is None or x.shape == (2, 1) else x.flatten() for x in batch]
-        batch[4] = torch.tensor([0, 4, 10])
-    return (*batch, torch.tensor(3.0), torch.tensor(0.5), *ops_policy_loss.encode(objective), per_token)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=contract.name_of)

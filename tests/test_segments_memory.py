@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_operators import peak_extra_bytes
+from support.logprobs import peak_extra_bytes
 
 import fusedpo
 from fusedpo import backends, ops_divergence, ops_hidden

@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="trl is not installed (extra [peers])")
 pytest.importorskip("datasets", reason="datasets is not installed (it comes with trl)")
 
 from datasets import Dataset
-from test_integration_trl import make_tokenizer, model, one_thread  # noqa: F401
+from support.trl_training import make_tokenizer, model, one_thread  # noqa: F401
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from trl.kernels import ChunkedLogProbFunction as Trls
 

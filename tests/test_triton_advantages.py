@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_advantages_kernel import (
+from support.advantages import (
     CLOSE,
     GROUPS,
     IDS,

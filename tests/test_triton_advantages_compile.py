@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
 
 pytest.importorskip("triton")
-triton_aot = pytest.importorskip("triton_aot")
+triton_aot = pytest.importorskip("support.triton_aot")
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_operators import PARTS
-from test_token_logprobs import (
+from support.logprobs import (
     DTYPES,
     KINDS,
+    PARTS,
     SIZES,
     STRIDED,
     assert_accurate,
@@ -21,44 +20,10 @@ from test_token_logprobs import (
     everything,
     make_logits,
 )
+from support.triton_device import DEVICE, _backend, pytestmark  # noqa: F401
 
 import fusedpo
 from fusedpo import _checks, backends, reference
-
-triton = pytest.importorskip("triton")
-tl = triton.language
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def interpreter_fails() -> bool:
-    """Triton 3.6's interpreter takes int() of an array of one element, which NumPy 2.4 refuses."""
-    return DEVICE == "cpu" and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(interpreter_fails(), reason=interpreter_fails.__doc__),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # NumPy's, of inf and NaN
-]
-
-
-@pytest.fixture(autouse=True)
-def backend(monkeypatch):
-    """Everything here runs the Triton kernels, on DEVICE. Under the interpreter, bfloat16 is rounded as on a GPU."""
-    if DEVICE == "cpu":
-        from triton.runtime import interpreter
-
-        convert = interpreter._convert_float
-
-        def rounded(data, source, target, mode):  # the interpreter truncates
-            if (source, target) != (tl.float32, tl.bfloat16):
-                return convert(data, source, target, mode)
-            return torch.from_numpy(np.array(data)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-
-        monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    with torch.device(DEVICE), fusedpo.backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

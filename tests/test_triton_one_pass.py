@@ -4,79 +4,19 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import ptx
 import pytest
-import test_policy_loss as contract
 import torch
-from test_objective_parts import REGIONS
-from test_policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of
+from support import policy_loss as contract
+from support.parts import REGIONS
+from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of
+from support.triton_device import DEVICE, _backend, pytestmark, small, use_segments  # noqa: F401
 
 import fusedpo
 from fusedpo import _checks, ops_one_pass, ops_policy_loss, reference
 from fusedpo import objectives as O
 
-triton = pytest.importorskip("triton")
-tl = triton.language
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def interpreter_fails() -> bool:
-    """Triton 3.6's interpreter takes int() of an array of one element, which NumPy 2.4 refuses."""
-    return DEVICE == "cpu" and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(interpreter_fails(), reason=interpreter_fails.__doc__),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # NumPy's, of inf and NaN
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _backend():
-    """Everything here runs the Triton kernels, on DEVICE.
-
-    The interpreter replaces the functions of the language at every call of a device function, most of its time: it may
-    do so once. It truncates where a GPU rounds to bfloat16.
-    """
-    with pytest.MonkeyPatch.context() as patch, torch.device(DEVICE), fusedpo.backend("triton"):
-        if DEVICE == "cpu":
-            from triton.runtime import interpreter
-
-            replace, convert = interpreter._patch_lang, interpreter._convert_float
-
-            def replace_once(function):
-                languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
-                missing = any(tl.core.is_builtin(language.load) for language in languages)
-                return replace(function) if missing else interpreter._LangPatchScope()
-
-            def rounded(data, source, target, mode):
-                if (source, target) != (tl.float32, tl.bfloat16):
-                    return convert(data, source, target, mode)
-                return torch.from_numpy(np.array(data)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-
-            patch.setattr(interpreter, "_patch_lang", replace_once)
-            patch.setattr(interpreter, "_convert_float", rounded)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Rows of 128 logits have several blocks, windows of four tokens several chunks, nine rows three segments."""
-    from fusedpo.triton_kernels import one_pass
-
-    monkeypatch.setattr(one_pass, "_BLOCK", 128)
-    monkeypatch.setattr(one_pass, "_CHUNK", 4)
-    use_segments(monkeypatch, 3)
-
-
-def use_segments(monkeypatch, count):
-    from fusedpo.triton_kernels import one_pass
-
-    monkeypatch.setattr(one_pass, "_num_segments", lambda device, num_rows, row_bytes: min(count, num_rows))
 
 
 # ------------------------------------------------------------------------------------------------ against the reference

@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
-import test_policy_loss as contract
 import torch
-from test_objective_parts import REGIONS
-from test_policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of, pack, random_batch
-from test_policy_loss_kernel import operator_arguments
+from support import policy_loss as contract
+from support.combinations import operator_arguments
+from support.parts import REGIONS
+from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of, pack, random_batch
+from support.triton_device import DEVICE, _backend, pytestmark  # noqa: F401
 
 import fusedpo
 from fusedpo import objectives as O
 
-triton = pytest.importorskip("triton")
-tl = triton.language
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 U = 2.0**-24  # the unit roundoff of float32
-
-
-def interpreter_fails() -> bool:
-    """Triton 3.6's interpreter takes int() of an array of one element, which NumPy 2.4 refuses."""
-    return DEVICE == "cpu" and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(interpreter_fails(), reason=interpreter_fails.__doc__),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # NumPy's, of inf and NaN
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _backend():
-    """Everything here runs the Triton kernels, on DEVICE.
-
-    The interpreter replaces the functions of the language at every call of a device function, most of its time: it may
-    do so once.
-    """
-    with pytest.MonkeyPatch.context() as patch, torch.device(DEVICE), fusedpo.backend("triton"):
-        if DEVICE == "cpu":
-            from triton.runtime import interpreter
-
-            replace = interpreter._patch_lang
-
-            def replace_once(function):
-                languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
-                missing = any(tl.core.is_builtin(language.load) for language in languages)
-                return replace(function) if missing else interpreter._LangPatchScope()
-
-            patch.setattr(interpreter, "_patch_lang", replace_once)
-        yield
 
 
 @pytest.fixture
@@ -229,7 +191,7 @@ def test_nan_at_a_kept_token_is_not_hidden(objective):
     [((2, 3), None), ((0, 3), None), ((2, 0), None), ((0,), [0]), ((1, 0), [0, 0]), ((4,), [0, 0, 3, 4])],
 )
 def test_nothing_to_learn_from_is_a_connected_zero(objective, shape, cu_seqlens):
-    contract.test_nothing_to_learn_from_is_a_connected_zero(objective, shape, cu_seqlens)
+    contract.check_nothing_to_learn_from_is_a_connected_zero(objective, shape, cu_seqlens)
 
 
 def test_nothing_reaches_masked_tokens_from_above():

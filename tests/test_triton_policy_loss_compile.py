@@ -13,7 +13,7 @@ import fusedpo
 from fusedpo import objectives as O
 
 pytest.importorskip("triton")
-triton_aot = pytest.importorskip("triton_aot")
+triton_aot = pytest.importorskip("support.triton_aot")
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 

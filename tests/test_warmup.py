@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-import triton_aot
+from support import triton_aot
 
 import fusedpo
 from fusedpo import advantages as A

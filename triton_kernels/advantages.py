@@ -16,17 +16,31 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedpo import _checks
-from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
+from fusedpo.ops_advantages import ESTIMATORS, GROUP_ESTIMATORS, TOKEN_ESTIMATORS
 
 from .checks import INT64, INTEGER, REAL, WHOLE, Arguments, dims, given, in_range, packed
 from .common import kernel, launch
 
 INF = tl.constexpr(float("inf"))
 
-RAFT, REMAX, REINFORCE_REJ, DR_GRPO, GRPO, RLOO, OPO, GPG, LEAD, NORMALISED_LEAD = map(tl.constexpr, range(10))
-MAXPO, PKPO, PKPO_LOO, PKPO_LOO_1, PASSK, MAX_AT_K, ORDER_STATISTIC = map(tl.constexpr, range(10, 17))
-TO_TOKENS, REWARD_TO_GO, GAE, VTRACE = map(tl.constexpr, range(4))
-assert (len(ESTIMATORS), len(TOKEN_ESTIMATORS)) == (17, 4)
+# Their numbers, by name: a kernel reads only globals that are tl.constexpr.
+RAFT = tl.constexpr(ESTIMATORS.index("raft"))
+REMAX = tl.constexpr(ESTIMATORS.index("remax"))
+REINFORCE_REJ = tl.constexpr(ESTIMATORS.index("reinforce_rej"))
+GRPO = tl.constexpr(ESTIMATORS.index("grpo"))
+RLOO = tl.constexpr(ESTIMATORS.index("rloo"))
+OPO = tl.constexpr(ESTIMATORS.index("opo"))
+GPG = tl.constexpr(ESTIMATORS.index("gpg"))
+LEAD = tl.constexpr(ESTIMATORS.index("lead"))
+NORMALISED_LEAD = tl.constexpr(ESTIMATORS.index("normalised_lead"))
+PKPO_S = tl.constexpr(ESTIMATORS.index("pkpo s"))
+PKPO_SLOO = tl.constexpr(ESTIMATORS.index("pkpo sloo"))
+PKPO_SLOO_1 = tl.constexpr(ESTIMATORS.index("pkpo sloo-1"))
+PASSK = tl.constexpr(ESTIMATORS.index("passk"))
+MAX_AT_K = tl.constexpr(ESTIMATORS.index("max_at_k"))
+ORDER_STATISTIC = tl.constexpr(ESTIMATORS.index("order_statistic"))
+TO_TOKENS = tl.constexpr(TOKEN_ESTIMATORS.index("to_tokens"))
+REWARD_TO_GO = tl.constexpr(TOKEN_ESTIMATORS.index("reward_to_go"))
 
 
 # ----------------------------------------------------------------------------------------------------------- shared
@@ -339,13 +353,13 @@ def _ranks_kernel(
     size, subset = tl.maximum(n, 1).to(REAL), k * one
     exponent, below, above, slope, share = k + 0, one, -one, one, one * 0
     part, whole = one, one  # of the scale
-    if estimator == PKPO:
+    if estimator == PKPO_S:
         below, above, slope, share = one * 0, subset - size, one * 0, one
         part, whole = subset, size
-    elif estimator == PKPO_LOO:
+    elif estimator == PKPO_SLOO:
         below, above, slope, share = size, -subset, size, -one
         part, whole = subset, size * (size - 1)
-    elif estimator == PKPO_LOO_1:
+    elif estimator == PKPO_SLOO_1:
         exponent, above, slope = k - 1, one * 0, one * 0
         part, whole = subset, size
     elif unbiased != 0:
@@ -647,12 +661,12 @@ def group_advantages(
     count, check = rewards.numel(), Arguments("rewards", rewards)
     dims("rewards", rewards, 1, 1)
     in_range("group_size", group_size, 1, WHOLE)
-    in_range("estimator", estimator, 0, ORDER_STATISTIC.value)
-    of_order, of_labels = estimator == ORDER_STATISTIC.value, estimator == REMAX.value
-    if estimator >= MAXPO.value:
+    in_range("estimator", estimator, 0, len(ESTIMATORS) - 1)
+    needs = GROUP_ESTIMATORS[ESTIMATORS[estimator]]
+    if needs.ranks:
         in_range("k", k, 1, WHOLE)
-    given("other", other, of_order or of_labels or estimator == OPO.value)
-    size = k if of_order else count if other is None or not of_labels else other.numel()
+    given("other", other, needs.other is not None)
+    size = {"rank": k, "label": 0 if other is None else other.numel()}.get(str(needs.other), count)
     arguments = (
         check.read("rewards", rewards, REAL, (count,)),
         check.read("mask", mask, REAL, (count,)),
@@ -669,19 +683,18 @@ def group_advantages(
     programs = count if ids is not None else triton.cdiv(count, group_size)
     real = _real(advantages.device)
     likely_size = 64 if ids is not None else group_size
-    if estimator < MAXPO.value:
+    if not needs.ranks:
         num_other = 0 if other is None else other.numel()
         numbers = (count, group_size, num_other, estimator, *_two_parts(number))
         shape = _block(likely_size, 1024, per_thread=4)
         launch(_baseline_kernel, programs, advantages.device, *arguments, *numbers, REAL=real, **shape)
     else:
-        spare = int(estimator in (MAXPO.value, PKPO_LOO.value, ORDER_STATISTIC.value))
         memory = (
             _scratch(advantages, real, count),
             _scratch(advantages, real, 2, count),
             advantages.new_empty(count, dtype=torch.int64),
         )
-        numbers = (count, group_size, k, spare, estimator, int(unbiased))
+        numbers = (count, group_size, k, needs.spare, estimator, int(unbiased))
         shape = {"BLOCK": 32, "num_warps": 1}  # a thread per element: two that hold the same would race
         launch(_ranks_kernel, programs, advantages.device, *arguments, *memory, *numbers, CHUNK=16, REAL=real, **shape)
     return advantages
@@ -705,10 +718,11 @@ def token_advantages(
     """The operator ``fusedpo::token_advantages``."""
     shape, check = rewards.shape, Arguments("rewards", rewards)
     dims("rewards", rewards, 1, 2)
-    in_range("estimator", estimator, 0, VTRACE.value)
-    given("values", values, estimator >= GAE.value)
-    given("logprobs", logprobs, estimator == VTRACE.value)
-    given("old_logprobs", old_logprobs, estimator == VTRACE.value)
+    in_range("estimator", estimator, 0, len(TOKEN_ESTIMATORS) - 1)
+    name = TOKEN_ESTIMATORS[estimator]
+    given("values", values, name in ("gae", "vtrace"))
+    given("logprobs", logprobs, name == "vtrace")
+    given("old_logprobs", old_logprobs, name == "vtrace")
     sequences = shape[:-1].numel() if cu_seqlens is None else packed(cu_seqlens, shape)
     tensors = (
         check.read("rewards", rewards, REAL, shape),

@@ -7,7 +7,7 @@
 
 namespace fusedpo::advantages {
 
-// Numbers are those that ESTIMATORS in python/fusedpo/ops_advantages.py counts.
+// Names and numbers are those of GROUP_ESTIMATORS in python/fusedpo/ops_advantages.py; their order means nothing.
 enum class Estimator : int32_t {
   kRAFT,
   kReMax,
@@ -20,13 +20,14 @@ enum class Estimator : int32_t {
   kLead,
   kNormalisedLead,
   kMaxPO,
-  kPKPO,
-  kPKPOLeaveOneOut,
-  kPKPOLeaveOneOutMinusOne,
-  kPassAtK,
+  kPkpoS,
+  kPkpoSloo,
+  kPkpoSloo1,
+  kPassK,
   kMaxAtK,
   kOrderStatistic,
 };
+constexpr int64_t kNumEstimators = 17;
 
 struct GroupParams {
   Estimator estimator;
@@ -62,21 +63,51 @@ struct Group {
   FUSEDPO_DEVICE void set(int64_t i, double advantage) const { samples.advantages.set(sample(i), advantage); }
 };
 
-FUSEDPO_DEVICE bool compares_ranks(Estimator estimator) { return estimator >= Estimator::kMaxPO; }
+FUSEDPO_DEVICE bool compares_ranks(Estimator estimator) {
+  switch (estimator) {
+    case Estimator::kMaxPO:
+    case Estimator::kPkpoS:
+    case Estimator::kPkpoSloo:
+    case Estimator::kPkpoSloo1:
+    case Estimator::kPassK:
+    case Estimator::kMaxAtK:
+    case Estimator::kOrderStatistic:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// How far the best sample is above the second.
+FUSEDPO_DEVICE bool is_lead(Estimator estimator) {
+  return estimator == Estimator::kLead || estimator == Estimator::kNormalisedLead;
+}
 
 // For these a nan, which has no rank, makes the whole group nan.
-FUSEDPO_DEVICE bool needs_order(Estimator estimator) { return estimator >= Estimator::kLead; }
+FUSEDPO_DEVICE bool needs_order(Estimator estimator) { return compares_ranks(estimator) || is_lead(estimator); }
+
+// Whether the mean of the group, or what is made of it, enters.
+FUSEDPO_DEVICE bool needs_mean(Estimator estimator) {
+  switch (estimator) {
+    case Estimator::kRAFT:
+    case Estimator::kReMax:
+    case Estimator::kReinforceRej:
+    case Estimator::kLead:
+      return false;
+    default:
+      return true;
+  }
+}
 
 // How many more kept samples than k a group needs.
 FUSEDPO_DEVICE int64_t spare_samples(Estimator estimator) {
-  return estimator == Estimator::kMaxPO || estimator == Estimator::kPKPOLeaveOneOut ||
-         estimator == Estimator::kOrderStatistic;
+  return estimator == Estimator::kMaxPO || estimator == Estimator::kPkpoSloo || estimator == Estimator::kOrderStatistic;
 }
 
 // The fewest kept samples with which the estimator is defined.
 FUSEDPO_DEVICE int64_t smallest_group(const GroupParams& params) {
   if (compares_ranks(params.estimator)) return params.k + spare_samples(params.estimator);
-  return params.estimator == Estimator::kLead || params.estimator == Estimator::kNormalisedLead ? 2 : 1;
+  return is_lead(params.estimator) ? 2 : 1;
 }
 
 // --------------------------------------------------------------------------------------------------- the whole group
@@ -148,8 +179,7 @@ FUSEDPO_DEVICE void compare_with_baseline(Team& team, const Group& group, const 
   const double n = (double)all.kept, others = n > 1 ? n - 1 : 1;
   const bool equal = all.lowest == all.highest && all.nans == 0 && all.kept > 1;
   Centred centred{};
-  if (estimator >= Estimator::kDrGRPO && estimator != Estimator::kLead)
-    centred = centre(team, group, estimator == Estimator::kOPO, all);
+  if (needs_mean(estimator)) centred = centre(team, group, estimator == Estimator::kOPO, all);
   double deviation = 0;
   if (estimator == Estimator::kGRPO || estimator == Estimator::kNormalisedLead) {
     const auto square = [&](int64_t i) {
@@ -263,11 +293,11 @@ struct GapFormula {
 FUSEDPO_DEVICE GapFormula gap_formula(const GroupParams& params, int64_t samples) {
   const double n = (double)samples, k = (double)params.k;
   switch (params.estimator) {
-    case Estimator::kPKPO:
+    case Estimator::kPkpoS:
       return {params.k, 0, k - n, 0, 1, k / n};
-    case Estimator::kPKPOLeaveOneOut:
+    case Estimator::kPkpoSloo:
       return {params.k, n, -k, n, -1, k / (n * (n - 1))};
-    case Estimator::kPKPOLeaveOneOutMinusOne:
+    case Estimator::kPkpoSloo1:
       return {params.k - 1, 1, 0, 0, 0, k / n};
     default:  // each gap adds 0 to the sum over the group
       return {params.k, 1, -1, 1, 0, params.unbiased ? k / n : 1};
@@ -356,7 +386,7 @@ FUSEDPO_DEVICE void compare_ranks(Team& team, const Group& group, const GroupPar
   weigh_gaps(team, group, params, formula, n, s);
   const double total = sum_gaps(team, n, s), highest = s.sorted[n - 1];
   const double rest = (double)(n - params.k) / (double)n;
-  if (params.estimator == Estimator::kPassAtK) {
+  if (params.estimator == Estimator::kPassK) {
     const double failure = rest * total, deviation = sqrt(failure * (1 - failure));
     formula.scale = deviation > 0 ? rest / deviation : 0;
   }

@@ -7,8 +7,9 @@
 
 namespace fusedpo::advantages {
 
-// Numbers are those that TOKEN_ESTIMATORS in python/fusedpo/ops_advantages.py counts.
+// Names and numbers are those of TOKEN_ESTIMATORS in python/fusedpo/ops_advantages.py; their order means nothing.
 enum class TokenEstimator : int32_t { kToTokens, kRewardToGo, kGAE, kVTrace };
+constexpr int64_t kNumTokenEstimators = 4;
 
 struct TokenParams {
   TokenEstimator estimator;

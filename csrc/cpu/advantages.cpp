@@ -23,7 +23,7 @@ void check_lengths(const Array& lengths, const Array& mask, int64_t count) {
 void check_values(const GroupArguments& a) {
   const Samples& samples = a.samples;
   if (a.params.estimator == Estimator::kOPO) check_lengths(samples.other, samples.mask, a.count);
-  for (int64_t i = 0; a.params.estimator == Estimator::kPassAtK && i < a.count; ++i)
+  for (int64_t i = 0; a.params.estimator == Estimator::kPassK && i < a.count; ++i)
     if (samples.kept(i) && samples.rewards[i] != 0 && samples.rewards[i] != 1)
       fail("rewards must be 0 or 1 for passk, got ", std::to_string(samples.rewards[i]));
   for (int64_t i = 0; a.params.estimator == Estimator::kReMax && a.ids && i < a.count; ++i)

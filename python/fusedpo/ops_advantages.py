@@ -26,8 +26,8 @@ Values outside their domain are a ``ValueError`` on the CPU, and on a GPU a nan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,26 +37,36 @@ from .ops import define
 from .reference.advantages import GAE, VTrace
 from .reference.advantages.segments import result_dtype
 
-# The numbers of the enumerations in csrc/core/{group,token}_advantages.h.
-ESTIMATORS = (
-    "raft",
-    "remax",
-    "reinforce_rej",
-    "dr_grpo",
-    "grpo",
-    "rloo",
-    "opo",
-    "gpg",
-    "lead",
-    "normalised_lead",
-    "maxpo",
-    "pkpo s",
-    "pkpo sloo",
-    "pkpo sloo-1",
-    "passk",
-    "max_at_k",
-    "order_statistic",
-)
+
+class Needs(NamedTuple):
+    """What an estimator of ``group_advantages`` needs."""
+
+    ranks: bool = False  # the ranks of the samples, and k
+    spare: int = 0  # so many more kept samples than k in a group
+    other: Literal["sample", "label", "rank"] | None = None  # what ``other`` has a number for
+
+
+# An estimator's number is its place here; the names and numbers in csrc/core/{group,token}_advantages.h are the same.
+GROUP_ESTIMATORS = {
+    "raft": Needs(),
+    "remax": Needs(other="label"),
+    "reinforce_rej": Needs(),
+    "dr_grpo": Needs(),
+    "grpo": Needs(),
+    "rloo": Needs(),
+    "opo": Needs(other="sample"),
+    "gpg": Needs(),
+    "lead": Needs(),
+    "normalised_lead": Needs(),
+    "maxpo": Needs(ranks=True, spare=1),
+    "pkpo s": Needs(ranks=True),
+    "pkpo sloo": Needs(ranks=True, spare=1),
+    "pkpo sloo-1": Needs(ranks=True),
+    "passk": Needs(ranks=True),
+    "max_at_k": Needs(ranks=True),
+    "order_statistic": Needs(ranks=True, spare=1, other="rank"),
+}
+ESTIMATORS = tuple(GROUP_ESTIMATORS)
 TOKEN_ESTIMATORS = ("to_tokens", "reward_to_go", "gae", "vtrace")
 
 _CHUNK = 256  # samples that share a thread block where there are no groups
@@ -107,329 +117,175 @@ def _as_computed(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") or _dtypes.wide(x) == torch.float64  # asking these takes an operator
 
 
-class Kernels:
-    """The functions of :mod:`fusedpo.reference.advantages`, by the operators of one backend.
-
-    One call of an operator per estimator; ``torch.sort`` before it where groups are given by ids, :meth:`whiten` after
-    it where the estimator whitens.
-    """
-
-    def __init__(self, backend: str) -> None:
-        self._backend = backend
-
-    @torch.no_grad()
-    def _call(self, operator: str, *args: Any) -> Any:
-        return getattr(getattr(torch.ops.fusedpo, operator), self._backend)(*args)
-
-    # ------------------------------------------------------------------------------------------------------- groups
-
-    def _groups(
-        self,
-        estimator: str,
-        rewards: Tensor,
-        group_size: int | None,
-        group_ids: Tensor | None,
-        mask: Tensor | None,
-        *,
-        other: Tensor | None = None,
-        k: int = 0,
-        scale: str = "mean",
-        number: float = 0.0,
-        wide: bool = False,
-        sort: bool = True,
-    ) -> Tensor:
-        ids, order = group_ids, None
-        if group_ids is not None and sort:
-            ids, order = group_ids.sort(stable=True)
-        return self._call(
-            "group_advantages",
-            rewards,
-            ids,
-            order,
-            1 if group_size is None else _checks.plain(group_size),
-            other,
-            mask,
-            ESTIMATORS.index(estimator),
-            _checks.plain(k),
-            scale == "unbiased",
-            float(number),
-            wide or rewards.dtype == torch.float64,
-        )
-
-    def grpo(
-        self,
-        rewards: Tensor,
-        *,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        std: bool = True,
-        eps: float = 1e-6,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("grpo" if std else "dr_grpo", rewards, group_size, group_ids, mask, number=eps)
-
-    def dr_grpo(
-        self,
-        rewards: Tensor,
-        *,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("dr_grpo", rewards, group_size, group_ids, mask)
-
-    def rloo(
-        self,
-        rewards: Tensor,
-        *,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("rloo", rewards, group_size, group_ids, mask)
-
-    def opo(
-        self,
-        rewards: Tensor,
-        *,
-        lengths: Tensor,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        scope: str = "group",
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        if scope == "batch":
-            group_size = max(1, rewards.numel())
-        return self._groups("opo", rewards, group_size, group_ids, mask, other=lengths)
-
-    def reinforce_rej(
-        self,
-        rewards: Tensor,
-        *,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("reinforce_rej", rewards, group_size, group_ids, mask)
-
-    def raft(self, rewards: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        return self._groups("raft", rewards, _CHUNK, None, mask)
-
-    def gpg(
-        self,
-        rewards: Tensor,
-        *,
-        f_norm: float = 1.0,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("gpg", rewards, group_size, group_ids, mask, number=f_norm)
-
-    def remax(
-        self,
-        rewards: Tensor,
-        *,
-        baselines: Tensor,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        # Without groups there is a baseline per sample: groups of one.
-        wide = _wide(rewards, baselines)
-        return self._groups("remax", rewards, group_size, group_ids, mask, other=baselines, wide=wide, sort=False)
-
-    def reinforce_plus_plus_baseline(
-        self,
-        rewards: Tensor,
-        *,
-        lengths: Tensor,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        centred = self._groups("dr_grpo", rewards, group_size, group_ids, mask, wide=_as_computed(rewards))
-        return self._call("whiten", centred, lengths, mask, _wide(rewards))
-
-    def maxpo(
-        self,
-        rewards: Tensor,
-        *,
-        k: int,
-        scale: str = "mean",
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("maxpo", rewards, group_size, group_ids, mask, k=k, scale=scale)
-
-    def order_statistic(
-        self,
-        rewards: Tensor,
-        *,
-        k: int,
-        weights: Sequence[float],
-        scale: str = "mean",
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        # Asynchronous: a blocking copy would be a host sync.
-        w = torch.tensor([float(w) for w in weights], dtype=_dtype(_as_computed(rewards)), device="cpu")
-        w = w.to(rewards.device, non_blocking=True)
-        return self._groups("order_statistic", rewards, group_size, group_ids, mask, other=w, k=k, scale=scale)
-
-    def pkpo(
-        self,
-        rewards: Tensor,
-        *,
-        k: int,
-        variant: str = "sloo-1",
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups(f"pkpo {variant}", rewards, group_size, group_ids, mask, k=k)
-
-    def passk(
-        self,
-        rewards: Tensor,
-        *,
-        k: int,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("passk", rewards, group_size, group_ids, mask, k=k)
-
-    def grpo_passk(
-        self,
-        rewards: Tensor,
-        *,
-        std: bool = True,
-        eps: float = 1e-6,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("normalised_lead" if std else "lead", rewards, group_size, group_ids, mask, number=eps)
-
-    def max_at_k(
-        self,
-        rewards: Tensor,
-        *,
-        k: int,
-        group_size: int | None = None,
-        group_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._groups("max_at_k", rewards, group_size, group_ids, mask, k=k)
-
-    # ------------------------------------------------------------------------------------------------------- tokens
-
-    def _tokens(
-        self,
-        estimator: str,
-        rewards: Tensor,
-        values: Tensor | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        per_sequence: Tensor | None,
-        *,
-        logprobs: Tensor | None = None,
-        old_logprobs: Tensor | None = None,
-        gamma: float = 1.0,
-        lam: float = 1.0,
-        rho_bar: float = 1.0,
-        c_bar: float = 1.0,
-        wide: bool,
-    ) -> tuple[Tensor, Tensor]:
-        numbers = (float(x) for x in (gamma, lam, rho_bar, c_bar))
-        tensors = (rewards, values, logprobs, old_logprobs, mask, cu_seqlens, per_sequence)
-        return self._call("token_advantages", *tensors, TOKEN_ESTIMATORS.index(estimator), *numbers, wide)
-
-    def to_tokens(self, advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self._tokens("to_tokens", mask, None, mask, cu_seqlens, advantages, wide=_wide(advantages))[0]
-
-    def reward_to_go(
-        self,
-        rewards: Tensor,
-        *,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        gamma: float = 1.0,
-        bootstrap: Tensor | None = None,
-    ) -> Tensor:
-        wide = _wide(rewards)
-        return self._tokens("reward_to_go", rewards, None, mask, cu_seqlens, bootstrap, gamma=gamma, wide=wide)[0]
-
-    def gae(
-        self,
-        rewards: Tensor,
-        values: Tensor,
-        *,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        gamma: float,
-        lam: float,
-        bootstrap: Tensor | None = None,
-    ) -> GAE:
-        wide = _wide(rewards, values)
-        return GAE(*self._tokens("gae", rewards, values, mask, cu_seqlens, bootstrap, gamma=gamma, lam=lam, wide=wide))
-
-    def vtrace(
-        self,
-        rewards: Tensor,
-        values: Tensor,
-        *,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        gamma: float,
-        lam: float = 1.0,
-        rho_bar: float = 1.0,
-        c_bar: float = 1.0,
-        bootstrap: Tensor | None = None,
-    ) -> VTrace:
-        return VTrace(
-            *self._tokens(
-                "vtrace",
-                rewards,
-                values,
-                mask,
-                cu_seqlens,
-                bootstrap,
-                logprobs=logprobs,
-                old_logprobs=old_logprobs,
-                gamma=gamma,
-                lam=lam,
-                rho_bar=rho_bar,
-                c_bar=c_bar,
-                wide=_wide(rewards, values),
-            )
-        )
-
-    def reinforce_plus_plus(
-        self, rewards: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0
-    ) -> Tensor:
-        wide = _as_computed(rewards)
-        to_go, _ = self._tokens("reward_to_go", rewards, None, mask, cu_seqlens, None, gamma=gamma, wide=wide)
-        return self._call("whiten", to_go, None, mask, _wide(rewards))
-
-    def vineppo(self, values: Tensor, *, step_rewards: Tensor, step_ids: Tensor, whiten: bool = False) -> Tensor:
-        wide = _wide(values, step_rewards)
-        tokens = self._call("step_advantages", values, step_rewards, step_ids, _as_computed(values) if whiten else wide)
-        return self._call("whiten", tokens, None, step_ids >= 0, wide) if whiten else tokens
-
-    def whiten(self, advantages: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        return self._call("whiten", advantages, None, mask, _wide(advantages))
+@torch.no_grad()
+def _call(operator: str, backend: str, *args: Any) -> Any:
+    return getattr(getattr(torch.ops.fusedpo, operator), backend)(*args)
 
 
-_KERNELS = {"native": Kernels("native"), "triton": Kernels("triton")}
+# ----------------------------------------------------------------------------------------------------------- groups
 
 
-def implementation(operator: str, tensor: Tensor) -> Any:
-    """What has the functions of the reference, for a tensor of this device: the reference, or kernels."""
-    backend = backends.choose(operator, tensor.device.type)
-    return reference.advantages if backend == "reference" else _KERNELS[backend]
+class Groups(NamedTuple):
+    """Samples and which are compared: ``group_size`` in a row, or those of equal ``group_ids``, that the mask keeps."""
+
+    rewards: Tensor
+    group_size: int | None = None
+    group_ids: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class _Call(NamedTuple):
+    """What an estimator is for ``group_advantages``."""
+
+    estimator: str
+    other: Tensor | None = None
+    k: int = 0
+    unbiased: bool = False
+    number: float = 0.0
+    group_size: int | None = None  # in place of that of the groups
+
+
+def _on_device(weights: Sequence[float], rewards: Tensor) -> Tensor:
+    # Asynchronous: a blocking copy would be a host sync.
+    w = torch.tensor([float(w) for w in weights], dtype=_dtype(_as_computed(rewards)), device="cpu")
+    return w.to(rewards.device, non_blocking=True)
+
+
+# The functions of the reference for groups. Without them, ``remax`` has a baseline per sample: groups of one.
+_GROUP_CALLS: dict[str, Callable[..., _Call]] = {
+    "grpo": lambda _, std, eps: _Call("grpo" if std else "dr_grpo", number=eps),
+    "dr_grpo": lambda _: _Call("dr_grpo"),
+    "rloo": lambda _: _Call("rloo"),
+    "opo": lambda rewards, lengths, scope: _Call(
+        "opo", lengths, group_size=max(1, rewards.numel()) if scope == "batch" else None
+    ),
+    "reinforce_rej": lambda _: _Call("reinforce_rej"),
+    "raft": lambda _: _Call("raft", group_size=_CHUNK),
+    "gpg": lambda _, f_norm: _Call("gpg", number=f_norm),
+    "remax": lambda _, baselines: _Call("remax", baselines),
+    "reinforce_plus_plus_baseline": lambda _, lengths: _Call("dr_grpo"),
+    "maxpo": lambda _, k, scale: _Call("maxpo", k=k, unbiased=scale == "unbiased"),
+    "order_statistic": lambda rewards, k, weights, scale: _Call(
+        "order_statistic", _on_device(weights, rewards), k=k, unbiased=scale == "unbiased"
+    ),
+    "pkpo": lambda _, k, variant: _Call(f"pkpo {variant}", k=k),
+    "passk": lambda _, k: _Call("passk", k=k),
+    "grpo_passk": lambda _, std, eps: _Call("normalised_lead" if std else "lead", number=eps),
+    "max_at_k": lambda _, k: _Call("max_at_k", k=k),
+}
+
+
+def estimate_by_kernels(backend: str, name: str, groups: Groups, **numbers: Any) -> Tensor:
+    """One operator; ``torch.sort`` before it where groups are given by ids, ``whiten`` after it where that is asked."""
+    rewards, call = groups.rewards, _GROUP_CALLS[name](groups.rewards, **numbers)
+    group_size = groups.group_size if call.group_size is None else call.group_size
+    ids, order, wide = groups.group_ids, None, _wide(rewards)
+    whitens = name == "reinforce_plus_plus_baseline"
+    if name == "remax":  # ids say which baseline
+        wide = _wide(rewards, numbers["baselines"])
+    elif ids is not None:
+        ids, order = ids.sort(stable=True)
+    advantages: Tensor = _call(
+        "group_advantages",
+        backend,
+        rewards,
+        ids,
+        order,
+        1 if group_size is None else _checks.plain(group_size),
+        call.other,
+        groups.mask,
+        ESTIMATORS.index(call.estimator),
+        _checks.plain(call.k),
+        call.unbiased,
+        float(call.number),
+        _as_computed(rewards) if whitens else wide,
+    )
+    if not whitens:
+        return advantages
+    whitened: Tensor = _call("whiten", backend, advantages, numbers["lengths"], groups.mask, wide)
+    return whitened
+
+
+def estimate(name: str, groups: Groups, **numbers: Any) -> Tensor:
+    """A function of the reference for groups, by what is chosen for the device: the reference, or kernels."""
+    backend = backends.choose("group_advantages", groups.rewards.device.type)
+    if backend != "reference":
+        return estimate_by_kernels(backend, name, groups, **numbers)
+    given = {field: x for field, x in zip(Groups._fields, groups, strict=True) if x is not None}
+    advantages: Tensor = getattr(reference.advantages, name)(**given, **numbers)
+    return advantages
+
+
+# ----------------------------------------------------------------------------------------------------------- tokens
+
+
+def _tokens(
+    backend: str,
+    estimator: str,
+    rewards: Tensor,
+    *,
+    values: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    rho_bar: float = 1.0,
+    c_bar: float = 1.0,
+    wide: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    tensors = (rewards, values, logprobs, old_logprobs, mask, cu_seqlens, bootstrap)
+    numbers = (float(x) for x in (gamma, lam, rho_bar, c_bar))
+    if wide is None:
+        wide = _wide(rewards) if values is None else _wide(rewards, values)
+    result: tuple[Tensor, Tensor] = _call(
+        "token_advantages", backend, *tensors, TOKEN_ESTIMATORS.index(estimator), *numbers, wide
+    )
+    return result
+
+
+def _to_tokens(backend: str, advantages: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    wide = _wide(advantages)
+    return _tokens(backend, "to_tokens", mask, mask=mask, cu_seqlens=cu_seqlens, bootstrap=advantages, wide=wide)[0]
+
+
+def _reinforce_plus_plus(backend: str, rewards: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    to_go, _ = _tokens(backend, "reward_to_go", rewards, mask=mask, wide=_as_computed(rewards), **options)
+    return _call("whiten", backend, to_go, None, mask, _wide(rewards))
+
+
+def _vineppo(backend: str, values: Tensor, step_rewards: Tensor, step_ids: Tensor, whiten: bool) -> Any:
+    wide = _wide(values, step_rewards)
+    in_between = _as_computed(values) if whiten else wide
+    tokens = _call("step_advantages", backend, values, step_rewards, step_ids, in_between)
+    return _call("whiten", backend, tokens, None, step_ids >= 0, wide) if whiten else tokens
+
+
+def _whiten(backend: str, advantages: Tensor, mask: Tensor | None) -> Any:
+    return _call("whiten", backend, advantages, None, mask, _wide(advantages))
+
+
+# The functions of the reference for tokens: the operator that they need, and what they are by kernels.
+_TOKEN_CALLS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "to_tokens": ("token_advantages", _to_tokens),
+    "reward_to_go": ("token_advantages", lambda backend, x, **a: _tokens(backend, "reward_to_go", x, **a)[0]),
+    "gae": ("token_advantages", lambda backend, x, **a: GAE(*_tokens(backend, "gae", x, **a))),
+    "vtrace": ("token_advantages", lambda backend, x, **a: VTrace(*_tokens(backend, "vtrace", x, **a))),
+    "reinforce_plus_plus": ("token_advantages", _reinforce_plus_plus),
+    "vineppo": ("step_advantages", _vineppo),
+    "whiten": ("whiten", _whiten),
+}
+
+
+def estimate_tokens_by_kernels(backend: str, name: str, x: Tensor, **arguments: Any) -> Any:
+    return _TOKEN_CALLS[name][1](backend, x, **arguments)
+
+
+def estimate_tokens(name: str, x: Tensor, **arguments: Any) -> Any:
+    """A function of the reference whose first argument is ``x``, by what is chosen for the device of ``x``."""
+    backend = backends.choose(_TOKEN_CALLS[name][0], x.device.type)
+    if backend != "reference":
+        return estimate_tokens_by_kernels(backend, name, x, **arguments)
+    return getattr(reference.advantages, name)(x, **arguments)

@@ -340,7 +340,7 @@ def pairs_from_rewards(
 
     Raises ``TypeError`` and ``ValueError`` as that package does, ``ValueError`` for a negative ``margin``.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    arguments.grouped(rewards, group_size, group_ids, mask)
     arguments.choice("how", how, ("best_worst", "all"))
     _checks.number("margin", margin)
     if not margin >= 0:

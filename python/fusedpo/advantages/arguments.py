@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, backends
-from ..reference.advantages.segments import Groups, group_labels, kept
+from ..ops_advantages import Groups
+from ..reference.advantages import segments
+from ..reference.advantages.segments import group_labels, kept
 
 SmallGroups = Literal["error", "zero"]
 
@@ -70,27 +72,21 @@ def groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) ->
             raise ValueError(f"group_size must divide the number of samples, got {group_size} for {samples} samples")
 
 
-def grouped_rewards(tensor: Tensor, group_size: int | None, group_ids: Tensor | None, mask: Tensor | None) -> None:
-    rewards(tensor, mask)
-    groups(tensor, group_size, group_ids)
+def grouped(rewards_: Tensor, group_size: int | None, group_ids: Tensor | None, mask: Tensor | None) -> Groups:
+    rewards(rewards_, mask)
+    groups(rewards_, group_size, group_ids)
+    return Groups(rewards_, group_size, group_ids, mask)
 
 
-def group_sizes(
-    at_least: int,
-    rule: str,
-    rewards: Tensor,
-    group_size: int | None,
-    group_ids: Tensor | None,
-    mask: Tensor | None,
-    small_groups: SmallGroups,
-) -> Tensor | None:
-    """The mask of the samples that count, where a group with a kept sample needs ``at_least`` of them.
+def group_sizes(at_least: int, rule: str, groups: Groups, small_groups: SmallGroups) -> Groups:
+    """The groups that count, where one with a kept sample needs ``at_least`` of them.
 
     Smaller groups raise (``rule`` is what the message says) or, with ``small_groups="zero"``, are left out.
     """
     choice("small_groups", small_groups, ("error", "zero"))
     if small_groups == "zero":
-        return in_large_groups(at_least, rewards, group_size, group_ids, mask)
+        return groups._replace(mask=in_large_groups(at_least, groups))
+    rewards, group_size, group_ids, mask = groups
     if group_size is not None and mask is None:
         if group_size < at_least:
             raise ValueError(f"{rule}, but group_size is {group_size}")
@@ -101,37 +97,28 @@ def group_sizes(
         if small.numel():
             group, size = int(labels[small[0]]), int(sizes[small[0]])
             raise ValueError(f"{rule}, but group {group} has size {size}")
-    return mask
+    return groups
 
 
 @torch.no_grad()
-def in_large_groups(
-    at_least: int, rewards: Tensor, group_size: int | None, group_ids: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def in_large_groups(at_least: int, groups: Groups) -> Tensor:
     """bool ``[G]``: kept samples of groups that keep ``at_least``."""
+    rewards, group_size, group_ids, mask = groups
     counted = kept(rewards, mask)
     if group_size is not None:
         rows = counted.view(-1, group_size)
         return (rows & (rows.sum(1, keepdim=True) >= at_least)).view(-1)
-    groups = Groups.of(counted, group_labels(rewards, group_size, group_ids), counted)
-    return counted & (torch.empty_like(groups.size).index_copy(0, groups.order, groups.size) >= at_least)
+    runs = segments.Groups.of(counted, group_labels(rewards, group_size, group_ids), counted)
+    return counted & (torch.empty_like(runs.size).index_copy(0, runs.order, runs.size) >= at_least)
 
 
 def subset_size(
-    k: int,
-    rewards: Tensor,
-    group_size: int | None,
-    group_ids: Tensor | None,
-    mask: Tensor | None,
-    small_groups: SmallGroups = "error",
-    *,
-    at_least: int = 1,
-    spare: int = 0,
-) -> Tensor | None:
+    k: int, groups: Groups, small_groups: SmallGroups = "error", *, at_least: int = 1, spare: int = 0
+) -> Groups:
     """:func:`group_sizes` for groups of at least ``k + spare``; besides, ``at_least <= k``."""
     _checks.whole_number("k", k, at_least)
     rule = f"k must be at most the size of the group{f' - {spare}' if spare else ''}, got k={k}"
-    return group_sizes(k + spare, rule, rewards, group_size, group_ids, mask, small_groups)
+    return group_sizes(k + spare, rule, groups, small_groups)
 
 
 def lengths(tensor: Tensor, rewards: Tensor, mask: Tensor | None) -> None:

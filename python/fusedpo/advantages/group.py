@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import _checks
-from ..ops_advantages import implementation
+from ..ops_advantages import Groups, estimate
 from . import arguments
 from .registry import register
 
@@ -27,11 +27,9 @@ def grpo(
     ``std=False``: no division. Equal rewards, and so a group of one, give exactly 0 (for a group of one, verl returns
     its reward). Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
     eps = arguments.positive("eps", eps)
-    return implementation("group_advantages", rewards).grpo(
-        rewards, group_size=group_size, group_ids=group_ids, std=std, eps=eps, mask=mask
-    )
+    return estimate("grpo", groups, std=std, eps=eps)
 
 
 @register("dr_grpo")
@@ -39,10 +37,8 @@ def dr_grpo(
     rewards: Tensor, *, group_size: int | None = None, group_ids: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """Dr. GRPO (2503.20783): ``r - mean`` of the group, ``[G]`` to ``[G]``; equal rewards give exactly 0."""
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    return implementation("group_advantages", rewards).dr_grpo(
-        rewards, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    return estimate("dr_grpo", groups)
 
 
 @register("rloo")
@@ -53,10 +49,8 @@ def rloo(
 
     Equal rewards give exactly 0; so does a group of one, which has no others.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    return implementation("group_advantages", rewards).rloo(
-        rewards, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    return estimate("rloo", groups)
 
 
 @register("opo")
@@ -78,15 +72,14 @@ def opo(
     """
     arguments.choice("scope", scope, ("group", "batch"))
     if scope == "group":
-        arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+        groups = arguments.grouped(rewards, group_size, group_ids, mask)
     else:
         arguments.rewards(rewards, mask)
+        groups = Groups(rewards, mask=mask)
         if group_size is not None or group_ids is not None:
             raise ValueError("scope='batch' has one baseline for all samples: group_size and group_ids must be None")
     arguments.lengths(lengths, rewards, mask)
-    return implementation("group_advantages", rewards).opo(
-        rewards, lengths=lengths, group_size=group_size, group_ids=group_ids, scope=scope, mask=mask
-    )
+    return estimate("opo", groups, lengths=lengths, scope=scope)
 
 
 @register("reinforce_plus_plus_baseline")
@@ -108,11 +101,9 @@ def reinforce_plus_plus_baseline(
     processes: ``whiten(to_tokens(dr_grpo(...), mask), mask=mask, group=...)``.
     Raises as the package says; ``ValueError`` for negative lengths.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
     arguments.lengths(lengths, rewards, mask)
-    return implementation("group_advantages", rewards).reinforce_plus_plus_baseline(
-        rewards, lengths=lengths, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    return estimate("reinforce_plus_plus_baseline", groups, lengths=lengths)
 
 
 @register("gpg")
@@ -130,11 +121,9 @@ def gpg(
     1: it depends on what stands for a wrong answer, 0 or -1. Equal rewards give exactly 0, and so does a group of one
     (for verl, ``alpha r / f_norm``). Raises as the package says; ``ValueError`` for ``f_norm <= 0``.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
     f_norm = arguments.positive("f_norm", f_norm)
-    return implementation("group_advantages", rewards).gpg(
-        rewards, f_norm=f_norm, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    return estimate("gpg", groups, f_norm=f_norm)
 
 
 @register("reinforce_rej")
@@ -145,10 +134,8 @@ def reinforce_rej(
 
     A group of one keeps its reward, as in the authors' code. There is no baseline.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    return implementation("group_advantages", rewards).reinforce_rej(
-        rewards, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    return estimate("reinforce_rej", groups)
 
 
 @register("raft")
@@ -158,7 +145,7 @@ def raft(rewards: Tensor, *, mask: Tensor | None = None) -> Tensor:
     There are neither groups nor a baseline.
     """
     arguments.rewards(rewards, mask)
-    return implementation("group_advantages", rewards).raft(rewards, mask=mask)
+    return estimate("raft", Groups(rewards, mask=mask))
 
 
 @register("remax")
@@ -193,6 +180,4 @@ def remax(
             wrong = ids[(ids < 0) | (ids >= baselines.numel())]
             if wrong.numel():
                 raise ValueError(f"group_ids must be 0 to {baselines.numel() - 1}, as baselines, got {int(wrong[0])}")
-    return implementation("group_advantages", rewards).remax(
-        rewards, baselines=baselines, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    return estimate("remax", Groups(rewards, group_size, group_ids, mask), baselines=baselines)

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import _checks
-from ..ops_advantages import implementation
+from ..ops_advantages import estimate
 from . import arguments
 from .arguments import SmallGroups
 from .registry import register
@@ -43,12 +43,10 @@ def maxpo(
     ``small_groups="error"``, ``ValueError``, or nan where that depends on data that is not read (see the package);
     with ``"zero"``, advantage 0. Raises as the package says besides.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
     arguments.choice("scale", scale, ("mean", "unbiased"))
-    mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups, spare=1)
-    return implementation("group_advantages", rewards).maxpo(
-        rewards, k=k, scale=scale, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    groups = arguments.subset_size(k, groups, small_groups, spare=1)
+    return estimate("maxpo", groups, k=k, scale=scale)
 
 
 @register("order_statistic")
@@ -77,9 +75,9 @@ def order_statistic(
     ``1 <= k <= n - 1``, as for :func:`maxpo`. Raises as the package says; ``TypeError`` if ``weights`` is not a
     sequence of numbers, ``ValueError`` if it does not have k finite ones.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
     arguments.choice("scale", scale, ("mean", "unbiased"))
-    mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups, spare=1)
+    groups = arguments.subset_size(k, groups, small_groups, spare=1)
     if type(weights).__module__ == "numpy" and hasattr(weights, "tolist"):
         weights = weights.tolist()
     if not isinstance(weights, Sequence) or isinstance(weights, str):
@@ -88,9 +86,7 @@ def order_statistic(
         raise ValueError(f"weights must have k={k} entries, one per rank of a subset, got {len(weights)}")
     for weight in weights:
         _checks.finite("weights", weight)
-    return implementation("group_advantages", rewards).order_statistic(
-        rewards, k=k, weights=weights, scale=scale, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    return estimate("order_statistic", groups, k=k, weights=weights, scale=scale)
 
 
 def rank_weights(
@@ -147,13 +143,11 @@ def pkpo(
     Unlike those of :func:`maxpo` they do not sum to 0 over a group, and with ``s`` and ``sloo`` equal rewards do not
     give 0. Raises as the package says; for ``k`` outside its domain as :func:`maxpo`.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
     arguments.choice("variant", variant, ("s", "sloo", "sloo-1"))
     at_least, spare = {"s": (1, 0), "sloo": (1, 1), "sloo-1": (2, 0)}[variant]
-    mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups, at_least=at_least, spare=spare)
-    return implementation("group_advantages", rewards).pkpo(
-        rewards, k=k, variant=variant, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    groups = arguments.subset_size(k, groups, small_groups, at_least=at_least, spare=spare)
+    return estimate("pkpo", groups, k=k, variant=variant)
 
 
 @register("passk")
@@ -173,16 +167,14 @@ def passk(
     It is :func:`maxpo` times ``(n - k) / (n sigma)``.
     Raises as the package says; ``ValueError`` for other rewards; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups)
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    groups = arguments.subset_size(k, groups, small_groups)
     if arguments.unchecked("group_advantages", rewards, mask):
         kept = rewards if mask is None else rewards[mask != 0]
         other = kept[(kept != 0) & (kept != 1)]
         if other.numel():
             raise ValueError(f"rewards must be 0 or 1 for passk, got {other[0].item()}")
-    return implementation("group_advantages", rewards).passk(
-        rewards, k=k, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    return estimate("passk", groups, k=k)
 
 
 @register("grpo_passk")
@@ -204,13 +196,11 @@ def grpo_passk(
     A group needs two samples; ``small_groups`` says what becomes of smaller ones, as for :func:`maxpo`. Not centred.
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
     eps = arguments.positive("eps", eps)
     rule = "every group must have at least 2 samples"
-    mask = arguments.group_sizes(2, rule, rewards, group_size, group_ids, mask, small_groups)
-    return implementation("group_advantages", rewards).grpo_passk(
-        rewards, std=std, eps=eps, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    groups = arguments.group_sizes(2, rule, groups, small_groups)
+    return estimate("grpo_passk", groups, std=std, eps=eps)
 
 
 def max_at_k(
@@ -226,8 +216,6 @@ def max_at_k(
     The mean of the maximum over all subsets of k samples of a group; ``[G]`` to ``[G]``, every kept sample has the
     value of its group. Raises as the package says; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    arguments.subset_size(k, rewards, group_size, group_ids, mask)
-    return implementation("group_advantages", rewards).max_at_k(
-        rewards, k=k, group_size=group_size, group_ids=group_ids, mask=mask
-    )
+    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    groups = arguments.subset_size(k, groups)
+    return estimate("max_at_k", groups, k=k)

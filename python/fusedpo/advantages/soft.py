@@ -29,7 +29,7 @@ def soft_value(
 
     Raises as the package says; ``ValueError`` for a negative ``beta``.
     """
-    arguments.grouped_rewards(rewards, group_size, group_ids, mask)
+    arguments.grouped(rewards, group_size, group_ids, mask)
     _checks.number("beta", beta)
     if not beta >= 0:
         raise ValueError(f"beta must be >= 0, got {beta}")

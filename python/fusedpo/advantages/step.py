@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, distributed
 
 from .. import _checks, backends
-from ..ops_advantages import implementation
+from ..ops_advantages import estimate_tokens
 from ..reference import advantages as reference
 from ..reference.advantages import GAE as GAE
 from ..reference.advantages import VTrace as VTrace
@@ -32,9 +32,7 @@ def reward_to_go(
     gamma = arguments.unit_interval("gamma", gamma)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
-    return implementation("token_advantages", rewards).reward_to_go(
-        rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, bootstrap=bootstrap
-    )
+    return estimate_tokens("reward_to_go", rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, bootstrap=bootstrap)
 
 
 @register("gae")
@@ -62,8 +60,8 @@ def gae(
     lam = arguments.unit_interval("lam", lam)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
-    return implementation("token_advantages", rewards).gae(
-        rewards, values, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap
+    return estimate_tokens(
+        "gae", rewards, values=values, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap
     )
 
 
@@ -107,9 +105,10 @@ def vtrace(
     c_bar = arguments.positive("c_bar", c_bar)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
-    return implementation("token_advantages", rewards).vtrace(
+    return estimate_tokens(
+        "vtrace",
         rewards,
-        values,
+        values=values,
         logprobs=logprobs,
         old_logprobs=old_logprobs,
         mask=mask,
@@ -133,9 +132,7 @@ def reinforce_plus_plus(
     """
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     gamma = arguments.unit_interval("gamma", gamma)
-    return implementation("token_advantages", rewards).reinforce_plus_plus(
-        rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma
-    )
+    return estimate_tokens("reinforce_plus_plus", rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma)
 
 
 @register("optimal_token_baseline")
@@ -205,9 +202,7 @@ def vineppo(values: Tensor, *, step_rewards: Tensor, step_ids: Tensor, whiten: b
     _checks.same_device("step_ids", step_ids, "values", values)
     if arguments.unchecked("step_advantages", step_ids) and bool((step_ids >= steps).any()):
         raise ValueError(f"step_ids must be less than the number of steps {steps}, got {int(step_ids.max())}")
-    return implementation("step_advantages", values).vineppo(
-        values, step_rewards=step_rewards, step_ids=step_ids, whiten=whiten
-    )
+    return estimate_tokens("vineppo", values, step_rewards=step_rewards, step_ids=step_ids, whiten=whiten)
 
 
 def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed.ProcessGroup | None = None) -> Tensor:
@@ -224,7 +219,7 @@ def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed
     if group is not None:
         backends.choose("whiten (process group)", advantages.device.type)
         return reference.whiten(advantages, mask=mask, group=group)
-    return implementation("whiten", advantages).whiten(advantages, mask=mask)
+    return estimate_tokens("whiten", advantages, mask=mask)
 
 
 def rewards_on_kept(rewards: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -249,4 +244,4 @@ def to_tokens(advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = N
     _checks.is_tensor("mask", mask)
     arguments.tokens("mask", mask, None, cu_seqlens)
     arguments.per_sequence("advantages", advantages, "mask", mask, cu_seqlens)
-    return implementation("token_advantages", advantages).to_tokens(advantages, mask, cu_seqlens=cu_seqlens)
+    return estimate_tokens("to_tokens", advantages, mask=mask, cu_seqlens=cu_seqlens)

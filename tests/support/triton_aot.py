@@ -113,10 +113,10 @@ def _amd_resources(assembly: str) -> dict[str, int]:
 
 
 def call(module: str, function: str) -> Any:
-    """What a function of a module beside this file returns in a process where Triton compiles; through JSON."""
+    """What a function of a test file returns in a process where Triton compiles; through JSON."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, module, function]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command, tests = [sys.executable, "-m", "support.triton_aot", module, function], Path(__file__).parents[1]
+    result = subprocess.run(command, env=environment, cwd=tests, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-5000:]
     return json.loads(result.stdout)
 

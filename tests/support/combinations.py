@@ -1,0 +1,37 @@
+"""The combinations of parts that the kernels run through, and the arguments of their operators."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fusedpo import objectives as O
+from fusedpo import ops_policy_loss
+from support import policy_loss as contract
+from support.parts import REGIONS, TRACES
+from support.policy_loss import AGGREGATIONS, KLS
+
+
+def combinations():
+    """Every ratio with every trust region that it goes with; KL, entropy and aggregation take turns."""
+    ratios = [*contract.RATIOS, *TRACES, O.Trace(9, 12), O.Trace("all", 3, differentiate=True)]
+    i = 0
+    for ratio, region in itertools.product(ratios, contract.REGIONS + REGIONS):
+        try:
+            yield O.Objective(ratio, region, KLS[i % len(KLS)], 0.1 * (i % 2), AGGREGATIONS[i % 5])
+            i += 1
+        except ValueError:
+            continue
+
+
+COMBINATIONS = list(combinations())
+
+
+def operator_arguments(objective, per_token, packed=False):
+    lp, olp, ref, entropy = (-torch.rand(2, 5) for _ in range(4))
+    batch = [lp, olp, torch.randn(2, 1), torch.rand(2, 5) > 0.3, None, ref, -entropy, torch.rand(2, 5)]
+    if packed:
+        batch = [x if x is None or x.shape == (2, 1) else x.flatten() for x in batch]
+        batch[4] = torch.tensor([0, 4, 10])
+    return (*batch, torch.tensor(3.0), torch.tensor(0.5), *ops_policy_loss.encode(objective), per_token)
