@@ -65,7 +65,7 @@ def call(batch: dict, objective: O.Objective, per_token: bool, sizes: Sizes = SM
         shape = (lp.numel(), lp.shape[0] if lp.dim() == 2 else 1, lp.shape[-1])
     else:
         shape = (lp.numel(), cu_seqlens.numel() - 1, 0)
-    advantages, is_weights = tensors[2], tensors[7]
+    advantages, is_weights = tensors[3], tensors[7]
     is_per_token = [x is None or x.shape == lp.shape for x in (advantages, is_weights)]
     arguments = (*sizes, *tensors, *encoded, *shape, *is_per_token, upstream)
     name = f"{objective}, per_token={per_token}, {list(lp.shape)}, {sizes}"
@@ -81,7 +81,7 @@ def operator_arguments(batch: dict, options: dict) -> tuple[Tensor | None, ...]:
     captured = []
 
     def capture(logprobs: Tensor, entropy: Tensor | None, rest: tuple, **_: Any) -> tuple[Tensor, Tensor]:
-        captured.append((logprobs, *rest[:5], entropy, *rest[5:]))
+        captured.append((logprobs, entropy, *rest))
         return torch.zeros(()), torch.zeros(16)
 
     with pytest.MonkeyPatch.context() as patch, fusedpo.backend("native"):
@@ -100,7 +100,24 @@ def reference(batch: dict, options: dict, upstream: Tensor | None) -> list[Tenso
     out.loss.backward(None if upstream is None else upstream.double())
     has_entropy = options["objective"].entropy_coef != 0
     gradients = [leaves["logprobs"].grad, leaves["entropy"].grad if has_entropy else torch.empty(0).double()]
-    return [out.loss.detach(), torch.stack(list(out.metrics.values())), *gradients]
+    scale = token_scale(batch, options["objective"], options.get("denominator"), options.get("loss_scale", 1.0))
+    return [out.loss.detach(), torch.stack(list(out.metrics.values())), *gradients, scale]
+
+
+def token_scale(batch: dict, objective: O.Objective, denominator: float | None, loss_scale: float) -> Tensor:
+    """What the loss of each token is multiplied by: the gradient of an aggregation alone."""
+    shape = {"aggregation": objective.aggregation, "length_norm": objective.length_norm}
+    leaf = torch.zeros_like(batch["logprobs"]).requires_grad_()
+    given = {"mask": batch.get("mask"), "cu_seqlens": batch.get("cu_seqlens")}
+    with fusedpo.backend("reference"):
+        fusedpo.policy_loss(
+            *(leaf, None, -torch.ones_like(leaf)),
+            objective=O.Objective(O.OnPolicy(), O.NoTrustRegion(), **shape),
+            denominator=denominator,
+            loss_scale=loss_scale,
+            **given,
+        ).loss.backward()
+    return leaf.grad
 
 
 def run(program: Path, calls: list[Call]) -> list[list[Tensor]]:
@@ -112,7 +129,9 @@ def run(program: Path, calls: list[Call]) -> list[list[Tensor]]:
 
 def compare(call: Call, results: list[Tensor]) -> None:
     """float32 loses some 10 roundoffs per token; metrics and losses are sums of terms of both signs and of size 1."""
-    for name, result, expected in zip(("loss", "metrics", "gradient", "entropy"), results, call.expected, strict=True):
+    for name, result, expected in zip(
+        ("loss", "metrics", "gradient", "entropy", "scale"), results, call.expected, strict=True
+    ):
         size = expected.abs().amax().item() if expected.numel() else 0.0
         torch.testing.assert_close(
             result.double(),
@@ -340,7 +359,7 @@ def test_nvcc_spills_no_register(tmp_path, record_property):
     command += ["-fatbin", ROOT / "csrc/cuda/policy_loss.cu", "-o", tmp_path / "policy_loss.fatbin"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
-    assert spilled == [("0", "0", "0")] * 12
+    assert spilled == [("0", "0", "0")] * 16
     used = re.findall(
         r"Compiling entry function '\w*?(tile|sequence|gradient)_kernel\w*' for '(\w+)'.*?Used (\d+)", output, re.S
     )

@@ -39,10 +39,10 @@ def forward(
     policy_loss.policy_loss(
         x,
         given,
+        given,
         x if everything else torch.zeros(rows, 1),
         torch.ones_like(x, dtype=torch.bool) if mask else None,
         torch.arange(rows + 1) * width if packed else None,
-        given,
         given,
         given,
         torch.ones(()) if denominator else None,

@@ -1,13 +1,15 @@
 """The operators ``torch.ops.fusedpo.*``: schemas, fake kernels, and the autograd Functions over the raw kernels.
 
-An operator has one overload per implementation, ``native`` (C++ and CUDA, registered by ``csrc/ops.cpp``) and
-``triton`` (registered by ``fusedpo.triton_kernels``); all overloads share schema and fake kernel. Which one runs is
-decided by :mod:`fusedpo.backends` and is visible in a traced graph.
+An operator has one overload per implementation, ``native`` (C++ and CUDA, registered by the files of ``csrc/cpu`` and
+``csrc/cuda``) and ``triton`` (registered by ``fusedpo.triton_kernels``); all overloads share schema and fake kernel.
+Which one runs is decided by :mod:`fusedpo.backends` and is visible in a traced graph. What an operator calls ``out``
+has shape and dtype of the logits and memory of its own, or is the logits themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,24 +19,18 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("fusedpo", "DEF")
 
 
+BACKENDS = ("native", "triton")
+DEVICES = ("CUDA", "XPU", "CPU")  # for Triton, the CPU is that of TRITON_INTERPRET=1
+
+
 def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    for backend in ("native", "triton"):
+    for backend in BACKENDS:
         LIBRARY.define(f"{name}.{backend}{schema}")
         torch.library.register_fake(f"fusedpo::{name}.{backend}", fake, lib=LIBRARY)
 
 
-_BACKWARD = (
-    "(Tensor? grad_logprobs, Tensor? grad_entropy, {logits} logits, Tensor token_ids, Tensor temperature, "
-    "Tensor? mask, Tensor stats) -> {result}"
-)
-_SCHEMAS = {
-    "token_logprobs": (
-        "(Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask, bool return_entropy)"
-        " -> (Tensor logprobs, Tensor entropy, Tensor stats)"
-    ),
-    "token_logprobs_backward": _BACKWARD.format(logits="Tensor", result="Tensor"),
-    "token_logprobs_backward_": _BACKWARD.format(logits="Tensor(a!)", result="()"),
-}
+_INPUTS = "Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask"
+_BACKWARD = f"Tensor? grad_logprobs, Tensor? grad_entropy, {_INPUTS}, Tensor stats"
 
 
 def _token_logprobs_fake(
@@ -48,24 +44,30 @@ def _token_logprobs_fake(
     )
 
 
-def _token_logprobs_backward_fake(
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *_: Any
-) -> Tensor:
-    return logits.new_empty(logits.shape)
+define(
+    "token_logprobs",
+    f"({_INPUTS}, bool return_entropy) -> (Tensor logprobs, Tensor entropy, Tensor stats)",
+    _token_logprobs_fake,
+)
+define("token_logprobs_backward_out", f"({_BACKWARD}, Tensor(a!) out) -> ()", lambda *_: None)
+# Without side effects: for functorch, and for torch.compile, where writing into `out` could cost a copy of it.
+define(
+    "token_logprobs_backward",
+    f"({_BACKWARD}) -> Tensor",
+    lambda _grad_logprobs, _grad_entropy, logits, *_: logits.new_empty(logits.shape),
+)
 
 
-def _token_logprobs_backward_inplace_fake(*_: Any) -> None:
-    return None
+def _token_logprobs_backward(backend: str, *args: Any) -> Tensor:
+    logits = args[2]
+    out = logits.new_empty(logits.shape)
+    getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)(*args, out)
+    return out
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "token_logprobs": _token_logprobs_fake,
-    "token_logprobs_backward": _token_logprobs_backward_fake,
-    "token_logprobs_backward_": _token_logprobs_backward_inplace_fake,
-}
-
-for _name, _schema in _SCHEMAS.items():
-    define(_name, _schema, _FAKES[_name])
+for _backend in BACKENDS:
+    for _key in DEVICES:
+        LIBRARY.impl(f"token_logprobs_backward.{_backend}", partial(_token_logprobs_backward, _backend), _key)
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
@@ -174,34 +176,25 @@ class _TokenLogprobs(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        logits: Tensor,
-        token_ids: Tensor,
-        temperature: Tensor,
-        mask: Tensor | None,
-        return_entropy: bool,
-        inplace_backward: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        operator = getattr(torch.ops.fusedpo.token_logprobs, backend)
-        return operator(logits, token_ids, temperature, mask, return_entropy)
+    def forward(backend: str, inplace_backward: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return getattr(torch.ops.fusedpo.token_logprobs, backend)(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, token_ids, temperature, mask, ctx.return_entropy, ctx.inplace_backward, ctx.backend = inputs
+        ctx.backend, ctx.inplace_backward, *tensors, ctx.return_entropy = inputs
         _, entropy, stats = output
         ctx.mark_non_differentiable(stats, *(() if ctx.return_entropy else (entropy,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, token_ids, temperature, mask, stats)
+        ctx.save_for_backward(*tensors, stats)
         ctx.overwritten = False
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
-        none = (None,) * 6
+        nothing = (None,) * 4
         if not ctx.return_entropy:
             grad_entropy = None  # torch.compile passes an empty tensor
         if grad_logprobs is None and grad_entropy is None:
-            return None, *none
+            return None, None, None, *nothing
         if ctx.overwritten:
             raise RuntimeError(
                 "token_logprobs(inplace_backward=True): the first backward has overwritten the logits with their "
@@ -209,15 +202,16 @@ class _TokenLogprobs(torch.autograd.Function):
             )
         logits, *rest = ctx.saved_tensors
         args = (grad_logprobs, grad_entropy, logits, *rest)
-        if ctx.inplace_backward and not are_batched(grad_logprobs, grad_entropy):
-            ctx.overwritten = True
-            getattr(torch.ops.fusedpo.token_logprobs_backward_, ctx.backend)(*args)
-            torch.autograd.graph.increment_version(logits)
-            gradient = logits.detach()
-        else:
+        if must_be_functional() or are_batched(grad_logprobs, grad_entropy):
             gradient = getattr(torch.ops.fusedpo.token_logprobs_backward, ctx.backend)(*args)
+        else:
+            gradient = logits.detach() if ctx.inplace_backward else logits.new_empty(logits.shape)
+            getattr(torch.ops.fusedpo.token_logprobs_backward_out, ctx.backend)(*args, gradient)
+            if ctx.inplace_backward:
+                ctx.overwritten = True
+                torch.autograd.graph.increment_version(logits)
         gradient = once_differentiable("token_logprobs", gradient, logits, grad_logprobs, grad_entropy)
-        return gradient, *none
+        return None, None, gradient, *nothing
 
 
 def token_logprobs(
@@ -230,11 +224,10 @@ def token_logprobs(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy by the kernels of ``backend``; arguments as the operator's schema has them."""
+    inputs = (logits, token_ids, temperature, mask, return_entropy)
     if is_differentiated(logits):
         inplace_backward = inplace_backward and not must_be_functional() and not may_overlap(logits)
-        args = (logits, token_ids, temperature, mask, return_entropy, inplace_backward, backend)
-        logprobs, entropy, _ = apply("token_logprobs", _TokenLogprobs, *args)
+        logprobs, entropy, _ = apply("token_logprobs", _TokenLogprobs, backend, inplace_backward, *inputs)
     else:
-        operator = getattr(torch.ops.fusedpo.token_logprobs, backend)
-        logprobs, entropy, _ = operator(logits, token_ids, temperature, mask, return_entropy)
+        logprobs, entropy, _ = getattr(torch.ops.fusedpo.token_logprobs, backend)(*inputs)
     return logprobs, entropy

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kFewThreads = 64;  // for kernels that do with any number
 
-void launch(auto kernel, const Shape& shape, const auto&... arguments) {
+void launch(auto kernel, const Grid& shape, const auto&... arguments) {
   const bool of_rows = shape.cluster > 0;
   cuda_on_cpu::launch((unsigned)shape.blocks, of_rows ? shape.threads : kFewThreads, [&] { kernel(arguments...); },
                       shape.shared_bytes, of_rows ? shape.cluster : 1);
