@@ -1,4 +1,4 @@
-// The operators over a batch, of python/fusedpo/ops_policy_loss.py and ops_one_pass.py: their arguments as the kernels
+// The operators over a batch, of python/fusedpo/ops/policy_loss.py and one_pass.py: their arguments as the kernels
 // of every device take them.
 #pragma once
 

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedpo
-from fusedpo import backends, ops_one_pass, ops_policy_loss
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 EVERY = OBJECTIVES | TWO_PASSES

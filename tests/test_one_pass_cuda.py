@@ -21,8 +21,10 @@ from test_policy_loss_kernel import COMBINATIONS
 from torch import Tensor
 
 import fusedpo
-from fusedpo import backends, ops_one_pass, ops_policy_loss, reference
+from fusedpo import backends, reference
 from fusedpo import objectives as O
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"

@@ -12,8 +12,9 @@ import torch
 from fuzz import broken
 
 import fusedpo
-from fusedpo import backends, ops_policy_loss
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 TESTS = Path(__file__).parent
 NATIVE = pytest.param(

@@ -18,8 +18,9 @@ from test_policy_loss_kernel import COMBINATIONS
 from torch import Tensor
 
 import fusedpo
-from fusedpo import backends, ops_policy_loss
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"

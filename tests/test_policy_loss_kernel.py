@@ -21,8 +21,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
-from fusedpo import backends, ops_policy_loss
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 

@@ -12,8 +12,10 @@ from test_objective_parts import REGIONS
 from test_policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of
 
 import fusedpo
-from fusedpo import _checks, ops_one_pass, ops_policy_loss, reference
+from fusedpo import _checks, reference
 from fusedpo import objectives as O
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 triton = pytest.importorskip("triton")
 tl = triton.language

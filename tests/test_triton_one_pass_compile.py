@@ -54,7 +54,7 @@ def one_pass(
         given,
         given,
         per_token,
-        *fusedpo.ops_policy_loss.encode(objective),
+        *fusedpo.ops.policy_loss.encode(objective),
     )
 
 

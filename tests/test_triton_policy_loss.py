@@ -457,7 +457,7 @@ def gpu_arguments(objective, per_token=False, rows=64, width=4096):
     names = ("ref_logprobs", "is_weights")
     arrays = [batch[name] for name in ("logprobs", "entropy", "old_logprobs", "advantages", "mask")] + [None]
     numbers = [None, torch.ones((), device=DEVICE)]
-    encoded = fusedpo.ops_policy_loss.encode(objective)
+    encoded = fusedpo.ops.policy_loss.encode(objective)
     return (*arrays, *(batch[name] for name in names), *numbers, *encoded, per_token)
 
 

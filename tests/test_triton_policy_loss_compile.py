@@ -47,7 +47,7 @@ def forward(
         given,
         torch.ones(()) if denominator else None,
         torch.ones(()),
-        *fusedpo.ops_policy_loss.encode(objective),
+        *fusedpo.ops.policy_loss.encode(objective),
         per_token,
     )
 

@@ -19,7 +19,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # -------------------------------------------------------------------------------------------------------- the objective
-# Numbers are those that _RATIOS, _TRUST_REGIONS, ... in python/fusedpo/ops_policy_loss.py count.
+# Numbers are those that _RATIOS, _TRUST_REGIONS, ... in python/fusedpo/ops/policy_loss.py count.
 
 TOKEN_RATIO, SEQUENCE_RATIO, TRACE, ON_POLICY = map(tl.constexpr, range(4))
 NO_TRUST_REGION, PPO_CLIP, LOG_CLIP, CISPO, BINARY_TV, BINARY_KL = map(tl.constexpr, range(6))

@@ -14,7 +14,7 @@ constexpr float kVespoLogWeightMin = -18.420681f;  // log(1e-8)
 
 // ------------------------------------------------------------------------------------------------------- the objective
 
-// The numbers of ratios and trust regions are those of _RATIOS and _TRUST_REGIONS in python/fusedpo/ops_policy_loss.py.
+// The numbers of ratios and trust regions are those of _RATIOS and _TRUST_REGIONS in python/fusedpo/ops/policy_loss.py.
 
 enum Ratio : int32_t { kTokenRatio, kSequenceRatio, kTrace, kOnPolicy };
 enum TrustRegion : int32_t {

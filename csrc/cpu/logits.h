@@ -67,7 +67,7 @@ inline Rows output_rows(const Arguments& arguments, const Tensor& logits, const 
   return {"out", out};
 }
 
-// What a reduced row says (rows.h).
+// What a reduced row says (row_kernels.h).
 struct RowSummary {
   RowSummary(const RowStats& stats_, float temperature_)
       : stats(stats_), temperature(temperature_), log_sum(std::log1p((double)stats.rest)) {}

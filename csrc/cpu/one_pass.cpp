@@ -172,7 +172,7 @@ struct Walk : BatchArguments {
   std::vector<int64_t> live;                       // the rows that are evaluated
 };
 
-// Arguments as the schema in python/fusedpo/ops_one_pass.py says. Throws std::invalid_argument, which becomes a
+// Arguments as the schema in python/fusedpo/ops/one_pass.py says. Throws std::invalid_argument, which becomes a
 // ValueError, for a bad id or temperature at an evaluated row, and where cu_seqlens or rows are none; nothing is
 // overwritten then.
 void one_pass(const OnePassInputs& in) { Walk(in).run(); }

@@ -176,7 +176,7 @@ std::vector<double> scales_of(const AggregationArguments& a, const Tiling& tilin
   return scales;
 }
 
-// Arguments and results as the schema in python/fusedpo/ops_policy_loss.py says. Throws std::invalid_argument, which
+// Arguments and results as the schema in python/fusedpo/ops/policy_loss.py says. Throws std::invalid_argument, which
 // becomes a ValueError, where cu_seqlens are no offsets.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(const PolicyLossInputs& in) {
   const PolicyLossArguments a(in);

@@ -28,7 +28,7 @@ struct Row {
   int64_t from, to, token, sequence, end;
 };
 
-// The arguments of the kernels, as the operator in python/fusedpo/ops_one_pass.py has them.
+// The arguments of the kernels, as the operator in python/fusedpo/ops/one_pass.py has them.
 struct OnePass {
   Objective objective;
   Batch batch;  // without log-probs and entropy; old log-probs may be absent

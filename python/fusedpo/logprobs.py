@@ -8,8 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, backends, ops, ops_hidden, reference
+from . import _checks, backends, ops, reference
 from ._batch import as_bool
+from .ops import hidden as ops_hidden
+from .ops import token_logprobs as ops_token_logprobs
 
 __all__ = ["linear_token_logprobs", "next_tokens", "token_logprobs"]
 
@@ -76,7 +78,7 @@ def token_logprobs(
         return reference.token_logprobs(
             logits, token_ids, temperature=temperature, mask=mask, return_entropy=return_entropy
         )
-    logprobs, entropy = ops.token_logprobs(
+    logprobs, entropy = ops_token_logprobs.token_logprobs(
         *as_kernels_take_them(logits, token_ids, temperature), as_bool(mask), return_entropy, inplace_backward, backend
     )
     return (logprobs, entropy) if return_entropy else logprobs

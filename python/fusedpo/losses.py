@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import _checks, _tokens, backends, ops, ops_hidden, ops_one_pass, ops_policy_loss, reference
+from . import _checks, _tokens, backends, ops, reference
 from ._batch import Batch, as_bool
 from .logprobs import (
     as_kernels_take_them,
@@ -19,6 +19,9 @@ from .logprobs import (
     token_logprobs,
 )
 from .objectives import Objective
+from .ops import hidden as ops_hidden
+from .ops import one_pass as ops_one_pass
+from .ops import policy_loss as ops_policy_loss
 from .reference import PolicyLossOutput
 
 __all__ = ["PolicyLossOutput", "policy_loss", "policy_loss_from_hidden", "policy_loss_from_logits"]

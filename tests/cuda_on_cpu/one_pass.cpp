@@ -1,5 +1,5 @@
 // The kernels of csrc/cuda/one_pass.cuh. A call has the warps of a block, the bytes of its shared memory and the number
-// of clusters, the arguments of the operator in python/fusedpo/ops_one_pass.py and what their shapes say, or a factor
+// of clusters, the arguments of the operator in python/fusedpo/ops/one_pass.py and what their shapes say, or a factor
 // to scale by, or the bytes of a row and of the shared memory of a device. The results of the first are blocks per
 // cluster and slices per warp, the gradient with all that lies between its rows, log-probs and entropy.
 #include "cuda/one_pass.cuh"

@@ -1,6 +1,6 @@
 // The kernels of csrc/cuda/policy_loss.cuh. A call has the sizes of blocks,
 // tiles and grids, the arguments of the operator in
-// python/fusedpo/ops_policy_loss.py, what their shapes say, and the upstream
+// python/fusedpo/ops/policy_loss.py, what their shapes say, and the upstream
 // gradient of losses per token. Its results are loss, metrics, the gradients of
 // log-probs and entropy, as autograd gives them, and what the loss of each
 // token is multiplied by where losses are aggregated.

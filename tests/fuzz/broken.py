@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedpo import objectives as O
-from fusedpo import ops_one_pass, ops_policy_loss
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
 from fusedpo.ops_advantages import ESTIMATORS
 
 Call = tuple[str, list[Any]]

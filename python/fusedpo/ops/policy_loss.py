@@ -34,12 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import objectives
-from ._batch import Batch
-from ._checks import FLOAT32_MAX
-from .objectives import AGGREGATIONS, KL_KINDS, Objective
-from .ops import apply, define, is_differentiated, once_differentiable
-from .reference import METRICS
+from .. import objectives
+from .._batch import Batch
+from .._checks import FLOAT32_MAX
+from ..objectives import AGGREGATIONS, KL_KINDS, Objective
+from ..reference import METRICS
+from . import apply, define, is_differentiated, once_differentiable
 
 # Of a batch, in the order of Batch.
 TOKENS = (

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, objectives, ops_policy_loss
-from ._batch import Batch
-from .objectives import Objective
-from .ops import apply, are_batched, edge_to, must_be_functional, once_differentiable
-from .ops_one_pass import scaled
-from .reference.layout import layout
+from .. import backends, objectives
+from .._batch import Batch
+from ..objectives import Objective
+from ..reference.layout import layout
+from . import apply, are_batched, edge_to, must_be_functional, once_differentiable
+from . import policy_loss as ops_policy_loss
+from .one_pass import scaled
 
 # Every chunk streams the weight and its gradient once: against that its products must be large.
 WORKSPACE_BYTES = {"cpu": 1 << 28}

@@ -14,7 +14,7 @@
 * ``token_ids`` int64; ``temperature`` ``[]`` or ``[*tokens]``; ``advantages`` and ``is_weights`` ``[*tokens]`` or
   ``[num_sequences, 1]``; ``old_logprobs`` (None: the log-probs themselves) and ``ref_logprobs`` ``[*tokens]``; float32.
 * ``scale`` ``[*tokens]`` float32: what the loss of each token is multiplied by.
-* ``parts`` and ``values``: the objective (:func:`fusedpo.ops_policy_loss.encode`), of which :func:`is_possible` holds.
+* ``parts`` and ``values``: the objective (:func:`fusedpo.ops.policy_loss.encode`), of which :func:`is_possible` holds.
 
 ``scale_`` multiplies a stored gradient by a 0-d factor, which it
 reads on the device: a factor of 1 costs nothing.
@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import objectives, ops_policy_loss
-from ._batch import Batch
-from .objectives import Objective
-from .ops import apply, are_batched, define, edge_to, may_overlap, once_differentiable
+from .. import objectives
+from .._batch import Batch
+from ..objectives import Objective
+from . import apply, are_batched, define, edge_to, may_overlap, once_differentiable
+from . import policy_loss as ops_policy_loss
 
 define(
     "one_pass",
