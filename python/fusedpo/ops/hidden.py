@@ -141,7 +141,7 @@ class _Head:
     """The last layer of the model, a chunk at a time.
 
     What the tanh of a softcap gives is not multiplied by it, which would be a sweep over the logits: the temperature is
-    divided by it (:func:`_uncapped`).
+    divided by it (:func:`_uncapped_temperature`).
     """
 
     def __init__(
@@ -383,9 +383,13 @@ def _once_differentiable(name: str, gradients: list[Tensor | None], *sources: Te
     return [None if gradient is None else once_differentiable(name, gradient, *sources) for gradient in gradients]
 
 
+def _uncapped_temperature(temperature: Tensor, options: Options) -> Tensor:
+    """Of logits that were not multiplied by ``softcap``."""
+    return temperature if options.softcap is None else temperature / options.softcap
+
+
 def _uncapped(inputs: Inputs, options: Options) -> Inputs:
-    """With the temperature of logits that were not multiplied by ``softcap``."""
-    return inputs if options.softcap is None else inputs._replace(temperature=inputs.temperature / options.softcap)
+    return inputs._replace(temperature=_uncapped_temperature(inputs.temperature, options))
 
 
 def linear_token_logprobs(
