@@ -1,4 +1,4 @@
-// The operators of python/fusedpo/ops_advantages.py: their arguments as the kernels of every device take them.
+// The operators of python/fusedpo/ops/advantages.py: their arguments as the kernels of every device take them.
 #pragma once
 
 #include <tuple>

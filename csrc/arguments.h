@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fusedpo {
@@ -133,6 +134,22 @@ class Arguments {
   const char* first_name_;
   const torch::stable::Device device_;
   std::vector<Tensor> tensors_;
+};
+
+// An operator that takes a struct whose fields are its arguments in their order, of the types `Types<...>`; fields of
+// structs within that struct count as its own.
+template <class... T>
+struct Types {};
+
+template <class... A, class... B, class... C>
+Types<A..., B..., C...> joined(Types<A...>, Types<B...>, Types<C...>);
+
+template <auto kOperator, class Types>
+struct Spread;
+
+template <auto kOperator, class... T>
+struct Spread<kOperator, Types<T...>> {
+  static auto call(T... arguments) { return kOperator({std::move(arguments)...}); }
 };
 
 }  // namespace fusedpo

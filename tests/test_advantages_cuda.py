@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedpo import backends
-from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
+from fusedpo.ops.advantages import ESTIMATORS, TOKEN_ESTIMATORS
 
 pytestmark = [
     pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING)),

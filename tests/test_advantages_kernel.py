@@ -32,7 +32,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedpo import backends
-from fusedpo.ops_advantages import ESTIMATORS
+from fusedpo.ops.advantages import ESTIMATORS
 from fusedpo.reference import advantages as reference
 
 pytestmark = [

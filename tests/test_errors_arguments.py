@@ -10,7 +10,7 @@ import torch
 import fusedpo
 from fusedpo import _checks, advantages, corrections, covariance, objectives
 from fusedpo.objectives import CISPO, DRO, KL, SAPO, VESPO, ForwardTrace, LogClip, Objective, PPOClip, Trace
-from fusedpo.ops_policy_loss import encode
+from fusedpo.ops.policy_loss import encode
 
 B, T, V, H = 2, 4, 9, 5
 TENSORS = {

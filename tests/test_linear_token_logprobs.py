@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fusedpo
-from fusedpo import backends, ops_hidden, reference
+from fusedpo import backends, reference
+from fusedpo.ops import hidden as ops_hidden
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 T, H, V = 14, 24, 150

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
+from fusedpo.ops.advantages import ESTIMATORS, TOKEN_ESTIMATORS
 
 CORE = Path(__file__).parent.parent / "csrc" / "core"
 

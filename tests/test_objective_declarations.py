@@ -6,7 +6,9 @@ from unittest import mock
 import torch
 
 from fusedpo import objectives as O
-from fusedpo import ops_hidden, ops_one_pass, ops_policy_loss
+from fusedpo.ops import hidden as ops_hidden
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedpo
-from fusedpo import backends, ops_one_pass, ops_policy_loss
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 EVERY = OBJECTIVES | TWO_PASSES
@@ -399,11 +401,10 @@ def arguments(batch, objective, rows=None):
     return (*start, *tokens, scale, *ops_policy_loss.encode(objective))
 
 
-@pytest.mark.parametrize("operator", ["one_pass", "one_pass_"])
-def test_opcheck(operator):
+def test_opcheck():
     batch = one_pass.batch((2, 6), 30)
-    args = (batch["logits"], *arguments(batch, O.nfpo(3)))
-    torch.library.opcheck(getattr(torch.ops.fusedpo, operator).native, args)
+    args = (batch["logits"], torch.empty_like(batch["logits"]), *arguments(batch, O.nfpo(3)))
+    torch.library.opcheck(torch.ops.fusedpo.one_pass.native, args)
     torch.library.opcheck(torch.ops.fusedpo.scale_.native, (batch["logits"], torch.tensor(2.0)))
 
 
@@ -413,13 +414,14 @@ def test_rows_in_chunks_from_the_end(ahead):
     batch = one_pass.batch((30,), 64, kept=0.6)
     objective = O.Objective(O.Trace(0, ahead), O.PPOClip(), entropy_coef=0.1)
     args = arguments(batch, objective)
-    whole = torch.ops.fusedpo.one_pass.native(batch["logits"], *args)
+    whole = torch.empty_like(batch["logits"])
+    torch.ops.fusedpo.one_pass.native(batch["logits"], whole, *args)
     rows = batch["mask"].nonzero()[:, 0]
     logprobs, entropy = torch.zeros(2, 30)
     gradient = torch.zeros_like(whole)
     for chunk in reversed(rows.split(4)):
         logits = batch["logits"][chunk]
-        torch.ops.fusedpo.one_pass_.native(logits, logprobs, entropy, chunk, *args[3:])
+        torch.ops.fusedpo.one_pass.native(logits, logits, logprobs, entropy, chunk, *args[3:])
         gradient[chunk] = logits
     assert torch.equal(gradient, whole)
     assert torch.equal(logprobs, args[0])
@@ -431,8 +433,9 @@ def test_rows_that_are_none(rows):
     batch = one_pass.batch((30,), 64, kept=1)
     batch["mask"][1] = False
     rows = torch.tensor(rows)
+    logits = batch["logits"][: len(rows)]
     with pytest.raises(ValueError, match="rows must be ascending positions of kept tokens"):
-        torch.ops.fusedpo.one_pass_.native(batch["logits"][: len(rows)], *arguments(batch, O.ppo(), rows))
+        torch.ops.fusedpo.one_pass.native(logits, logits, *arguments(batch, O.ppo(), rows))
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ from support.policy_loss import INF, NAN
 from torch import Tensor
 
 import fusedpo
-from fusedpo import backends, ops_one_pass, ops_policy_loss, reference
+from fusedpo import backends, reference
 from fusedpo import objectives as O
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"
@@ -593,11 +595,8 @@ def run_on_device(p: Problem, *, inplace: bool) -> Result:
     p = on_device(p)
     logprobs, entropy = torch.zeros(2, *p.token_ids.shape, device=DEVICE).unbind()
     tokens = (p.token_ids, p.temperature, *p.tokens().values(), p.scale, *ops_policy_loss.encode(p.objective))
-    if inplace:
-        torch.ops.fusedpo.one_pass_.native(p.logits, logprobs, entropy, None, *tokens)
-        gradient = p.logits
-    else:
-        gradient = torch.ops.fusedpo.one_pass.native(p.logits, logprobs, entropy, None, *tokens)
+    gradient = p.logits if inplace else torch.empty_like(p.logits)
+    torch.ops.fusedpo.one_pass.native(p.logits, gradient, logprobs, entropy, None, *tokens)
     return Result([], gradient.cpu(), logprobs.cpu(), entropy.cpu())
 
 
@@ -631,11 +630,12 @@ def test_no_sync_and_graphs():
     p = on_device(problem(NFPO, (64,), 32_000, torch.bfloat16))
     logprobs, entropy = torch.zeros(2, 64, device=DEVICE).unbind()
     tokens = (p.token_ids, p.temperature, *p.tokens().values(), p.scale, *ops_policy_loss.encode(p.objective))
-    arguments = (p.logits, logprobs, entropy, None, *tokens)
-    first = torch.ops.fusedpo.one_pass.native(*arguments)
+    first, captured = torch.empty_like(p.logits), torch.empty_like(p.logits)
+    arguments = (logprobs, entropy, None, *tokens)
+    torch.ops.fusedpo.one_pass.native(p.logits, first, *arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # fails where anything waits for the device
-        captured = torch.ops.fusedpo.one_pass.native(*arguments)
+        torch.ops.fusedpo.one_pass.native(p.logits, captured, *arguments)
     graph.replay()
     assert torch.equal(first, captured)
 

@@ -45,11 +45,9 @@ def test_opcheck(logits, token_ids, mask, entropy):
     torch.library.opcheck(torch.ops.fusedpo.token_logprobs.native, args)
     _, _, stats = torch.ops.fusedpo.token_logprobs.native(*args)
     upstream = (torch.randn(ROWS), torch.randn(ROWS) if entropy else None)
-    for operator in (
-        torch.ops.fusedpo.token_logprobs_backward.native,
-        torch.ops.fusedpo.token_logprobs_backward_.native,
-    ):
-        torch.library.opcheck(operator, (*upstream, logits.detach().clone(), token_ids, temperature, mask, stats))
+    args = (*upstream, logits.detach().clone(), token_ids, temperature, mask, stats)
+    torch.library.opcheck(torch.ops.fusedpo.token_logprobs_backward.native, args)
+    torch.library.opcheck(torch.ops.fusedpo.token_logprobs_backward_out.native, (*args, torch.empty_like(logits)))
 
 
 def compiled(function, backend: str = "aot_eager"):

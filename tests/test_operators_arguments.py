@@ -12,8 +12,9 @@ import torch
 from fuzz import broken
 
 import fusedpo
-from fusedpo import backends, ops_policy_loss
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 TESTS = Path(__file__).parent
 NATIVE = pytest.param(
@@ -42,10 +43,10 @@ def arguments(operator: str) -> dict:
             "stats": torch.ones(*shape, 3),
         },
         "policy_loss": {
-            **{name: floats[name] for name in ("logprobs", "old_logprobs", "advantages")},
+            **{name: floats[name] for name in ("logprobs", "entropy", "old_logprobs", "advantages")},
             "mask": torch.ones(shape, dtype=torch.bool),
             "cu_seqlens": None,
-            **{name: floats[name] for name in ("ref_logprobs", "entropy", "is_weights")},
+            **{name: floats[name] for name in ("ref_logprobs", "is_weights")},
             "denominator": torch.tensor(3.0),
             "loss_scale": torch.tensor(1.0),
             "parts": PARTS,
@@ -54,6 +55,7 @@ def arguments(operator: str) -> dict:
         },
         "one_pass": {
             "logits": x,
+            "out": torch.empty_like(x),
             **{name: floats[name] for name in ("logprobs", "entropy")},
             "rows": None,
             "token_ids": y,

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedpo
-from fusedpo import _checks, backends, ops_hidden
+from fusedpo import _checks, backends
 from fusedpo import objectives as O
+from fusedpo.ops import hidden as ops_hidden
 
 
 @pytest.fixture(autouse=True)

@@ -363,7 +363,7 @@ def test_opcheck(objective, per_token, packed):
     args = operator_arguments(objective, per_token, packed)
     torch.library.opcheck(torch.ops.fusedpo.policy_loss.native, args)
     if per_token and getattr(objective.ratio, "differentiate", False):
-        lp, olp, _, mask, cu_seqlens, *_ = args
+        lp, _, olp, _, mask, cu_seqlens, *_ = args
         loss, _, grad_logprobs, _, grad_log_trace = torch.ops.fusedpo.policy_loss.native(*args)
         torch.library.opcheck(
             torch.ops.fusedpo.policy_loss_backward.native,
@@ -374,8 +374,8 @@ def test_opcheck(objective, per_token, packed):
 def test_operator_refuses_offsets_that_are_none():
     args = list(operator_arguments(O.ppo(), False, packed=True))
     for offsets in ([0, 11], [1, 10], [0, 7, 3, 10]):
-        args[4] = torch.tensor(offsets)
-        args[2] = torch.ones(len(offsets) - 1, 1)
+        args[5] = torch.tensor(offsets)
+        args[3] = torch.ones(len(offsets) - 1, 1)
         with pytest.raises(ValueError, match="cu_seqlens must start with 0"):
             torch.ops.fusedpo.policy_loss.native(*args)
 

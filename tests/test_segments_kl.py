@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fusedpo
-from fusedpo import backends, ops_divergence
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import divergence as ops_divergence
 
 native = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 

@@ -7,8 +7,10 @@ import torch
 from support.logprobs import peak_extra_bytes
 
 import fusedpo
-from fusedpo import backends, ops_divergence, ops_hidden
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import divergence as ops_divergence
+from fusedpo.ops import hidden as ops_hidden
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 

@@ -24,7 +24,7 @@ from support.advantages import (
 )
 from torch import Tensor
 
-from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
+from fusedpo.ops.advantages import ESTIMATORS, TOKEN_ESTIMATORS
 from fusedpo.reference import advantages as reference
 
 kernels = pytest.importorskip("fusedpo.triton_kernels.advantages")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
+from fusedpo.ops.advantages import ESTIMATORS, TOKEN_ESTIMATORS
 
 pytest.importorskip("triton")
 triton_aot = pytest.importorskip("support.triton_aot")

@@ -35,14 +35,16 @@ def backward(
 ):
     from fusedpo.triton_kernels import logprobs as kernels
 
-    kernels.token_logprobs_backward(
+    logits = torch.zeros(rows, size, dtype=dtype)
+    kernels.token_logprobs_backward_out(
         torch.zeros(rows, num_ids) if logprobs else None,
         torch.zeros(rows) if entropy else None,
-        torch.zeros(rows, size, dtype=dtype),
+        logits,
         torch.zeros(rows, num_ids, dtype=torch.int64),
         torch.ones(()),
         torch.ones(rows, dtype=torch.bool) if mask else None,
         torch.zeros(rows, 3),
+        torch.empty_like(logits),
     )
 
 
@@ -171,8 +173,8 @@ def count_variants() -> dict[str, int]:
             for temperature in (torch.full((), 0.5 + i), torch.full((rows,), 0.5 + i)):
                 _, _, stats = logprobs.token_logprobs(logits, ids, temperature, None, False)
                 arguments = (torch.ones(rows), None, logits, offset_ids, temperature, None, stats)
-                logprobs.token_logprobs_backward(*arguments)
-                logprobs.token_logprobs_backward_(*arguments)
+                logprobs.token_logprobs_backward_out(*arguments, torch.empty_like(logits))
+                logprobs.token_logprobs_backward_out(*arguments, logits)
 
     def vocabularies() -> None:
         for size in (32_000, 50_257, 100_277, 128_256, 151_936, 152_064, 202_048, 262_144):

@@ -334,11 +334,9 @@ def test_opcheck(mask, entropy):
     torch.library.opcheck(torch.ops.fusedpo.token_logprobs.triton, args)
     _, _, stats = torch.ops.fusedpo.token_logprobs.triton(*args)
     upstream = (torch.randn(2, 3), torch.randn(2, 3) if entropy else None)
-    for operator in (
-        torch.ops.fusedpo.token_logprobs_backward.triton,
-        torch.ops.fusedpo.token_logprobs_backward_.triton,
-    ):
-        torch.library.opcheck(operator, (*upstream, logits.clone(), ids, temperature, mask, stats))
+    args = (*upstream, logits.clone(), ids, temperature, mask, stats)
+    torch.library.opcheck(torch.ops.fusedpo.token_logprobs_backward.triton, args)
+    torch.library.opcheck(torch.ops.fusedpo.token_logprobs_backward_out.triton, (*args, torch.empty_like(logits)))
 
 
 @pytest.mark.parametrize("entropy", [False, True])

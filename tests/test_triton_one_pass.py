@@ -13,8 +13,10 @@ from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of
 from support.triton_device import DEVICE, _backend, pytestmark, small, use_segments  # noqa: F401
 
 import fusedpo
-from fusedpo import _checks, ops_one_pass, ops_policy_loss, reference
+from fusedpo import _checks, reference
 from fusedpo import objectives as O
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -59,9 +61,10 @@ def run(batch, objective, *, inplace=False, logprobs=None, entropy=None):
         if any(stride == 0 for stride in logits.stride()):
             whole = logits.contiguous()
         gradient = whole if DEVICE == "cuda" else whole.clone(memory_format=torch.preserve_format)
-        torch.ops.fusedpo.one_pass_.triton(gradient, *args)
+        torch.ops.fusedpo.one_pass.triton(gradient, gradient, *args)
     else:
-        gradient = torch.ops.fusedpo.one_pass.triton(logits, *args)
+        gradient = logits.new_empty(logits.shape)
+        torch.ops.fusedpo.one_pass.triton(logits, gradient, *args)
     return [x.cpu() for x in (*out, gradient)]
 
 
@@ -444,7 +447,7 @@ def test_strided_logits(view, dtype):
         before, args = base.clone(), {n: x if x is None else x.to(DEVICE) for n, x in batch.items() if n != "logits"}
         outputs = torch.empty(2, 2, 3, device=DEVICE)
         parts = ops_policy_loss.encode(O.nfpo(2))
-        torch.ops.fusedpo.one_pass_.triton(take(base), *outputs, *args.values(), *parts)
+        torch.ops.fusedpo.one_pass.triton(take(base), take(base), *outputs, *args.values(), *parts)
         torch.testing.assert_close(take(base).cpu(), want[2], **close)
         take(base).copy_(take(before))
         assert torch.equal(base, before)  # nothing beside the rows was written
@@ -511,8 +514,8 @@ def test_opcheck(packed):
     batch = make_batch((5,), lengths=[2, 3]) if packed else make_batch((2, 3))
     batch = {n: x if x is None else x.to(DEVICE) for n, x in batch.items()}
     args = (*torch.zeros(2, *batch["token_ids"].shape), *list(batch.values())[1:], *ops_policy_loss.encode(O.nfpo(3)))
-    for operator in (torch.ops.fusedpo.one_pass.triton, torch.ops.fusedpo.one_pass_.triton):
-        torch.library.opcheck(operator, (batch["logits"].clone(), *args))
+    out = torch.empty_like(batch["logits"])
+    torch.library.opcheck(torch.ops.fusedpo.one_pass.triton, (batch["logits"].clone(), out, *args))
     torch.library.opcheck(torch.ops.fusedpo.scale_.triton, (batch["logits"].clone(), torch.tensor(2.0)))
 
 

@@ -38,9 +38,10 @@ def one_pass(
 
     per_token, ids = torch.zeros(tokens), torch.zeros(tokens, dtype=torch.int64)
     given = per_token if everything else None
-    operator = one_pass.one_pass_ if inplace else one_pass.one_pass
-    operator(
-        torch.zeros(tokens, vocab_size, dtype=dtype),
+    logits = torch.zeros(tokens, vocab_size, dtype=dtype)
+    one_pass.one_pass(
+        logits,
+        logits if inplace else torch.empty_like(logits),
         per_token,
         per_token,
         torch.arange(tokens) if rows else None,
@@ -53,7 +54,7 @@ def one_pass(
         given,
         given,
         per_token,
-        *fusedpo.ops_policy_loss.encode(objective),
+        *fusedpo.ops.policy_loss.encode(objective),
     )
 
 

@@ -364,7 +364,7 @@ def test_opcheck(objective, per_token, packed):
     args = operator_arguments(objective, per_token, packed)
     torch.library.opcheck(torch.ops.fusedpo.policy_loss.triton, args)
     if per_token and getattr(objective.ratio, "differentiate", False):
-        lp, olp, _, mask, cu_seqlens, *_ = args
+        lp, _, olp, _, mask, cu_seqlens, *_ = args
         loss, _, grad_logprobs, _, grad_log_trace = torch.ops.fusedpo.policy_loss.triton(*args)
         torch.library.opcheck(
             torch.ops.fusedpo.policy_loss_backward.triton,
@@ -375,7 +375,7 @@ def test_opcheck(objective, per_token, packed):
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU, offsets are checked under FUSEDPO_DEBUG=1 only")
 def test_operator_refuses_offsets_that_are_none():
     args = list(operator_arguments(O.ppo(), False, packed=True))
-    args[4] = torch.tensor([0, 7, 3, 10])
+    args[5] = torch.tensor([0, 7, 3, 10])
     with pytest.raises(ValueError, match="cu_seqlens must not decrease"):
         torch.ops.fusedpo.policy_loss.triton(*args)
 
@@ -416,10 +416,10 @@ def gpu_arguments(objective, per_token=False, rows=64, width=4096):
         k: x.to(DEVICE, torch.float32) if x.is_floating_point() else x.to(DEVICE)
         for k, x in random_batch(rows, width).items()
     }
-    names = ("ref_logprobs", "entropy", "is_weights")
-    arrays = [batch["logprobs"], batch["old_logprobs"], batch["advantages"], batch["mask"], None]
+    names = ("ref_logprobs", "is_weights")
+    arrays = [batch[name] for name in ("logprobs", "entropy", "old_logprobs", "advantages", "mask")] + [None]
     numbers = [None, torch.ones((), device=DEVICE)]
-    encoded = fusedpo.ops_policy_loss.encode(objective)
+    encoded = fusedpo.ops.policy_loss.encode(objective)
     return (*arrays, *(batch[name] for name in names), *numbers, *encoded, per_token)
 
 

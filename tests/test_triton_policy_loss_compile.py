@@ -39,15 +39,15 @@ def forward(
     policy_loss.policy_loss(
         x,
         given,
+        given,
         x if everything else torch.zeros(rows, 1),
         torch.ones_like(x, dtype=torch.bool) if mask else None,
         torch.arange(rows + 1) * width if packed else None,
         given,
         given,
-        given,
         torch.ones(()) if denominator else None,
         torch.ones(()),
-        *fusedpo.ops_policy_loss.encode(objective),
+        *fusedpo.ops.policy_loss.encode(objective),
         per_token,
     )
 

@@ -5,14 +5,14 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from fusedpo.ops import LIBRARY
+from fusedpo.ops import DEVICES, LIBRARY
 
 _OPERATORS = {
     "advantages": ("group_advantages", "token_advantages", "step_advantages", "whiten"),
     "exact_kl": ("exact_kl", "exact_kl_"),
-    "logprobs": ("token_logprobs", "token_logprobs_backward", "token_logprobs_backward_"),
-    "one_pass": ("one_pass", "one_pass_", "scale_"),
-    "policy_loss": ("policy_loss", "policy_loss_backward"),
+    "logprobs": ("token_logprobs", "token_logprobs_backward_out"),
+    "one_pass": ("one_pass", "scale_"),
+    "policy_loss": ("policy_loss", "policy_loss_backward", "token_scale"),
 }
 
 
@@ -27,5 +27,5 @@ def _launcher(module: str, operator: str) -> Callable[..., Any]:
 
 for _module, _names in _OPERATORS.items():
     for _name in _names:
-        for _key in ("CUDA", "XPU", "CPU"):  # the CPU is for TRITON_INTERPRET=1
+        for _key in DEVICES:
             LIBRARY.impl(f"{_name}.triton", _launcher(_module, _name), _key)

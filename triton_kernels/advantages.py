@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedpo import _checks
-from fusedpo.ops_advantages import ESTIMATORS, GROUP_ESTIMATORS, TOKEN_ESTIMATORS
+from fusedpo.ops.advantages import ESTIMATORS, GROUP_ESTIMATORS, TOKEN_ESTIMATORS
 
 from .checks import INT64, INTEGER, REAL, WHOLE, Arguments, dims, given, in_range, packed
 from .common import kernel, launch

@@ -14,6 +14,7 @@ the number of rows nor on the place of a row among them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -331,6 +332,22 @@ def with_layout(tensor: Tensor) -> tuple[Tensor, RowLayout]:
     return tensor, layout
 
 
+def with_output(logits: Tensor, out: Tensor, run: Callable[[Tensor, RowLayout, Tensor, RowLayout], None]) -> None:
+    """Calls ``run`` with two tensors and where their rows start; what it writes into the second one, ``out`` holds."""
+    logits, layout = with_layout(logits)
+    to = row_layout(out)
+    target = out
+    if to is None or (to.inner_rows != layout.inner_rows and not out.is_contiguous()):
+        target = out.new_empty(out.shape)
+    if target.is_contiguous():
+        vocab_size = out.shape[-1]
+        to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
+    assert to is not None
+    run(logits, layout, target, to)
+    if target is not out:
+        out.copy_(target)
+
+
 def row_width(tensor: Tensor, layout: RowLayout) -> int:
     """Elements per load and store: 16 bytes of them if every row starts and ends on a boundary of 16 bytes, else one.
 
@@ -434,18 +451,17 @@ def _reached(
     return reached if mask is None else reached & mask
 
 
-def _backward(
+def token_logprobs_backward_out(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
-    layout: RowLayout,
-    grad_logits: Tensor,
-    grad_layout: RowLayout,
     token_ids: Tensor,
     temperature: Tensor,
     mask: Tensor | None,
     stats: Tensor,
+    out: Tensor,
 ) -> None:
+    """The operator ``fusedpo::token_logprobs_backward_out``."""
     arguments = Arguments("logits", logits)
     rows, vocab_size = logits.shape[:-1], logits.shape[-1]
     token_ids, temperature, mask = _check(arguments, logits, token_ids, temperature, mask)
@@ -454,72 +470,42 @@ def _backward(
     if grad_entropy is not None and grad_entropy.numel() == 0:
         grad_entropy = None  # a traced graph passes it for an entropy that was not asked for
     grad_entropy = arguments.read("grad_entropy", grad_entropy, FLOAT, rows)
+    arguments.check("out", out, (logits.dtype,), logits.shape)
     num_rows = rows.numel()
     if num_rows == 0:
         return
     if _checks.values_are_free(token_ids):
         reached = _reached(grad_logprobs, grad_entropy, mask, rows)
         check_values(vocab_size, token_ids, temperature, reached)
-    num_ids, order = token_ids.numel() // num_rows, None
+    num_ids = token_ids.numel() // num_rows
+    order = None
     if num_ids > 1 and grad_logprobs is not None:
         token_ids, order = token_ids.sort(dim=-1, stable=True)
-    width = min(row_width(logits, layout), row_width(grad_logits, grad_layout))
-    tile = _tile(vocab_size, num_ids, logits.element_size(), width)
-    launch(
-        _token_logprobs_backward_kernel,
-        cdiv(num_rows, tile["ROWS"]),
-        logits.device,
-        grad_logprobs,
-        grad_entropy,
-        logits,
-        grad_logits,
-        token_ids,
-        order,
-        temperature,
-        mask,
-        stats,
-        num_rows,
-        vocab_size,
-        num_ids,
-        *layout,
-        grad_layout.outer_stride,
-        grad_layout.inner_stride,
-        int(temperature.dim() > 0),
-        **tile,
-    )
 
+    def run(logits: Tensor, layout: RowLayout, out: Tensor, out_layout: RowLayout) -> None:
+        width = min(row_width(logits, layout), row_width(out, out_layout))
+        tile = _tile(vocab_size, num_ids, logits.element_size(), width)
+        launch(
+            _token_logprobs_backward_kernel,
+            cdiv(num_rows, tile["ROWS"]),
+            logits.device,
+            grad_logprobs,
+            grad_entropy,
+            logits,
+            out,
+            token_ids,
+            order,
+            temperature,
+            mask,
+            stats,
+            num_rows,
+            vocab_size,
+            num_ids,
+            *layout,
+            out_layout.outer_stride,
+            out_layout.inner_stride,
+            int(temperature.dim() > 0),
+            **tile,
+        )
 
-def token_logprobs_backward(
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-) -> Tensor:
-    """The operator ``fusedpo::token_logprobs_backward``: the gradient of the logits."""
-    grad_logits = logits.new_empty(logits.shape)
-    logits, layout = with_layout(logits)
-    vocab_size = logits.shape[-1]
-    to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
-    _backward(grad_logprobs, grad_entropy, logits, layout, grad_logits, to, token_ids, temperature, mask, stats)
-    return grad_logits
-
-
-def token_logprobs_backward_(
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-) -> None:
-    """The operator ``fusedpo::token_logprobs_backward_``: the gradient of the logits overwrites them."""
-    layout = row_layout(logits)
-    others = (token_ids, temperature, mask, stats)
-    if layout is None:
-        logits.copy_(token_logprobs_backward(grad_logprobs, grad_entropy, logits, *others))
-    else:
-        _backward(grad_logprobs, grad_entropy, logits, layout, logits, layout, *others)
+    with_output(logits, out, run)

@@ -45,7 +45,7 @@ from .logprobs import (
     log1p,
     row_layout,
     row_width,
-    with_layout,
+    with_output,
 )
 from .objective import AHEAD, TRACE, Objective, Token, evaluate, log_ratio
 from .policy_loss import Weights, decode, only_if, token_layout
@@ -529,11 +529,9 @@ def _decode(parts: list[int], values: list[float], num_tokens: int) -> Objective
     return o
 
 
-def _one_pass(
+def one_pass(
     logits: Tensor,
-    layout: RowLayout,
-    grad_logits: Tensor,
-    grad_layout: RowLayout,
+    out: Tensor,
     logprobs: Tensor,
     entropy: Tensor,
     rows: Tensor | None,
@@ -549,11 +547,14 @@ def _one_pass(
     parts: list[int],
     values: list[float],
 ) -> None:
+    """The operator ``fusedpo::one_pass``."""
+    expect(logits.dim() > 0, "rows must have at least one dimension")
     shape, vocab_size = logprobs.shape, logits.shape[-1]
     num_rows = logits.shape[:-1].numel()
     arguments, tokens = Arguments("logprobs", logprobs), token_layout(logprobs, cu_seqlens)
     per_sequence = (tokens.num_sequences, 1)
     arguments.check("logits", logits, LOGITS, (*(shape if rows is None else (rows.numel(),)), vocab_size))
+    arguments.check("out", out, (logits.dtype,), logits.shape)
     arguments.write("logprobs", logprobs, FLOAT, shape)
     arguments.write("entropy", entropy, FLOAT, shape)
     order = arguments.read("rows", rows, INT64, (num_rows,))
@@ -576,70 +577,55 @@ def _one_pass(
     if rows is None and mask is not None:
         order, counts = _evaluated_first(mask)
     olp, ref, weights = (logprobs if x is None else x for x in given)
-    tile = _tile(vocab_size, min(row_width(logits, layout), row_width(grad_logits, grad_layout)))
-    num_segments = _num_segments(logits.device, num_rows, vocab_size * logits.element_size())
-    halo = min(o.ahead, triton.cdiv(num_rows, num_segments)) if o.ratio == TRACE.value else 0
-    for halo_rows, programs in ((halo, halo * (num_segments - 1)), (0, num_segments)):
-        if programs == 0:
-            continue
-        launch(
-            _one_pass_kernel,
-            programs,
-            logits.device,
-            logits,
-            grad_logits,
-            logprobs,
-            entropy,
-            token_ids if order is None else order,
-            token_ids if counts is None else counts,
-            token_ids,
-            temperature,
-            olp,
-            advantages,
-            mask,
-            cu_seqlens,
-            ref,
-            weights,
-            scale,
-            halo_rows,
-            num_segments,
-            num_rows,
-            vocab_size,
-            int(order is not None),
-            int(rows is not None),
-            *tokens,
-            *layout,
-            grad_layout.outer_stride,
-            grad_layout.inner_stride,
-            int(temperature.dim() > 0),
-            int(advantages.shape == shape),
-            int(weights.shape == shape),
-            int(old_logprobs is not None),
-            int(is_weights is not None),
-            *o,
-            BONUS=o.entropy_coef != 0,
-            CHUNK=_CHUNK,
-            **tile,
-        )
 
+    def run(logits: Tensor, layout: RowLayout, out: Tensor, out_layout: RowLayout) -> None:
+        tile = _tile(vocab_size, min(row_width(logits, layout), row_width(out, out_layout)))
+        num_segments = _num_segments(logits.device, num_rows, vocab_size * logits.element_size())
+        halo = min(o.ahead, triton.cdiv(num_rows, num_segments)) if o.ratio == TRACE.value else 0
+        for halo_rows, programs in ((halo, halo * (num_segments - 1)), (0, num_segments)):
+            if programs == 0:
+                continue
+            launch(
+                _one_pass_kernel,
+                programs,
+                logits.device,
+                logits,
+                out,
+                logprobs,
+                entropy,
+                token_ids if order is None else order,
+                token_ids if counts is None else counts,
+                token_ids,
+                temperature,
+                olp,
+                advantages,
+                mask,
+                cu_seqlens,
+                ref,
+                weights,
+                scale,
+                halo_rows,
+                num_segments,
+                num_rows,
+                vocab_size,
+                int(order is not None),
+                int(rows is not None),
+                *tokens,
+                *layout,
+                out_layout.outer_stride,
+                out_layout.inner_stride,
+                int(temperature.dim() > 0),
+                int(advantages.shape == shape),
+                int(weights.shape == shape),
+                int(old_logprobs is not None),
+                int(is_weights is not None),
+                *o,
+                BONUS=o.entropy_coef != 0,
+                CHUNK=_CHUNK,
+                **tile,
+            )
 
-def one_pass(logits: Tensor, *args: Any) -> Tensor:
-    """The operator ``fusedpo::one_pass``."""
-    grad_logits = logits.new_empty(logits.shape)
-    logits, layout = with_layout(logits)
-    vocab_size = logits.shape[-1]
-    to = RowLayout(layout.inner_rows, layout.inner_rows * vocab_size, vocab_size)
-    _one_pass(logits, layout, grad_logits, to, *args)
-    return grad_logits
-
-
-def one_pass_(logits: Tensor, *args: Any) -> None:
-    """The operator ``fusedpo::one_pass_``."""
-    layout = row_layout(logits)
-    if layout is None:
-        logits.copy_(one_pass(logits, *args))
-    else:
-        _one_pass(logits, layout, logits, layout, *args)
+    with_output(logits, out, run)
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:

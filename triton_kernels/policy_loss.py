@@ -451,6 +451,35 @@ def _longest(cu_seqlens, num_sequences, width, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _batch_scale(
+    denominator,
+    loss_scale,
+    tokens,
+    sequences,
+    cu_seqlens,
+    num_sequences,
+    width,
+    aggregation,
+    length_norm,
+    CHUNK: tl.constexpr,
+):
+    """What the loss of every token is multiplied by, beside its share in a mean over its sequence."""
+    scale = tl.load(loss_scale)
+    if aggregation != TOKEN_SUM:
+        if denominator is not None:
+            count = tl.load(denominator)
+        else:
+            count = tl.where(aggregation == TOKEN_MEAN, tokens, sequences)
+        scale /= tl.where(count == 0, 1.0, count)
+    if aggregation == SEQ_MEAN_TOKEN_SUM_NORM:
+        norm = length_norm
+        if norm == 0:
+            norm = _longest(cu_seqlens, num_sequences, width, CHUNK)
+        scale /= norm
+    return scale
+
+
+@triton.jit
 def _add_up(statistics, rows, cu_seqlens, num_sequences, width, num_tiles, TILE: tl.constexpr):
     """Sums and maxima of rows over all tiles, and 2^-10 times the sum of the squared weights, lest that overflow.
 
@@ -507,19 +536,19 @@ def _finish_kernel(
     CHUNK: tl.constexpr,
 ):
     index = tl.program_id(0)
-    scale = tl.load(loss_scale)
     tokens, sequences = _counts(statistics, num_tiles, CHUNK)
-    if aggregation != TOKEN_SUM:
-        if denominator is not None:
-            count = tl.load(denominator)
-        else:
-            count = tl.where(aggregation == TOKEN_MEAN, tokens, sequences)
-        scale /= tl.where(count == 0, 1.0, count)
-    if aggregation == SEQ_MEAN_TOKEN_SUM_NORM:
-        norm = length_norm
-        if norm == 0:
-            norm = _longest(cu_seqlens, num_sequences, width, CHUNK)
-        scale /= norm
+    scale = _batch_scale(
+        denominator,
+        loss_scale,
+        tokens,
+        sequences,
+        cu_seqlens,
+        num_sequences,
+        width,
+        aggregation,
+        length_norm,
+        CHUNK,
+    )
 
     if index < NUM_REDUCERS:
         row = index * 2 + tl.arange(0, 2)
@@ -552,6 +581,69 @@ def _finish_kernel(
 @triton.jit
 def _scale(pointers, scale, inside):
     tl.store(pointers, scale * tl.load(pointers, mask=inside, other=0.0), mask=inside)
+
+
+# --------------------------------------------------------------------------------------------------------- scale alone
+
+
+@kernel
+def _shares_kernel(
+    mask,
+    cu_seqlens,
+    shares,
+    statistics,
+    num_sequences,
+    width,
+    aggregation,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The share of each token in the mean over its sequence, and the counts of each tile."""
+    tile = _find_tile(tl.program_id(0), cu_seqlens, num_sequences, width, TILE, CHUNK)
+    i = tl.arange(0, TILE)
+    kept = _kept(mask, tile, i, i < tile.left)
+    count = 0
+    for start in range(-tile.before, tile.left, CHUNK):
+        offset = start + tl.arange(0, CHUNK)
+        count += tl.sum(_kept(mask, tile, offset, offset < tile.left).to(tl.int32), 0)
+    share = 1 / tl.where(aggregation == SEQ_MEAN_TOKEN_MEAN, tl.maximum(count, 1).to(tl.float32), 1.0)
+    tl.store(shares + tile.first + i, tl.where(kept, share, 0.0), mask=i < tile.left)
+    out = statistics + tl.program_id(0)
+    tl.store(out + TOKENS * tl.num_programs(0), tl.sum(kept.to(tl.float32), 0))
+    tl.store(out + SEQUENCES * tl.num_programs(0), ((tile.before == 0) & (count > 0)).to(tl.float32))
+
+
+@kernel
+def _scale_shares_kernel(
+    cu_seqlens,
+    denominator,
+    loss_scale,
+    statistics,
+    shares,
+    num_sequences,
+    width,
+    num_tiles,
+    aggregation,
+    length_norm,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    tokens, sequences = _counts(statistics, num_tiles, CHUNK)
+    scale = _batch_scale(
+        denominator,
+        loss_scale,
+        tokens,
+        sequences,
+        cu_seqlens,
+        num_sequences,
+        width,
+        aggregation,
+        length_norm,
+        CHUNK,
+    )
+    tile = _find_tile(tl.program_id(0), cu_seqlens, num_sequences, width, TILE, CHUNK)
+    i = tl.arange(0, TILE)
+    _scale(shares + tile.first + i, scale, i < tile.left)
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -640,12 +732,12 @@ def decode(parts: list[int], values: list[float], num_tokens: int, per_token: bo
 
 def policy_loss(
     logprobs: Tensor,
+    entropy: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     denominator: Tensor | None,
     loss_scale: Tensor,
@@ -772,6 +864,56 @@ def policy_loss_backward(
         *layout,
         min(back, logprobs.numel()),
         min(ahead, logprobs.numel()),
+        TILE=_TILE,
+        **_CONSTANTS,
+    )
+    return result
+
+
+def token_scale(
+    logprobs: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denominator: Tensor | None,
+    loss_scale: Tensor,
+    aggregation: int,
+    length_norm: float,
+) -> Tensor:
+    """The operator ``fusedpo::token_scale``."""
+    layout = token_layout(logprobs, cu_seqlens)
+    num_tiles = layout.num_tiles(logprobs.numel())
+    arguments, shape = Arguments("logprobs", logprobs), logprobs.shape
+    in_range("aggregation", aggregation, TOKEN_MEAN.value, SEQ_MEAN_TOKEN_SUM_NORM.value)
+    arguments.check("logprobs", logprobs, FLOAT, shape)
+    cu_seqlens = arguments.read("cu_seqlens", cu_seqlens, INT64, (layout.num_sequences + 1,))
+    result = logprobs.new_empty(shape)
+    statistics = logprobs.new_empty(NUM_ROWS.value * num_tiles)
+    launch(
+        _shares_kernel,
+        num_tiles,
+        logprobs.device,
+        arguments.read("mask", mask, BOOL, shape),
+        cu_seqlens,
+        result,
+        statistics,
+        *layout,
+        aggregation,
+        TILE=_TILE,
+        **_CONSTANTS,
+    )
+    launch(
+        _scale_shares_kernel,
+        num_tiles,
+        logprobs.device,
+        cu_seqlens,
+        arguments.read("denominator", denominator, FLOAT, ()),
+        arguments.read("loss_scale", loss_scale, FLOAT, ()),
+        statistics,
+        result,
+        *layout,
+        num_tiles,
+        aggregation,
+        float(length_norm),
         TILE=_TILE,
         **_CONSTANTS,
     )

@@ -7,7 +7,7 @@
 
 namespace fusedpo::advantages {
 
-// Names and numbers are those of GROUP_ESTIMATORS in python/fusedpo/ops_advantages.py; their order means nothing.
+// Names and numbers are those of GROUP_ESTIMATORS in python/fusedpo/ops/advantages.py; their order means nothing.
 enum class Estimator : int32_t {
   kRAFT,
   kReMax,

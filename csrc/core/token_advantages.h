@@ -7,7 +7,7 @@
 
 namespace fusedpo::advantages {
 
-// Names and numbers are those of TOKEN_ESTIMATORS in python/fusedpo/ops_advantages.py; their order means nothing.
+// Names and numbers are those of TOKEN_ESTIMATORS in python/fusedpo/ops/advantages.py; their order means nothing.
 enum class TokenEstimator : int32_t { kToTokens, kRewardToGo, kGAE, kVTrace };
 constexpr int64_t kNumTokenEstimators = 4;
 

@@ -1,8 +1,10 @@
-#include "advantages.h"
-
+// Advantages on the CPU: groups, sequences or chunks over threads. The order of every sum is that of a single thread.
+// What the arguments mean is said in python/fusedpo/ops/advantages.py. Values that it forbids throw
+// std::invalid_argument, which becomes a ValueError.
 #include <algorithm>
 #include <atomic>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "advantage_arguments.h"
@@ -63,11 +65,9 @@ struct Scratch : RankScratch {
   std::vector<int32_t> sources;
 };
 
-}  // namespace
-
-Tensor group_advantages(Tensor rewards, std::optional<Tensor> ids, std::optional<Tensor> order, int64_t group_size,
-                        std::optional<Tensor> other, std::optional<Tensor> mask, int64_t estimator, int64_t k,
-                        bool unbiased, double number, bool wide) {
+Tensor group_advantages(Tensor rewards, OptionalTensor ids, OptionalTensor order, int64_t group_size,
+                        OptionalTensor other, OptionalTensor mask, int64_t estimator, int64_t k, bool unbiased,
+                        double number, bool wide) {
   GroupArguments a(rewards, ids, order, group_size, other, mask, estimator, k, unbiased, number, wide);
   check_values(a);
   OneThread team;
@@ -104,11 +104,10 @@ Tensor group_advantages(Tensor rewards, std::optional<Tensor> ids, std::optional
   return a.advantages;
 }
 
-std::tuple<Tensor, Tensor> token_advantages(Tensor rewards, std::optional<Tensor> values,
-                                            std::optional<Tensor> logprobs, std::optional<Tensor> old_logprobs,
-                                            std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
-                                            std::optional<Tensor> per_sequence, int64_t estimator, double gamma,
-                                            double lam, double rho_bar, double c_bar, bool wide) {
+std::tuple<Tensor, Tensor> token_advantages(Tensor rewards, OptionalTensor values, OptionalTensor logprobs,
+                                            OptionalTensor old_logprobs, OptionalTensor mask, OptionalTensor cu_seqlens,
+                                            OptionalTensor per_sequence, int64_t estimator, double gamma, double lam,
+                                            double rho_bar, double c_bar, bool wide) {
   const TokenArguments a(rewards, values, logprobs, old_logprobs, mask, cu_seqlens, per_sequence, estimator, gamma, lam,
                          rho_bar, c_bar, wide);
   if (cu_seqlens) check_offsets(a.tokens.cu_seqlens, a.num_sequences, a.advantages.numel());
@@ -137,7 +136,7 @@ Tensor step_advantages(Tensor values, Tensor step_rewards, Tensor step_ids, bool
   return a.advantages;
 }
 
-Tensor whiten(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask, bool wide) {
+Tensor whiten(Tensor x, OptionalTensor lengths, OptionalTensor mask, bool wide) {
   const WhiteningArguments a(x, lengths, mask, wide);
   check_lengths(a.whitening.lengths, a.whitening.mask, a.count);
   const auto for_each_chunk = [&](auto visit) {
@@ -160,4 +159,13 @@ Tensor whiten(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mas
   return a.whitened;
 }
 
+}  // namespace
 }  // namespace fusedpo::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
+  using namespace fusedpo;
+  m.impl("group_advantages.native", FUSEDPO_BOX(cpu::group_advantages));
+  m.impl("token_advantages.native", FUSEDPO_BOX(cpu::token_advantages));
+  m.impl("step_advantages.native", FUSEDPO_BOX(cpu::step_advantages));
+  m.impl("whiten.native", FUSEDPO_BOX(cpu::whiten));
+}

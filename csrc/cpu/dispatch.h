@@ -2,8 +2,8 @@
 #pragma once
 
 #include "divergence.h"
-#include "rows.h"
-#include "tokens.h"
+#include "row_kernels.h"
+#include "token_kernels.h"
 
 namespace fusedpo {
 

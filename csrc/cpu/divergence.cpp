@@ -2,7 +2,7 @@
 // rest.
 //
 // Bytes: divergence reads 2 V elements, a gradient reads 2 V and writes V. Both rows stay in the cache between the
-// reductions before (rows.h) and these sweeps. The order of the sum depends on V and the instruction set alone.
+// reductions before (row_kernels.h) and these sweeps. The order of the sum depends on V and the instruction set alone.
 
 #include "divergence.h"
 

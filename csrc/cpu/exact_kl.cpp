@@ -1,4 +1,5 @@
-#include "exact_kl.h"
+// The KL divergence over the vocabulary, and its gradient, on the CPU: rows over threads.
+#include <tuple>
 
 #include "logits.h"
 
@@ -61,8 +62,9 @@ Tensor divergences(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   return kl;
 }
 
-}  // namespace
-
+// logits and ref_logits [..., V] of one dtype (16-bit or 32-bit floats, any strides but 1 along V), temperatures [] or
+// [...] float32, mask [...] bool, scale [...] float32 -> kl [...] float32, 0 where masked, and the gradient of its sum,
+// each row times its scale (empty if not asked for). `forward`: KL(q || p), q from ref_logits; otherwise KL(p || q).
 std::tuple<Tensor, Tensor> exact_kl(Tensor logits, Tensor ref_logits, Tensor temperature, Tensor ref_temperature,
                                     OptionalTensor mask, Tensor scale, bool forward, bool gradient) {
   const Tensor grad_logits =
@@ -73,9 +75,17 @@ std::tuple<Tensor, Tensor> exact_kl(Tensor logits, Tensor ref_logits, Tensor tem
   return {kl, grad_logits};
 }
 
+// The gradient is written over the logits.
 Tensor exact_kl_(Tensor logits, Tensor ref_logits, Tensor temperature, Tensor ref_temperature, OptionalTensor mask,
                  Tensor scale, bool forward) {
   return divergences(logits, ref_logits, temperature, ref_temperature, mask, scale, forward, logits);
 }
 
+}  // namespace
 }  // namespace fusedpo::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
+  using namespace fusedpo;
+  m.impl("exact_kl.native", FUSEDPO_BOX(cpu::exact_kl));
+  m.impl("exact_kl_.native", FUSEDPO_BOX(cpu::exact_kl_));
+}

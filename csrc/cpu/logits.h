@@ -57,7 +57,17 @@ class Rows {
   std::vector<int64_t> sizes_, strides_;
 };
 
-// What a reduced row says (rows.h).
+// The rows of `out`, where the gradient of the logits is written: their own memory, or memory apart from it.
+inline Rows output_rows(const Arguments& arguments, const Tensor& logits, const Tensor& out) {
+  arguments.expect_device("out", out);
+  expect(out.scalar_type() == logits.scalar_type(), "out must have dtype ", logits.scalar_type(), ", got ",
+         out.scalar_type());
+  expect_shape("out", out, shape_of(logits));
+  if (out.data_ptr() != logits.data_ptr()) ask_for_huge_pages(out);
+  return {"out", out};
+}
+
+// What a reduced row says (row_kernels.h).
 struct RowSummary {
   RowSummary(const RowStats& stats_, float temperature_)
       : stats(stats_), temperature(temperature_), log_sum(std::log1p((double)stats.rest)) {}

@@ -1,3 +1,5 @@
+// From logits to the gradient of the loss on the CPU, each row of logits read and written once.
+//
 // Bytes: every evaluated row is read once and its gradient written once; between the two it stays in the core's L2.
 //
 // Every sequence is walked from its end, so that the log-ratios after a token, which its trace needs, are known when
@@ -5,11 +7,11 @@
 // segment reach beyond its end, the rows there are reduced before any thread starts to walk: in place, they are about
 // to be overwritten. What a row gives depends on the segments in no way.
 
-#include "one_pass.h"
-
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
+#include "batch_arguments.h"
 #include "dispatch.h"
 #include "logits.h"
 #include "sequences.h"
@@ -18,33 +20,26 @@ namespace fusedpo::cpu {
 namespace {
 
 struct Walk : BatchArguments {
-  Walk(const Tensor& logits, const Tensor& grad_logits, const Tensor& logprobs_, const Tensor& entropy_,
-       const OptionalTensor& rows_, const Tensor& token_ids_, const Tensor& temperature_,
-       const OptionalTensor& old_logprobs, const Tensor& advantages, const OptionalTensor& mask,
-       const OptionalTensor& cu_seqlens, const OptionalTensor& ref_logprobs, const OptionalTensor& is_weights,
-       const Tensor& scale_, const std::vector<int64_t>& parts, const std::vector<double>& values)
-      : BatchArguments(logprobs_, old_logprobs, mask, cu_seqlens),
-        objective(objective_of(parts, values)),
+  explicit Walk(const OnePassInputs& in)
+      : BatchArguments(in.logprobs, in.batch),
+        objective(objective_of(in.parts, in.values)),
         tokens(batch.tokens),
-        from("logits", logits),
-        to("logits", grad_logits),
-        kernels(row_kernels_for("logits", logits)),
+        from("logits", in.logits),
+        to(output_rows(*this, in.logits, in.out)),
+        kernels(row_kernels_for("logits", in.logits)),
         offsets(offsets_of(batch)),
-        token_ids(read<int64_t>("token_ids", token_ids_, shape)),
-        temperatures(*this, temperature_, shape),
-        scale(read<float>("scale", scale_, shape)),
-        logprobs(write<float>("logprobs", logprobs_, shape)),
-        entropy(write<float>("entropy", entropy_, shape)),
+        token_ids(read<int64_t>("token_ids", in.token_ids, shape)),
+        temperatures(*this, in.temperature, shape),
+        scale(read<float>("scale", in.scale, shape)),
+        logprobs(write<float>("logprobs", in.logprobs, shape)),
+        entropy(write<float>("entropy", in.entropy, shape)),
         stats(from.count),
         grad_logprobs(batch.num_tokens),
         grad_entropy(batch.num_tokens) {
     expect_one_pass(objective);
-    expect_device("logits", logits);
-    expect_shape("logits", logits, logits_shape(logits, shape, rows_));
-    tokens.advantages = per_token_or_sequence("advantages", advantages);
-    tokens.ref_logprobs = per_token("ref_logprobs", ref_logprobs);
-    tokens.is_weights = per_token_or_sequence("is_weights", is_weights);
-    find_rows(read<int64_t>("rows", rows_, {from.count}));
+    expect_device("logits", in.logits);
+    expect_shape("logits", in.logits, logits_shape(in.logits, shape, in.rows));
+    find_rows(read<int64_t>("rows", in.rows, {from.count}));
     if (objective.ratio == kTrace && objective.ahead > kMaxReach) remember_log_ratios();
   }
 
@@ -177,28 +172,10 @@ struct Walk : BatchArguments {
   std::vector<int64_t> evaluated;                  // the rows that are evaluated
 };
 
-}  // namespace
-
-Tensor one_pass(Tensor logits, Tensor logprobs, Tensor entropy, OptionalTensor rows, Tensor token_ids,
-                Tensor temperature, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask,
-                OptionalTensor cu_seqlens, OptionalTensor ref_logprobs, OptionalTensor is_weights, Tensor scale,
-                std::vector<int64_t> parts, std::vector<double> values) {
-  const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
-  ask_for_huge_pages(grad_logits);
-  Walk(logits, grad_logits, logprobs, entropy, rows, token_ids, temperature, old_logprobs, advantages, mask, cu_seqlens,
-       ref_logprobs, is_weights, scale, parts, values)
-      .run();
-  return grad_logits;
-}
-
-void one_pass_(Tensor logits, Tensor logprobs, Tensor entropy, OptionalTensor rows, Tensor token_ids,
-               Tensor temperature, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask,
-               OptionalTensor cu_seqlens, OptionalTensor ref_logprobs, OptionalTensor is_weights, Tensor scale,
-               std::vector<int64_t> parts, std::vector<double> values) {
-  Walk(logits, logits, logprobs, entropy, rows, token_ids, temperature, old_logprobs, advantages, mask, cu_seqlens,
-       ref_logprobs, is_weights, scale, parts, values)
-      .run();
-}
+// Arguments as the schema in python/fusedpo/ops/one_pass.py says. Throws std::invalid_argument, which becomes a
+// ValueError, for a bad id or temperature at an evaluated row, and where cu_seqlens or rows are none; nothing is
+// overwritten then.
+void one_pass(const OnePassInputs& in) { Walk(in).run(); }
 
 void scale_(Tensor gradient, Tensor factor_) {
   const float factor = *Arguments("gradient", gradient).read<float>("factor", factor_, {});
@@ -209,4 +186,12 @@ void scale_(Tensor gradient, Tensor factor_) {
                [&](int64_t row) { kernels.scale(rows[row], rows.size, factor); });
 }
 
+}  // namespace
 }  // namespace fusedpo::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
+  using namespace fusedpo;
+  using Spread = fusedpo::Spread<&cpu::one_pass, OnePassTypes>;
+  m.impl("one_pass.native", FUSEDPO_BOX(Spread::call));
+  m.impl("scale_.native", FUSEDPO_BOX(cpu::scale_));
+}

@@ -3,6 +3,7 @@
 // depend on which thread computes what.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
@@ -68,3 +69,5 @@ struct InIeeeArithmetic<kOperator> {
 };
 
 }  // namespace fusedpo::cpu
+
+#define FUSEDPO_BOX(name) TORCH_BOX(&fusedpo::cpu::InIeeeArithmetic<&name>::call)

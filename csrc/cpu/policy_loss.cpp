@@ -1,7 +1,10 @@
-#include "policy_loss.h"
-
+// The policy loss on the CPU: tiles of tokens over threads, each tile through a token kernel.
 #include <algorithm>
+#include <cstdint>
+#include <tuple>
+#include <vector>
 
+#include "batch_arguments.h"
 #include "core/aggregation.h"
 #include "core/window.h"
 #include "dispatch.h"
@@ -159,8 +162,12 @@ void add_through_traces(const Tiling& tiling, const Tokens& tokens, const float*
   });
 }
 
+std::vector<int64_t> num_kept(const Tiling& tiling, const uint8_t* mask) {
+  return tiling.sum_per_sequence<int64_t>([&](const Tile& tile) { return token_kernels().count(mask, tile); });
+}
+
 // What the loss of each token is multiplied by, per sequence.
-std::vector<double> scales_of(const PolicyLossArguments& a, const Tiling& tiling, const std::vector<int64_t>& kept,
+std::vector<double> scales_of(const AggregationArguments& a, const Tiling& tiling, const std::vector<int64_t>& kept,
                               bool per_token) {
   Totals totals = no_totals();
   for (size_t s = 0; s < kept.size(); ++s) totals = add(totals, {kept[s], kept[s] > 0, tiling.length(s)});
@@ -170,21 +177,17 @@ std::vector<double> scales_of(const PolicyLossArguments& a, const Tiling& tiling
   return scales;
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
-    Tensor logprobs, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask, OptionalTensor cu_seqlens,
-    OptionalTensor ref_logprobs, OptionalTensor entropy, OptionalTensor is_weights, OptionalTensor denominator,
-    Tensor loss_scale, std::vector<int64_t> parts, std::vector<double> values, bool per_token) {
-  const PolicyLossArguments a(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, entropy, is_weights,
-                              denominator, loss_scale, parts, values);
+// Arguments and results as the schema in python/fusedpo/ops/policy_loss.py says. Throws std::invalid_argument, which
+// becomes a ValueError, where cu_seqlens are no offsets.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(const PolicyLossInputs& in) {
+  const PolicyLossArguments a(in);
+  const bool per_token = in.per_token;
   const Objective& o = a.objective;
-  const PolicyLossResults results(logprobs, o, per_token);
+  const PolicyLossResults results(in.logprobs, o, per_token);
   const TokenKernels& kernels = token_kernels();
   const Tiling tiling(a.batch);
   Tokens tokens = a.batch.tokens;
-  const auto kept =
-      tiling.sum_per_sequence<int64_t>([&](const Tile& tile) { return kernels.count(tokens.mask, tile); });
+  const auto kept = num_kept(tiling, tokens.mask);
   const auto scales = scales_of(a, tiling, kept, per_token);
   const Context context(o, tiling, kept, tokens);
 
@@ -204,6 +207,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   if (!per_token) *results.data(results.loss) = (float)total.sum[kLoss];
   if (through_traces) add_through_traces(tiling, tokens, out.grad_log_trace, out.grad_logprobs, o.back, o.ahead);
   return {results.loss, results.metrics, results.grad_logprobs, results.grad_entropy, results.grad_log_trace};
+}
+
+Tensor token_scale(Tensor logprobs, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor denominator,
+                   Tensor loss_scale, int64_t aggregation, double length_norm) {
+  const TokenScaleArguments a(logprobs, mask, cu_seqlens, denominator, loss_scale, aggregation, length_norm);
+  const Tiling tiling(a.batch);
+  const uint8_t* kept = a.batch.tokens.mask;
+  const auto scales = scales_of(a, tiling, num_kept(tiling, kept), false);
+  tiling.for_each_tile([&](int64_t, const Tile& tile) {
+    for (int64_t t = tile.begin; t < tile.end; ++t)
+      a.data[t] = kept == nullptr || kept[t] != 0 ? (float)scales[tile.sequence] : 0;
+  });
+  return a.result;
 }
 
 Tensor policy_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_log_trace, Tensor logprobs,
@@ -227,4 +243,13 @@ Tensor policy_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_
   return result;
 }
 
+}  // namespace
 }  // namespace fusedpo::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
+  using namespace fusedpo;
+  using Spread = fusedpo::Spread<&cpu::policy_loss, PolicyLossTypes>;
+  m.impl("policy_loss.native", FUSEDPO_BOX(Spread::call));
+  m.impl("token_scale.native", FUSEDPO_BOX(cpu::token_scale));
+  m.impl("policy_loss_backward.native", FUSEDPO_BOX(cpu::policy_loss_backward));
+}

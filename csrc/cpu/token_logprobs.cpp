@@ -1,6 +1,6 @@
-#include "token_logprobs.h"
-
+// Token log-probs and entropy on the CPU: rows over threads, each row through a row kernel.
 #include <atomic>
+#include <tuple>
 #include <vector>
 
 #include "logits.h"
@@ -41,12 +41,12 @@ struct Scratch {
   std::vector<float> at_ids;
 };
 
-void gradient(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const Tensor& logits,
-              const Tensor& grad_logits, const Tensor& token_ids, const Tensor& temperature, const OptionalTensor& mask,
-              const Tensor& stats_) {
+// `out`: the gradient of the logits, which may overwrite them. Either upstream gradient may be absent.
+void token_logprobs_backward_out(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
+                                 Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats_, Tensor out) {
   const Shape shape = rows_of(logits);
   Arguments arguments("logits", logits);
-  const Rows from("logits", logits), to("logits", grad_logits);
+  const Rows from("logits", logits), to = output_rows(arguments, logits, out);
   const RowKernels& kernels = row_kernels_for("logits", logits);
   const Ids ids(arguments, token_ids, shape);
   const float* grad_logprob = arguments.read<float>("grad_logprobs", grad_logprobs, ids.shape);
@@ -80,8 +80,10 @@ void gradient(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_en
   for_each_row(skipped, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
 }
 
-}  // namespace
-
+// logits [..., V] (16-bit or 32-bit floats, any strides but 1 along V), token_ids [...] or [..., K] int64,
+// temperature [] or [...] float32, mask [...] bool -> logprobs like token_ids, entropy [...] (or [0] if not asked for),
+// stats [..., 3] for the backward; all float32. Throws std::invalid_argument, which becomes a
+// ValueError, for a bad id or temperature at a kept row.
 std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_ids, Tensor temperature,
                                                   OptionalTensor mask, bool return_entropy) {
   const Shape shape = rows_of(logits);
@@ -131,17 +133,11 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_id
   return {logprobs, entropy, stats};
 }
 
-Tensor token_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
-                               Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats) {
-  const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
-  ask_for_huge_pages(grad_logits);
-  gradient(grad_logprobs, grad_entropy, logits, grad_logits, token_ids, temperature, mask, stats);
-  return grad_logits;
-}
-
-void token_logprobs_backward_(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
-                              Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats) {
-  gradient(grad_logprobs, grad_entropy, logits, logits, token_ids, temperature, mask, stats);
-}
-
+}  // namespace
 }  // namespace fusedpo::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
+  using namespace fusedpo;
+  m.impl("token_logprobs.native", FUSEDPO_BOX(cpu::token_logprobs));
+  m.impl("token_logprobs_backward_out.native", FUSEDPO_BOX(cpu::token_logprobs_backward_out));
+}

@@ -5,9 +5,9 @@
 #include <climits>
 #include <string>
 
+#include "batch_arguments.h"
 #include "launch.h"
 #include "one_pass.cuh"
-#include "policy_loss_arguments.h"
 
 namespace fusedpo::cuda {
 namespace {
@@ -42,7 +42,7 @@ RowOffsets rows_of(const char* name, const Tensor& x) {
 
 // A launch of `kernel`; lives as long as it is needed.
 struct Configuration : cudaLaunchConfig_t {
-  Configuration(const Shape& shape, cudaStream_t stream_) : cudaLaunchConfig_t{} {
+  Configuration(const Grid& shape, cudaStream_t stream_) : cudaLaunchConfig_t{} {
     gridDim = dim3((unsigned)shape.blocks);
     blockDim = dim3((unsigned)shape.threads);
     dynamicSmemBytes = shape.shared_bytes;
@@ -61,7 +61,7 @@ struct Configuration : cudaLaunchConfig_t {
 };
 
 auto launcher(const Launch& launch) {
-  return [&launch](auto kernel, const Shape& shape, const auto&... arguments) {
+  return [&launch](auto kernel, const Grid& shape, const auto&... arguments) {
     const Configuration configuration(shape, launch.stream());
     check(cudaLaunchKernelEx(&configuration, kernel, arguments...));
   };
@@ -94,35 +94,33 @@ void fit(OnePass& p) {
   p.num_clusters = std::min<int64_t>(num_clusters, std::max<int64_t>(1, p.num_rows));
 }
 
-void run(const Tensor& logits, const Tensor& gradient, const Tensor& logprobs, const Tensor& entropy,
-         const OptionalTensor& rows, const Tensor& token_ids, const Tensor& temperature,
-         const OptionalTensor& old_logprobs, const Tensor& advantages, const OptionalTensor& mask,
-         const OptionalTensor& cu_seqlens, const OptionalTensor& ref_logprobs, const OptionalTensor& is_weights,
-         const Tensor& scale, const std::vector<int64_t>& parts, const std::vector<double>& values) {
-  BatchArguments a(logprobs, old_logprobs, mask, cu_seqlens);
+void one_pass(const OnePassInputs& in) {
+  BatchArguments a(in.logprobs, in.batch);
+  const Tensor& logits = in.logits;
   a.expect_device("logits", logits);
-  expect_shape("logits", logits, logits_shape(logits, a.shape, rows));
+  a.expect_device("out", in.out);
+  expect_shape("logits", logits, logits_shape(logits, a.shape, in.rows));
+  expect_shape("out", in.out, shape_of(logits));
+  expect(in.out.scalar_type() == logits.scalar_type(), "out must have dtype ", logits.scalar_type(), ", got ",
+         in.out.scalar_type());
   OnePass p{};
-  p.objective = objective_of(parts, values);
+  p.objective = objective_of(in.parts, in.values);
   expect_one_pass(p.objective);
   p.batch = a.batch;
   p.batch.tokens.logprobs = {};
-  if (!old_logprobs) p.batch.tokens.old_logprobs = {};
-  p.batch.tokens.advantages = a.per_token_or_sequence("advantages", advantages);
-  p.batch.tokens.ref_logprobs = a.per_token("ref_logprobs", ref_logprobs);
-  p.batch.tokens.is_weights = a.per_token_or_sequence("is_weights", is_weights);
+  if (!in.batch.old_logprobs) p.batch.tokens.old_logprobs = {};
   p.num_rows = num_rows_of(logits);
-  p.rows = a.read<int64_t>("rows", rows, {p.num_rows});
-  p.token_ids = a.read<int64_t>("token_ids", token_ids, a.shape);
-  p.temperature_per_token = temperature.dim() > 0;
-  p.temperature = a.read<float>("temperature", temperature, p.temperature_per_token ? a.shape : Shape{});
-  p.scale = a.read<float>("scale", scale, a.shape);
-  p.logprobs = a.write<float>("logprobs", logprobs, a.shape);
-  p.entropy = a.write<float>("entropy", entropy, a.shape);
+  p.rows = a.read<int64_t>("rows", in.rows, {p.num_rows});
+  p.token_ids = a.read<int64_t>("token_ids", in.token_ids, a.shape);
+  p.temperature_per_token = in.temperature.dim() > 0;
+  p.temperature = a.read<float>("temperature", in.temperature, p.temperature_per_token ? a.shape : Shape{});
+  p.scale = a.read<float>("scale", in.scale, a.shape);
+  p.logprobs = a.write<float>("logprobs", in.logprobs, a.shape);
+  p.entropy = a.write<float>("entropy", in.entropy, a.shape);
   p.logits = logits.data_ptr();
-  p.gradient = gradient.data_ptr();
+  p.gradient = in.out.data_ptr();
   p.from = rows_of("logits", logits);
-  p.to = rows_of("logits", gradient);
+  p.to = rows_of("out", in.out);
   p.size = (int)logits.size(logits.dim() - 1);
   const Launch launch(logits);
   const Tensor memory = torch::stable::new_empty(logits, {p.num_rows * (int64_t)sizeof(Row) + (int64_t)sizeof(int64_t)},
@@ -134,24 +132,6 @@ void run(const Tensor& logits, const Tensor& gradient, const Tensor& logprobs, c
     fit<T>(p);
     launch_one_pass<T>(p, launcher(launch));
   });
-}
-
-Tensor one_pass(Tensor logits, Tensor logprobs, Tensor entropy, OptionalTensor rows, Tensor token_ids,
-                Tensor temperature, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask,
-                OptionalTensor cu_seqlens, OptionalTensor ref_logprobs, OptionalTensor is_weights, Tensor scale,
-                std::vector<int64_t> parts, std::vector<double> values) {
-  const Tensor gradient = torch::stable::new_empty(logits, logits.sizes());
-  run(logits, gradient, logprobs, entropy, rows, token_ids, temperature, old_logprobs, advantages, mask, cu_seqlens,
-      ref_logprobs, is_weights, scale, parts, values);
-  return gradient;
-}
-
-void one_pass_(Tensor logits, Tensor logprobs, Tensor entropy, OptionalTensor rows, Tensor token_ids,
-               Tensor temperature, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask,
-               OptionalTensor cu_seqlens, OptionalTensor ref_logprobs, OptionalTensor is_weights, Tensor scale,
-               std::vector<int64_t> parts, std::vector<double> values) {
-  run(logits, logits, logprobs, entropy, rows, token_ids, temperature, old_logprobs, advantages, mask, cu_seqlens,
-      ref_logprobs, is_weights, scale, parts, values);
 }
 
 void scale_(Tensor gradient, Tensor factor) {
@@ -168,7 +148,7 @@ void scale_(Tensor gradient, Tensor factor) {
 }  // namespace fusedpo::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, CUDA, m) {
-  m.impl("one_pass.native", TORCH_BOX(&fusedpo::cuda::one_pass));
-  m.impl("one_pass_.native", TORCH_BOX(&fusedpo::cuda::one_pass_));
+  using Spread = fusedpo::Spread<&fusedpo::cuda::one_pass, fusedpo::OnePassTypes>;
+  m.impl("one_pass.native", TORCH_BOX(&Spread::call));
   m.impl("scale_.native", TORCH_BOX(&fusedpo::cuda::scale_));
 }

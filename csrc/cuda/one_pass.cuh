@@ -28,7 +28,7 @@ struct Row {
   int64_t from, to, token, sequence, end;
 };
 
-// The arguments of the kernels, as the operator in python/fusedpo/ops_one_pass.py has them.
+// The arguments of the kernels, as the operator in python/fusedpo/ops/one_pass.py has them.
 struct OnePass {
   Objective objective;
   Batch batch;  // without log-probs and entropy; old log-probs may be absent
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_const
 
 // What launch(kernel, shape, arguments...) is told of a grid: so many blocks, in clusters of `cluster` if that is not
 // 0.
-struct Shape {
+struct Grid {
   int64_t blocks;
   int threads, cluster = 0, shared_bytes = 0;
 };
@@ -252,8 +252,8 @@ template <class T, class Launch>
 void launch_one_pass(const OnePass& p, Launch launch) {
   if (p.num_rows == 0) return;
   const Geometry& g = p.geometry;
-  const Shape clusters{p.num_clusters * g.blocks, 32 * g.warps, g.blocks, g.shared_bytes()};
-  launch(order_kernel, Shape{(p.num_rows - 1) / p.order_threads + 1, p.order_threads}, p);
+  const Grid clusters{p.num_clusters * g.blocks, 32 * g.warps, g.blocks, g.shared_bytes()};
+  launch(order_kernel, Grid{(p.num_rows - 1) / p.order_threads + 1, p.order_threads}, p);
   if (p.ahead() > 0) launch(row_kernel<T>, clusters, p, true);
   launch(row_kernel<T>, clusters, p, false);
 }
@@ -262,7 +262,7 @@ template <class T, class Launch>
 void launch_scale(const Scaling& s, Launch launch) {
   constexpr int64_t kMostBlocks = 1 << 16;
   if (s.num_rows > 0)
-    launch(scale_kernel<T>, Shape{s.num_rows < kMostBlocks ? s.num_rows : kMostBlocks, kScaleThreads}, s);
+    launch(scale_kernel<T>, Grid{s.num_rows < kMostBlocks ? s.num_rows : kMostBlocks, kScaleThreads}, s);
 }
 
 }  // namespace fusedpo

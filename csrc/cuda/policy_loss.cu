@@ -3,9 +3,9 @@
 
 #include <tuple>
 
+#include "batch_arguments.h"
 #include "launch.h"
 #include "policy_loss.cuh"
-#include "policy_loss_arguments.h"
 
 namespace fusedpo::cuda {
 namespace {
@@ -17,29 +17,46 @@ auto launcher(const Launch& launch) {
   };
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
-    Tensor logprobs, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask, OptionalTensor cu_seqlens,
-    OptionalTensor ref_logprobs, OptionalTensor entropy, OptionalTensor is_weights, OptionalTensor denominator,
-    Tensor loss_scale, std::vector<int64_t> parts, std::vector<double> values, bool per_token) {
-  const PolicyLossArguments a(logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, entropy, is_weights,
-                              denominator, loss_scale, parts, values);
-  const PolicyLossResults results(logprobs, a.objective, per_token);
+// Memory on the device of `tensor`, which `memory` keeps.
+auto allocator(const Tensor& tensor, std::vector<Tensor>& memory) {
+  return [&](int64_t bytes) {
+    memory.push_back(torch::stable::new_empty(tensor, {bytes}, ScalarType::Byte));
+    return memory.back().data_ptr();
+  };
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(const PolicyLossInputs& in) {
+  const PolicyLossArguments a(in);
+  const Tensor& logprobs = in.logprobs;
+  const PolicyLossResults results(logprobs, a.objective, in.per_token);
   PolicyLoss p{a.objective,
                a.batch,
                a.denominator,
                a.loss_scale,
-               per_token,
+               in.per_token,
                results.of_tokens,
                results.data(results.loss),
                results.data(results.metrics)};
   const Launch launch(logprobs);
   std::vector<Tensor> memory;
-  reserve(p, [&](int64_t bytes) {
-    memory.push_back(torch::stable::new_empty(logprobs, {bytes}, ScalarType::Byte));
-    return memory.back().data_ptr();
-  });
+  reserve(p, allocator(logprobs, memory));
   launch_policy_loss(p, launcher(launch));
   return {results.loss, results.metrics, results.grad_logprobs, results.grad_entropy, results.grad_log_trace};
+}
+
+Tensor token_scale(Tensor logprobs, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor denominator,
+                   Tensor loss_scale, int64_t aggregation, double length_norm) {
+  const TokenScaleArguments a(logprobs, mask, cu_seqlens, denominator, loss_scale, aggregation, length_norm);
+  PolicyLoss p{};
+  p.objective = a.objective;
+  p.batch = a.batch;
+  p.denominator = a.denominator;
+  p.loss_scale = a.loss_scale;
+  const Launch launch(logprobs);
+  std::vector<Tensor> memory;
+  reserve(p, allocator(logprobs, memory));
+  launch_token_scale({p, a.data}, launcher(launch));
+  return a.result;
 }
 
 Tensor policy_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_log_trace, Tensor logprobs,
@@ -64,6 +81,8 @@ Tensor policy_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_
 }  // namespace fusedpo::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, CUDA, m) {
-  m.impl("policy_loss.native", TORCH_BOX(&fusedpo::cuda::policy_loss));
+  using Spread = fusedpo::Spread<&fusedpo::cuda::policy_loss, fusedpo::PolicyLossTypes>;
+  m.impl("policy_loss.native", TORCH_BOX(&Spread::call));
+  m.impl("token_scale.native", TORCH_BOX(&fusedpo::cuda::token_scale));
   m.impl("policy_loss_backward.native", TORCH_BOX(&fusedpo::cuda::policy_loss_backward));
 }

@@ -217,6 +217,28 @@ __device__ inline int64_t sequence_of_tile(const PolicyLoss& p, int64_t tile) {
   return first;
 }
 
+// Positions [begin, end) of one sequence.
+struct Tile {
+  int64_t sequence, sequence_begin, sequence_end, begin, end;
+};
+
+__device__ inline Tile find_tile(const PolicyLoss& p, int64_t tile) {
+  const int64_t sequence = sequence_of_tile(p, tile);
+  const int64_t sequence_begin = begin_of(p.batch, sequence), sequence_end = begin_of(p.batch, sequence + 1);
+  const int64_t begin =
+      position_in(p.batch.num_tokens, sequence_begin + (tile - first_tile(p, sequence)) * p.tile_size);
+  const int64_t end = begin + p.tile_size < sequence_end ? begin + p.tile_size : sequence_end;
+  return {sequence, sequence_begin, sequence_end, begin, end};
+}
+
+// Of all sequences, in every thread.
+__device__ inline Totals totals_of(const PolicyLoss& p) {
+  advantages::Block block;
+  Totals totals = no_totals();
+  for (int64_t i = threadIdx.x; i < p.sequence_blocks(); i += blockDim.x) totals = add(totals, p.totals[i]);
+  return reduce(block, totals, no_totals(), [](const Totals& a, const Totals& b) { return add(a, b); });
+}
+
 // Sums and maxima over value(i, j) for 0 <= j < count: a warp for each statistic i calls store(i, result).
 template <class Value, class Store>
 __device__ void reduce_statistics(int64_t count, Value value, Store store) {
@@ -268,18 +290,10 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const __grid_constan
   const Batch& batch = p.batch;
   const bool windows = o.ratio == kTrace && !p.long_windows();
 
-  advantages::Block block;
-  Totals totals = no_totals();
-  for (int64_t i = threadIdx.x; i < p.sequence_blocks(); i += blockDim.x) totals = add(totals, p.totals[i]);
-  totals = reduce(block, totals, no_totals(), [](const Totals& a, const Totals& b) { return add(a, b); });
-
+  const Totals totals = totals_of(p);
   Statistics<float> statistics = no_statistics(0.0f, -kInfinity);
   for (int64_t tile = blockIdx.x; tile < p.num_tiles(); tile += gridDim.x) {
-    const int64_t sequence = sequence_of_tile(p, tile);
-    const int64_t sequence_begin = begin_of(batch, sequence), sequence_end = begin_of(batch, sequence + 1);
-    const int64_t begin =
-        position_in(batch.num_tokens, sequence_begin + (tile - first_tile(p, sequence)) * p.tile_size);
-    const int64_t end = begin + p.tile_size < sequence_end ? begin + p.tile_size : sequence_end;
+    const auto [sequence, sequence_begin, sequence_end, begin, end] = find_tile(p, tile);
     const int64_t kept = p.kept[sequence];
 
     __syncthreads();  // the tile before is done with what is shared
@@ -311,6 +325,24 @@ __global__ void __launch_bounds__(kTileThreads) tile_kernel(const __grid_constan
     }
   }
   finish(p, statistics);
+}
+
+// What the loss of each token is multiplied by, 0 where it is masked.
+struct TokenScale {
+  PolicyLoss p;  // all but an aggregation, its batch and its numbers at rest
+  float* scale;
+};
+
+__global__ void __launch_bounds__(kTileThreads) token_scale_kernel(const __grid_constant__ TokenScale s) {
+  const PolicyLoss& p = s.p;
+  const Totals totals = totals_of(p);
+  for (int64_t i = blockIdx.x; i < p.num_tiles(); i += gridDim.x) {
+    const Tile tile = find_tile(p, i);
+    const int64_t kept = p.kept[tile.sequence];
+    const float scale = (float)scale_of(p.objective, totals, kept, p.denominator, *p.loss_scale, false);
+    for (int64_t t = tile.begin + threadIdx.x; t < tile.end; t += blockDim.x)
+      s.scale[t] = is_kept(p.batch, t) ? scale : 0;
+  }
 }
 
 // ------------------------------------------------------------------------------------------- gradients through traces
@@ -346,7 +378,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) trace_gradient_kernel(con
 
 // ----------------------------------------------------------------------------------------------------------- launches
 
-// Both call launch(kernel, blocks, threads, arguments) for each kernel, in their order.
+// All call launch(kernel, blocks, threads, arguments) for each kernel, in their order.
 
 template <class Launch>
 void launch_trace_gradient(const TraceGradient& g, Launch launch) {
@@ -361,6 +393,12 @@ void launch_policy_loss(const PolicyLoss& p, Launch launch) {
     launch_trace_gradient({p.batch, p.objective.back, p.objective.ahead, nullptr, p.out.grad_logprobs,
                            p.out.grad_log_trace, p.out.grad_logprobs, p.scratch},
                           launch);
+}
+
+template <class Launch>
+void launch_token_scale(const TokenScale& s, Launch launch) {
+  launch(sequence_kernel, s.p.sequence_blocks(), kSequenceThreads, s.p);
+  launch(token_scale_kernel, s.p.tile_blocks(), kTileThreads, s);
 }
 
 }  // namespace fusedpo

@@ -247,7 +247,7 @@ __device__ inline Sums merge_over_cluster(const Geometry& g, const Cluster& clus
 
 // ------------------------------------------------------------------------------------------------------------ gradient
 
-// What the sums say of a row: log p_y and the entropy as in cpu/rows.h.
+// What the sums say of a row: log p_y and the entropy as in cpu/row_kernels.h.
 struct RowStats {
   float reference, rest, weighted, log_sum;
 

@@ -7,10 +7,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _tokens, backends, ops, ops_divergence, ops_hidden, reference
+from . import _checks, _tokens, backends, ops, reference
 from .advantages import arguments
 from .logprobs import _check_linear, _check_options, _check_positive
 from .objectives import Aggregation, Objective
+from .ops import divergence as ops_divergence
+from .ops import hidden as ops_hidden
 from .reference.aggregation import aggregate
 from .reference.layout import layout
 

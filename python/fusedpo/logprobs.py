@@ -8,7 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, backends, ops, ops_hidden, reference
+from . import _checks, backends, ops, reference
+from ._batch import as_bool
+from .ops import hidden as ops_hidden
+from .ops import token_logprobs as ops_token_logprobs
 
 __all__ = ["linear_token_logprobs", "next_tokens", "token_logprobs"]
 
@@ -75,18 +78,8 @@ def token_logprobs(
         return reference.token_logprobs(
             logits, token_ids, temperature=temperature, mask=mask, return_entropy=return_entropy
         )
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    if not isinstance(temperature, Tensor):
-        temperature = ops.scalar(temperature, logits.device)
-    logprobs, entropy = ops.token_logprobs(
-        logits,
-        token_ids.to(torch.int64),
-        temperature.to(torch.float32),
-        None if mask is None else mask != 0 if mask.dtype != torch.bool else mask,
-        return_entropy,
-        inplace_backward,
-        backend,
+    logprobs, entropy = ops_token_logprobs.token_logprobs(
+        *as_kernels_take_them(logits, token_ids, temperature), as_bool(mask), return_entropy, inplace_backward, backend
     )
     return (logprobs, entropy) if return_entropy else logprobs
 
@@ -152,15 +145,9 @@ def linear_token_logprobs(
             return_entropy=return_entropy,
             chunk_tokens=chunk_tokens,
         )
-    if not isinstance(temperature, Tensor):
-        temperature = ops.scalar(temperature, hidden.device)
+    rows = ops_hidden.rows_where(as_bool(mask), hidden.shape[:-1].numel(), hidden.device)
     logprobs, entropy = ops_hidden.linear_token_logprobs(
-        hidden,
-        weight,
-        bias,
-        token_ids.to(torch.int64),
-        temperature.to(torch.float32),
-        ops_hidden.rows_where(None if mask is None else mask != 0, hidden.shape[:-1].numel(), hidden.device),
+        ops_hidden.Inputs(hidden, weight, bias, *ids_and_temperature(token_ids, temperature), rows),
         options=ops_hidden.Options(dtype, softcap, logit_scale, chunk_tokens),
         return_entropy=return_entropy,
         backend=backend,
@@ -198,6 +185,21 @@ def next_tokens(
     if cu_seqlens is not None:
         _checks.cu_seqlens(cu_seqlens, input_ids.numel(), "input_ids", input_ids)
     return reference.next_tokens(input_ids, mask, cu_seqlens)
+
+
+def ids_and_temperature(token_ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """As kernels take them."""
+    if not isinstance(temperature, Tensor):
+        temperature = ops.scalar(temperature, token_ids.device)
+    return token_ids.to(torch.int64), temperature.to(torch.float32)
+
+
+def as_kernels_take_them(
+    logits: Tensor, token_ids: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    return logits, *ids_and_temperature(token_ids, temperature)
 
 
 def taken_if_differentiated(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import _checks, _tokens, backends, ops, ops_hidden, ops_one_pass, ops_policy_loss, reference
+from . import _checks, _tokens, backends, ops, reference
+from ._batch import Batch, as_bool
 from .logprobs import (
+    as_kernels_take_them,
     check_linear_token_logprobs,
     check_token_logprobs,
+    ids_and_temperature,
     linear_token_logprobs,
     taken_if_differentiated,
     token_logprobs,
 )
 from .objectives import Objective
+from .ops import hidden as ops_hidden
+from .ops import one_pass as ops_one_pass
+from .ops import policy_loss as ops_policy_loss
 from .reference import PolicyLossOutput
 
 __all__ = ["PolicyLossOutput", "policy_loss", "policy_loss_from_hidden", "policy_loss_from_logits"]
@@ -75,21 +81,9 @@ def policy_loss(
         TypeError: types and dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets, an argument that a
             part of ``objective`` needs and that is None, ``denominator`` where nothing is divided.
     """
-    old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale = _checks.taken(
-        old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale
-    )
+    batch = Batch(old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    batch = batch.checked("logprobs", logprobs, objective)
     entropy = _checks.taken(entropy)[0]
-    options: dict[str, Any] = {
-        "objective": objective,
-        "mask": mask,
-        "cu_seqlens": cu_seqlens,
-        "ref_logprobs": ref_logprobs,
-        "is_weights": is_weights,
-        "denominator": denominator,
-        "loss_scale": loss_scale,
-    }
-    _checks.floating("logprobs", logprobs)
-    _check("logprobs", logprobs, logprobs.shape, old_logprobs, advantages, **options)
     if entropy is not None:
         _tokens.check_per_token("entropy", entropy, "logprobs", logprobs)
     elif objective.entropy_coef != 0:
@@ -98,7 +92,7 @@ def policy_loss(
         raise ValueError(f"reduction must be 'mean' or 'none', got {_checks.brief(reduction)}")
     if reduction == "none" and denominator is not None:
         raise ValueError("denominator must be None with reduction='none', which divides by nothing")
-    return _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction=reduction, **options)
+    return _policy_loss(logprobs, entropy, batch, objective, reduction)
 
 
 def policy_loss_from_logits(
@@ -143,31 +137,25 @@ def policy_loss_from_logits(
     Raises:
         As :func:`policy_loss` and :func:`fusedpo.token_logprobs`.
     """
-    old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale = _checks.taken(
-        old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale
-    )
+    batch = Batch(old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    batch = batch.checked("logits", logits, objective, features=1)
     token_ids, temperature = _checks.taken(token_ids, temperature)
-    options: dict[str, Any] = {
-        "objective": objective,
-        "mask": mask,
-        "cu_seqlens": cu_seqlens,
-        "ref_logprobs": ref_logprobs,
-        "is_weights": is_weights,
-        "denominator": denominator,
-        "loss_scale": loss_scale,
-    }
-    _checks.floating("logits", logits)
-    _check("logits", logits, logits.shape[:-1], old_logprobs, advantages, **options)
     _check_token_ids(token_ids, "logits", logits)
-    backend = _one_pass_backend((logits,), logits.dtype, objective, loss_scale)
+    backend = _one_pass_backend((logits,), logits.dtype, batch, objective)
     if backend is not None:
-        return _by_one_pass(
-            backend, logits, token_ids, old_logprobs, advantages, temperature=temperature, inplace=inplace, **options
+        check_token_logprobs(logits, token_ids, temperature, batch.mask)
+        results = ops_one_pass.policy_loss_from_logits(
+            *as_kernels_take_them(logits, token_ids, temperature),
+            batch.as_kernels_take_it(token_ids),
+            objective=objective,
+            inplace=inplace,
+            backend=backend,
         )
+        return _output(*results)
     logprobs, entropy = token_logprobs(
-        logits, token_ids, temperature=temperature, mask=mask, return_entropy=True, inplace_backward=inplace
+        logits, token_ids, temperature=temperature, mask=batch.mask, return_entropy=True, inplace_backward=inplace
     )
-    return _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction="mean", **options)
+    return _policy_loss(logprobs, entropy, batch, objective)
 
 
 def policy_loss_from_hidden(
@@ -222,90 +210,85 @@ def policy_loss_from_hidden(
     Raises:
         As :func:`policy_loss_from_logits` and :func:`fusedpo.linear_token_logprobs`.
     """
-    old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale = _checks.taken(
-        old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale
-    )
+    batch = Batch(old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    batch = batch.checked("hidden", hidden, objective, features=1)
     token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live = _checks.taken(
         token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live
     )
-    options: dict[str, Any] = {
-        "objective": objective,
-        "mask": mask,
-        "cu_seqlens": cu_seqlens,
-        "ref_logprobs": ref_logprobs,
-        "is_weights": is_weights,
-        "denominator": denominator,
-        "loss_scale": loss_scale,
-    }
-    _checks.floating("hidden", hidden)
-    _check("hidden", hidden, hidden.shape[:-1], old_logprobs, advantages, **options)
     _check_token_ids(token_ids, "hidden", hidden)
     if num_live is not None:
-        _check_num_live(num_live, token_ids, mask)
+        _check_num_live(num_live, token_ids, batch.mask)
     if not isinstance(skip_zero_advantages, bool):
         raise TypeError(f"skip_zero_advantages must be a bool, got {type(skip_zero_advantages).__name__}")
-    linear: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "chunk_tokens": chunk_tokens}
-    evaluated = mask
+    evaluated = batch.mask
     if skip_zero_advantages:
-        evaluated = ops_hidden.evaluated_tokens(token_ids, advantages, mask, cu_seqlens, objective)
-        num_live = num_live if evaluated is mask else None
-    dtype = ops_hidden.compute_dtype(hidden)
-    backend = ops_hidden.choose(hidden, dtype)
+        evaluated = ops_hidden.evaluated_tokens(token_ids, batch, objective)
+        num_live = num_live if evaluated is batch.mask else None
+    head = ops_hidden.Options(ops_hidden.compute_dtype(hidden), softcap, logit_scale, chunk_tokens)
+    backend = ops_hidden.choose(hidden, head.dtype)
+    one_pass = None
     if backend == "reference":
         logprobs, entropy = linear_token_logprobs(
-            hidden, weight, token_ids, bias=bias, temperature=temperature, mask=evaluated, return_entropy=True, **linear
+            hidden,
+            weight,
+            token_ids,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            mask=evaluated,
+            chunk_tokens=chunk_tokens,
         )
-        out = _policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, reduction="mean", **options)
     else:
-        check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask, **linear)
-        hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
-        out = _from_hidden(
-            backend,
+        check_linear_token_logprobs(
             hidden,
             weight,
             bias,
             token_ids,
-            old_logprobs,
-            advantages,
+            softcap,
+            logit_scale,
+            chunk_tokens,
             temperature=temperature,
-            evaluated=evaluated,
-            num_live=num_live,
-            head=ops_hidden.Options(dtype, **linear),
-            **options,
+            mask=batch.mask,
         )
+        hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
+        rows = ops_hidden.rows_where(as_bool(evaluated), token_ids.numel(), hidden.device, num_live)
+        inputs = ops_hidden.Inputs(hidden, weight, bias, *ids_and_temperature(token_ids, temperature), rows)
+        one_pass = _one_pass_backend((hidden, weight, bias), head.dtype, batch, objective)
+        if one_pass is None:
+            logprobs, entropy = ops_hidden.linear_token_logprobs(
+                inputs, options=head, return_entropy=True, backend=backend
+            )
+    if one_pass is not None:
+        arguments = batch.as_kernels_take_it(token_ids)
+        out = _output(
+            *ops_hidden.policy_loss_from_hidden(inputs, arguments, objective=objective, options=head, backend=one_pass)
+        )
+    else:
+        out = _policy_loss(logprobs, entropy, batch, objective)
     tokens, of = out.metrics["tokens"], out.metrics
-    if evaluated is not mask:
-        others = {**options, "mask": evaluated}
-        of = _policy_loss(
-            out.logprobs, old_logprobs, advantages, entropy=out.entropy, reduction="mean", **others
-        ).metrics
+    if evaluated is not batch.mask:
+        of = _policy_loss(out.logprobs, out.entropy, batch._replace(mask=evaluated), objective).metrics
     return out._replace(metrics={**of, "tokens": tokens, "rows": of["tokens"]})
 
 
-def _policy_loss(logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **options: Any) -> PolicyLossOutput:
+def _policy_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    batch: Batch,
+    objective: Objective,
+    reduction: Literal["mean", "none"] = "mean",
+) -> PolicyLossOutput:
     backend = backends.choose("policy_loss", logprobs.device.type, logprobs.dtype)
     if backend == "reference":
-        return reference.policy_loss(logprobs, old_logprobs, advantages, **options)
-    return _by_kernel(backend, logprobs, old_logprobs, advantages, **options)
-
-
-def _by_kernel(
-    backend: str,
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    *,
-    objective: Objective,
-    entropy: Tensor | None,
-    reduction: str,
-    **options: Any,
-) -> PolicyLossOutput:
-    arguments = _as_kernels_take_them(logprobs, old_logprobs, advantages, **options)
+        return reference.policy_loss(
+            logprobs, objective=objective, entropy=entropy, reduction=reduction, **batch._asdict()
+        )
     used_entropy = entropy if entropy is None or objective.entropy_coef != 0 else entropy.detach()
     loss, metrics = ops_policy_loss.policy_loss(
         logprobs.float(),
         None if used_entropy is None else used_entropy.float(),
-        arguments,
+        batch.as_kernels_take_it(logprobs),
         objective=objective,
         per_token=reduction == "none",
         backend=backend,
@@ -314,7 +297,7 @@ def _by_kernel(
 
 
 def _one_pass_backend(
-    sources: tuple[Tensor | None, ...], dtype: torch.dtype, objective: Objective, loss_scale: float | Tensor
+    sources: tuple[Tensor | None, ...], dtype: torch.dtype, batch: Batch, objective: Objective
 ) -> str | None:
     """Who computes the gradients of ``sources`` together with the loss; None: forward alone, or two passes.
 
@@ -325,104 +308,10 @@ def _one_pass_backend(
         return None
     if not ops_one_pass.is_possible(objective) or ops.must_be_functional():
         return None
-    if torch.float16 in (dtype, *(x.dtype for x in tensors)) and not isinstance(loss_scale, Tensor) and loss_scale <= 1:
+    small = not isinstance(batch.loss_scale, Tensor) and batch.loss_scale <= 1
+    if small and torch.float16 in (dtype, *(x.dtype for x in tensors)):
         return None  # a GradScaler's factor comes with the upstream gradient: before it, gradients may be too small
     return backends.kernel_for("one_pass", tensors[0].device.type, dtype)
-
-
-def _by_one_pass(
-    backend: str,
-    logits: Tensor,
-    token_ids: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    *,
-    objective: Objective,
-    temperature: float | Tensor,
-    inplace: bool,
-    **options: Any,
-) -> PolicyLossOutput:
-    check_token_logprobs(logits, token_ids, temperature, options["mask"])
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    if not isinstance(temperature, Tensor):
-        temperature = ops.scalar(temperature, logits.device)
-    loss, metrics, logprobs, entropy = ops_one_pass.policy_loss_from_logits(
-        logits,
-        token_ids.to(torch.int64),
-        temperature.to(torch.float32),
-        _as_kernels_take_them(token_ids, old_logprobs, advantages, **options),
-        objective=objective,
-        inplace=inplace,
-        backend=backend,
-    )
-    return _output(loss, metrics, logprobs, entropy)
-
-
-def _from_hidden(
-    backend: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    *,
-    objective: Objective,
-    temperature: float | Tensor,
-    evaluated: Tensor | None,
-    num_live: int | None,
-    head: ops_hidden.Options,
-    **options: Any,
-) -> PolicyLossOutput:
-    a = _as_kernels_take_them(token_ids, old_logprobs, advantages, **options)
-    evaluated = None if evaluated is None else evaluated != 0
-    rows = ops_hidden.rows_where(evaluated, token_ids.numel(), hidden.device, num_live)
-    if not isinstance(temperature, Tensor):
-        temperature = ops.scalar(temperature, hidden.device)
-    inputs = (hidden, weight, bias, token_ids.to(torch.int64), temperature.to(torch.float32), rows)
-    one_pass = _one_pass_backend((hidden, weight, bias), head.dtype, objective, options["loss_scale"])
-    if one_pass is not None:
-        return _output(
-            *ops_hidden.policy_loss_from_hidden(*inputs, a, objective=objective, options=head, backend=one_pass)
-        )
-    logprobs, entropy = ops_hidden.linear_token_logprobs(*inputs, options=head, return_entropy=True, backend=backend)
-    return _policy_loss(
-        logprobs, old_logprobs, advantages, objective=objective, entropy=entropy, reduction="mean", **options
-    )
-
-
-def _as_kernels_take_them(
-    tokens: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    *,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logprobs: Tensor | None,
-    is_weights: Tensor | None,
-    denominator: float | Tensor | None,
-    loss_scale: float | Tensor,
-) -> ops_policy_loss.TokenArguments:
-    """The arguments that all losses share, for ``tokens`` of any dtype."""
-
-    def per_token_or_sequence(x: Tensor) -> Tensor:
-        per_token = x.shape[-1:] == tokens.shape[-1:] and x.numel() == tokens.numel()
-        return x.float().reshape(tokens.shape if per_token else (-1, 1))
-
-    def number(x: float | Tensor) -> Tensor:
-        return x.float() if isinstance(x, Tensor) else ops.scalar(x, tokens.device)
-
-    return ops_policy_loss.TokenArguments(
-        old_logprobs=None if old_logprobs is None else old_logprobs.float(),
-        advantages=per_token_or_sequence(advantages),
-        mask=None if mask is None else mask != 0 if mask.dtype != torch.bool else mask,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(torch.int64),
-        ref_logprobs=None if ref_logprobs is None else ref_logprobs.float(),
-        is_weights=None if is_weights is None else per_token_or_sequence(is_weights),
-        denominator=None if denominator is None else number(denominator),
-        loss_scale=number(loss_scale),
-    )
 
 
 def _output(loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor | None) -> PolicyLossOutput:
@@ -430,37 +319,6 @@ def _output(loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor | N
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check(
-    name: str,
-    source: Tensor,
-    shape: torch.Size,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    *,
-    objective: Objective,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logprobs: Tensor | None,
-    is_weights: Tensor | None,
-    denominator: float | Tensor | None,
-    loss_scale: float | Tensor,
-) -> None:
-    """Checks what all losses share. ``shape`` is that of the tokens of ``source``, the argument ``name``."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
-    num_sequences = _tokens.check_layout(name, source, mask, cu_seqlens, shape)
-    for argument, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
-        if tensor is not None:
-            _tokens.check_per_token(argument, tensor, name, source, shape)
-    if objective.kl is not None and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs is needed by objective.kl={objective.kl}, got None")
-    _tokens.check_weights("advantages", advantages, name, source, num_sequences, shape)
-    if is_weights is not None:
-        _tokens.check_weights("is_weights", is_weights, name, source, num_sequences, shape)
-    _tokens.check_number("loss_scale", loss_scale, name, source)
-    _tokens.check_denominator(denominator, objective.aggregation, name, source)
 
 
 def _check_num_live(num_live: int, token_ids: Tensor, mask: Tensor | None) -> None:

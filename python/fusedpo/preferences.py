@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _tokens, ops, ops_hidden, ops_units
+from . import _checks, _tokens, ops
 from ._dtypes import wide
 from .advantages import arguments
 from .logprobs import check_linear_token_logprobs, linear_token_logprobs, token_logprobs
+from .ops import hidden as ops_hidden
+from .ops import units as ops_units
 from .preference_objectives import Preference
 from .reference import PolicyLossOutput
 from .reference.advantages.segments import group_labels, kept

@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda/advantages.cuh. Arguments are those of the operators in python/fusedpo/ops_advantages.py,
+// The kernels of csrc/cuda/advantages.cuh. Arguments are those of the operators in python/fusedpo/ops/advantages.py,
 // before them the number of the operator and of the threads in a block.
 #include "cuda/advantages.cuh"
 

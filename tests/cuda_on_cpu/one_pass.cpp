@@ -1,5 +1,5 @@
 // The kernels of csrc/cuda/one_pass.cuh. A call has the warps of a block, the bytes of its shared memory and the number
-// of clusters, the arguments of the operator in python/fusedpo/ops_one_pass.py and what their shapes say, or a factor
+// of clusters, the arguments of the operator in python/fusedpo/ops/one_pass.py and what their shapes say, or a factor
 // to scale by, or the bytes of a row and of the shared memory of a device. The results of the first are blocks per
 // cluster and slices per warp, the gradient with all that lies between its rows, log-probs and entropy.
 #include "cuda/one_pass.cuh"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kFewThreads = 64;  // for kernels that do with any number
 
-void launch(auto kernel, const Shape& shape, const auto&... arguments) {
+void launch(auto kernel, const Grid& shape, const auto&... arguments) {
   const bool of_rows = shape.cluster > 0;
   const cuda_on_cpu::Grid grid = {(unsigned)shape.blocks, (unsigned)(of_rows ? shape.threads : kFewThreads),
                                   (size_t)shape.shared_bytes, (unsigned)(of_rows ? shape.cluster : 1)};

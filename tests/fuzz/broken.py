@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fusedpo import objectives as O
-from fusedpo import ops_one_pass, ops_policy_loss
-from fusedpo.ops_advantages import ESTIMATORS
+from fusedpo.ops import one_pass as ops_one_pass
+from fusedpo.ops import policy_loss as ops_policy_loss
+from fusedpo.ops.advantages import ESTIMATORS
 
 Call = tuple[str, list[Any]]
 
@@ -49,11 +50,23 @@ def calls(rng: random.Random) -> list[Call]:
     objective = rng.choice(OBJECTIVES)
     parts, values = ops_policy_loss.encode(objective)
     per_token = rng.random() < 0.3
-    policy_loss = [floats(), *tokens, floats(), maybe(floats()), maybe(torch.tensor(3.0)), torch.tensor(1.0)]
+    policy_loss = [floats(), floats(), *tokens, maybe(floats()), maybe(torch.tensor(3.0)), torch.tensor(1.0)]
     ahead = rng.choice([o for o in OBJECTIVES if ops_one_pass.is_possible(o)])
-    one_pass = [logits, floats(), floats(), None, torch.randint(size, shape), temperature, *tokens, None, floats()]
+    one_pass = [
+        logits,
+        torch.empty_like(logits),
+        floats(),
+        floats(),
+        None,
+        torch.randint(size, shape),
+        temperature,
+        *tokens,
+        None,
+        floats(),
+    ]
     rows = torch.arange(shape[0] * (1 if packed else width)) if mask is None else mask.flatten().nonzero().flatten()
-    of_rows = [logits.reshape(-1, size)[rows], *one_pass[1:3], rows, *one_pass[4:]]
+    some = logits.reshape(-1, size)[rows]
+    of_rows = [some, some, *one_pass[2:4], rows, *one_pass[5:]]
     count, group = batch * 6, 6
     of_ids = rng.random() < 0.5
     labels = [torch.arange(count) // group, torch.randperm(count)] if of_ids else [None, None]
@@ -67,11 +80,11 @@ def calls(rng: random.Random) -> list[Call]:
     return [
         ("token_logprobs", [logits, token_ids, temperature, mask, rng.random() < 0.5]),
         ("token_logprobs_backward", backward),
-        ("token_logprobs_backward_", backward),
+        ("token_logprobs_backward_out", [*backward, torch.empty_like(logits)]),
         ("policy_loss", [*policy_loss, parts, values, per_token]),
         ("policy_loss_backward", [floats(), floats(), floats(), floats(), tokens[0], mask, cu_seqlens, 3, 2]),
         ("one_pass", [*one_pass, *ops_policy_loss.encode(ahead)]),
-        ("one_pass_", [*of_rows, *ops_policy_loss.encode(ahead)]),
+        ("one_pass", [*of_rows, *ops_policy_loss.encode(ahead)]),
         ("scale_", [logits, torch.tensor(2.0)]),
         ("group_advantages", [rewards, *labels, group, other, None, estimator, k, False, 0.1, rng.random() < 0.5]),
         (

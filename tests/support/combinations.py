@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from fusedpo import objectives as O
-from fusedpo import ops_policy_loss
+from fusedpo.ops import policy_loss as ops_policy_loss
 from support import policy_loss as contract
 from support.parts import REGIONS, TRACES
 from support.policy_loss import AGGREGATIONS, KLS
@@ -30,8 +30,8 @@ COMBINATIONS = list(combinations())
 
 def operator_arguments(objective, per_token, packed=False):
     lp, olp, ref, entropy = (-torch.rand(2, 5) for _ in range(4))
-    batch = [lp, olp, torch.randn(2, 1), torch.rand(2, 5) > 0.3, None, ref, -entropy, torch.rand(2, 5)]
+    batch = [lp, -entropy, olp, torch.randn(2, 1), torch.rand(2, 5) > 0.3, None, ref, torch.rand(2, 5)]
     if packed:
         batch = [x if x is None or x.shape == (2, 1) else x.flatten() for x in batch]
-        batch[4] = torch.tensor([0, 4, 10])
+        batch[5] = torch.tensor([0, 4, 10])
     return (*batch, torch.tensor(3.0), torch.tensor(0.5), *ops_policy_loss.encode(objective), per_token)

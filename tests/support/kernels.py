@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from fusedpo.ops_advantages import _GROUP_CALLS, _TOKEN_CALLS, Groups, estimate_by_kernels, estimate_tokens_by_kernels
+from fusedpo.ops.advantages import _GROUP_CALLS, _TOKEN_CALLS, Groups, estimate_by_kernels, estimate_tokens_by_kernels
 from fusedpo.reference import advantages as reference
 
 

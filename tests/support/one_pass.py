@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fusedpo
 from fusedpo import objectives as O
-from fusedpo.ops_one_pass import MAX_AHEAD
+from fusedpo.ops.one_pass import MAX_AHEAD
 
 # Every ratio, trust region, KL and aggregation that one pass can serve is in one of them;
 OBJECTIVES = {

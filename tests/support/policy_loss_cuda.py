@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import fusedpo
-from fusedpo import backends, ops_policy_loss
+from fusedpo import backends
 from fusedpo import objectives as O
+from fusedpo.ops import policy_loss as ops_policy_loss
 
 on_the_cpu = pytest.mark.skipif(
     backends.NATIVE_MISSING is not None or cuda_on_cpu.COMPILER is None,
@@ -32,7 +33,7 @@ SMALL = Sizes(32, 8, 1)
 
 
 class Call(NamedTuple):
-    """What the kernels get, and what the reference makes of it in float64: loss, metrics and two gradients."""
+    """What the kernels get, and what the reference makes of it in float64: loss, metrics, two gradients, scale."""
 
     name: str
     arguments: tuple
@@ -51,7 +52,7 @@ def call(batch: dict, objective: O.Objective, per_token: bool, sizes: Sizes = SM
         shape = (lp.numel(), lp.shape[0] if lp.dim() == 2 else 1, lp.shape[-1])
     else:
         shape = (lp.numel(), cu_seqlens.numel() - 1, 0)
-    advantages, is_weights = tensors[2], tensors[7]
+    advantages, is_weights = tensors[3], tensors[7]
     is_per_token = [x is None or x.shape == lp.shape for x in (advantages, is_weights)]
     arguments = (*sizes, *tensors, *encoded, *shape, *is_per_token, upstream)
     name = f"{objective}, per_token={per_token}, {list(lp.shape)}, {sizes}"
@@ -67,7 +68,7 @@ def operator_arguments(batch: dict, options: dict) -> tuple[Tensor | None, ...]:
     captured = []
 
     def capture(logprobs: Tensor, entropy: Tensor | None, rest: tuple, **_: Any) -> tuple[Tensor, Tensor]:
-        captured.append((logprobs, *rest[:5], entropy, *rest[5:]))
+        captured.append((logprobs, entropy, *rest))
         return torch.zeros(()), torch.zeros(16)
 
     with pytest.MonkeyPatch.context() as patch, fusedpo.backend("native"):
@@ -86,7 +87,24 @@ def reference(batch: dict, options: dict, upstream: Tensor | None) -> list[Tenso
     out.loss.backward(None if upstream is None else upstream.double())
     has_entropy = options["objective"].entropy_coef != 0
     gradients = [leaves["logprobs"].grad, leaves["entropy"].grad if has_entropy else torch.empty(0).double()]
-    return [out.loss.detach(), torch.stack(list(out.metrics.values())), *gradients]
+    scale = token_scale(batch, options["objective"], options.get("denominator"), options.get("loss_scale", 1.0))
+    return [out.loss.detach(), torch.stack(list(out.metrics.values())), *gradients, scale]
+
+
+def token_scale(batch: dict, objective: O.Objective, denominator: float | None, loss_scale: float) -> Tensor:
+    """What the loss of each token is multiplied by: the gradient of an aggregation alone."""
+    shape = {"aggregation": objective.aggregation, "length_norm": objective.length_norm}
+    leaf = torch.zeros_like(batch["logprobs"]).requires_grad_()
+    given = {"mask": batch.get("mask"), "cu_seqlens": batch.get("cu_seqlens")}
+    with fusedpo.backend("reference"):
+        fusedpo.policy_loss(
+            *(leaf, None, -torch.ones_like(leaf)),
+            objective=O.Objective(O.OnPolicy(), O.NoTrustRegion(), **shape),
+            denominator=denominator,
+            loss_scale=loss_scale,
+            **given,
+        ).loss.backward()
+    return leaf.grad
 
 
 def run(program: Path, calls: list[Call]) -> list[list[Tensor]]:

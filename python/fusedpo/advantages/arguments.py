@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, backends
-from ..ops_advantages import Groups
+from ..ops.advantages import Groups
 from ..reference.advantages import segments
 from ..reference.advantages.segments import group_labels, kept
 

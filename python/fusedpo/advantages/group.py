@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import _checks
-from ..ops_advantages import Groups, estimate
+from ..ops.advantages import Groups, estimate
 from . import arguments
 from .registry import register
 

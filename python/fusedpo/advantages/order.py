@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import _checks
-from ..ops_advantages import estimate
+from ..ops.advantages import estimate
 from . import arguments
 from .arguments import SmallGroups
 from .registry import register

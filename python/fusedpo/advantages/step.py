@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, distributed
 
 from .. import _checks, backends
-from ..ops_advantages import estimate_tokens
+from ..ops.advantages import estimate_tokens
 from ..reference import advantages as reference
 from ..reference.advantages import GAE as GAE
 from ..reference.advantages import VTrace as VTrace

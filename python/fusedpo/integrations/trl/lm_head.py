@@ -9,8 +9,9 @@ from torch import Tensor
 from trl import kernels
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ... import ops_hidden, statistics
+from ... import statistics
 from ...ops import apply, scalar
+from ...ops import hidden as ops_hidden
 
 TRLS = getattr(kernels, "ChunkedLogProbFunction", None)
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, objectives, ops_policy_loss
-from .objectives import Objective
-from .ops import apply, are_batched, edge_to, must_be_functional, once_differentiable
-from .ops_one_pass import scaled, token_scale
-from .ops_policy_loss import TokenArguments
-from .reference.layout import layout
+from .. import backends, objectives
+from .._batch import Batch
+from ..objectives import Objective
+from ..reference.layout import layout
+from . import apply, are_batched, edge_to, must_be_functional, once_differentiable
+from . import policy_loss as ops_policy_loss
+from .one_pass import scaled
 
 # Every chunk streams the weight and its gradient once: against that its products must be large.
 WORKSPACE_BYTES = {"cpu": 1 << 28}
@@ -35,6 +36,17 @@ class Options(NamedTuple):
     softcap: float | None
     logit_scale: float
     chunk_tokens: int | None
+
+
+class Inputs(NamedTuple):
+    """``token_ids`` int64, ``temperature`` ``[]`` or ``[*tokens]``; the others as above."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    token_ids: Tensor
+    temperature: Tensor
+    rows: Tensor
 
 
 def is_autocast_enabled(device: str) -> bool:
@@ -89,9 +101,7 @@ def chunk_rows(rows: int, row_bytes: int, device: str) -> int:
     return -(-rows // chunks) if chunks > 1 else rows
 
 
-def evaluated_tokens(
-    token_ids: Tensor, advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, objective: Objective
-) -> Tensor | None:
+def evaluated_tokens(token_ids: Tensor, batch: Batch, objective: Objective) -> Tensor | None:
     """The mask of the tokens on which the loss or its gradient depends: ``mask`` itself where these are all it keeps.
 
     Where the policy term of a token with the advantage 0 vanishes and the loss has no other, its log-prob matters only
@@ -99,10 +109,10 @@ def evaluated_tokens(
     """
     ratio, region = objective.ratio, objective.trust_region
     if objective.kl is not None or objective.entropy_coef != 0 or not region.vanishes:
-        return mask
-    where = layout(token_ids, cu_seqlens)
-    kept = where.kept(mask)
-    moving = kept & (where.per_token(advantages) != 0)
+        return batch.mask
+    where = layout(token_ids, batch.cu_seqlens)
+    kept = where.kept(batch.mask)
+    moving = kept & (where.per_token(batch.advantages) != 0)
     back, ahead = ("all", "all") if "all" in objectives.reach(region) else objectives.reach(ratio)
     count = moving.long()
     looked_at = where.sum_before(count, ahead) + where.sum_after(count, back)
@@ -282,7 +292,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 "linear_token_logprobs: is_grads_batched is not supported, the kernels work in place; use "
                 "fusedpo.backend('reference') for it, or torch.func.jacrev"
             )
-        operator = getattr(torch.ops.fusedpo.token_logprobs_backward_, ctx.backend)
+        operator = getattr(torch.ops.fusedpo.token_logprobs_backward_out, ctx.backend)
         hidden, weight, bias, ids, temperature, rows, stats = ctx.saved_tensors
         upstream = [
             None if g is None else _per_row(g.detach(), hidden.shape[:-1]) for g in (grad_logprobs, grad_entropy)
@@ -295,7 +305,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 states = head.rows_of(at)
                 logits = head.logits(states)
                 grads = (None if g is None else g[at] for g in upstream)
-                operator(*grads, logits, ids[at], _select(temperature, at), None, stats[chunk])
+                operator(*grads, logits, ids[at], _select(temperature, at), None, stats[chunk], logits)
                 gradients.add(at, states, logits)
             results = gradients.rounded()
         sources = (hidden, weight, bias, grad_logprobs, grad_entropy)
@@ -314,15 +324,15 @@ class _OnePass(torch.autograd.Function):
         token_ids: Tensor,
         temperature: Tensor,
         rows: Tensor,
-        a: TokenArguments,
+        batch: Batch,
         objective: Objective,
         options: Options,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        operator = getattr(torch.ops.fusedpo.one_pass_, backend)
+        operator = getattr(torch.ops.fusedpo.one_pass, backend)
         logprobs, entropy = torch.zeros((2, *token_ids.shape), dtype=torch.float32, device=hidden.device).unbind()
-        scale = token_scale(a, logprobs, objective, backend)
-        tokens = (a.old_logprobs, a.advantages, a.mask, a.cu_seqlens, a.ref_logprobs, a.is_weights, scale)
+        scale = ops_policy_loss.token_scale(logprobs, batch, objective=objective, backend=backend)
+        tokens = (*batch.tokens, scale)
         encoded = ops_policy_loss.encode(objective)
         with _plain(hidden):
             head = _Head(hidden, weight, bias, rows, options, gradients=True)
@@ -331,11 +341,11 @@ class _OnePass(torch.autograd.Function):
                 at = rows[chunk]
                 states = head.rows_of(at)
                 logits = head.logits(states)
-                operator(logits, logprobs, entropy, at, token_ids, temperature, *tokens, *encoded)
+                operator(logits, logits, logprobs, entropy, at, token_ids, temperature, *tokens, *encoded)
                 gradients.add(at, states, logits)
             results = gradients.rounded()
         loss, metrics = ops_policy_loss.policy_loss(
-            logprobs, entropy, a, objective=objective, per_token=False, backend=backend
+            logprobs, entropy, batch, objective=objective, per_token=False, backend=backend
         )
         ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(x) for x in (hidden, weight, bias)]
         ctx.save_for_backward(*results)
@@ -376,41 +386,21 @@ def _uncapped_temperature(temperature: Tensor, options: Options) -> Tensor:
     return temperature if options.softcap is None else temperature / options.softcap
 
 
-def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    rows: Tensor,
-    *,
-    options: Options,
-    return_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy of ``rows``, 0 elsewhere, by the kernels of ``backend``.
+def _uncapped(inputs: Inputs, options: Options) -> Inputs:
+    return inputs._replace(temperature=_uncapped_temperature(inputs.temperature, options))
 
-    ``token_ids`` int64 ``[*tokens]`` or ``[*tokens, K]``, ``temperature`` ``[]`` or ``[*tokens]``.
-    """
-    temperature = _uncapped_temperature(temperature, options)
-    args = (hidden, weight, bias, token_ids, temperature, rows, options, return_entropy, backend)
+
+def linear_token_logprobs(
+    inputs: Inputs, *, options: Options, return_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy of the rows, 0 elsewhere, by the kernels of ``backend``; ids may be ``[*tokens, K]``."""
+    args = (*_uncapped(inputs, options), options, return_entropy, backend)
     return apply("linear_token_logprobs", _LinearTokenLogprobs, *args)
 
 
 def policy_loss_from_hidden(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    rows: Tensor,
-    a: TokenArguments,
-    *,
-    objective: Objective,
-    options: Options,
-    backend: str,
+    inputs: Inputs, batch: Batch, *, objective: Objective, options: Options, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics, log-probs and entropy, 0 at tokens that are not in ``rows``; the rest as the schemas have it."""
-    temperature = _uncapped_temperature(temperature, options)
-    args = (hidden, weight, bias, token_ids, temperature, rows, a, objective, options, backend)
+    """Loss, metrics, log-probs and entropy, 0 at tokens that are not in the rows; ``batch`` as kernels take it."""
+    args = (*_uncapped(inputs, options), batch, objective, options, backend)
     return apply("policy_loss_from_hidden", _OnePass, *args)

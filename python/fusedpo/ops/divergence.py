@@ -22,9 +22,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .ops import apply, define
-from .ops_hidden import (
+from .. import backends
+from . import apply, define
+from .hidden import (
     Options,
     _Gradients,
     _Head,

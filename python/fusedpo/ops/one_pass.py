@@ -2,11 +2,11 @@
 
 ::
 
-    one_pass(logits, logprobs, entropy, rows?, token_ids, temperature, old_logprobs?, advantages, mask?, cu_seqlens?,
-             ref_logprobs?, is_weights?, scale, parts, values) -> grad_logits
+    one_pass(logits, out, logprobs, entropy, rows?, token_ids, temperature, *batch.tokens, scale, parts, values)
 
 * ``logits`` ``[*tokens, V]``, float16, bfloat16 or float32, unit stride along V; ``tokens`` is ``[B, T]`` or ``[T]``:
-  padded sequences, or one; with ``cu_seqlens`` ``[S + 1]`` (int64) packed ``[T]`` or ``[1, T]``.
+  padded sequences, or one; with ``cu_seqlens`` ``[S + 1]`` (int64) packed ``[T]`` or ``[1, T]``. Their gradient is
+  written into ``out``, which may be the logits.
 * ``logprobs`` and ``entropy``, float32 ``[*tokens]``, are written at every row that is evaluated.
 * ``rows`` None: every token that ``mask`` (bool) keeps is evaluated, and the gradient of the others is zero. Otherwise
   ``logits`` is ``[R, V]`` and its row r belongs to the kept token ``rows[r]`` (int64, ascending positions among the
@@ -14,9 +14,9 @@
 * ``token_ids`` int64; ``temperature`` ``[]`` or ``[*tokens]``; ``advantages`` and ``is_weights`` ``[*tokens]`` or
   ``[num_sequences, 1]``; ``old_logprobs`` (None: the log-probs themselves) and ``ref_logprobs`` ``[*tokens]``; float32.
 * ``scale`` ``[*tokens]`` float32: what the loss of each token is multiplied by.
-* ``parts`` and ``values``: the objective (:func:`fusedpo.ops_policy_loss.encode`), of which :func:`is_possible` holds.
+* ``parts`` and ``values``: the objective (:func:`fusedpo.ops.policy_loss.encode`), of which :func:`is_possible` holds.
 
-``one_pass_`` writes the gradient over the logits. ``scale_`` multiplies a stored gradient by a 0-d factor, which it
+``scale_`` multiplies a stored gradient by a 0-d factor, which it
 reads on the device: a factor of 1 costs nothing.
 """
 
@@ -27,18 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import objectives, ops_policy_loss
-from .objectives import Objective
-from .ops import apply, are_batched, define, edge_to, may_overlap, once_differentiable
-from .ops_policy_loss import TokenArguments
+from .. import objectives
+from .._batch import Batch
+from ..objectives import Objective
+from . import apply, are_batched, define, edge_to, may_overlap, once_differentiable
+from . import policy_loss as ops_policy_loss
 
-_ARGUMENTS = (
-    "Tensor(b!) logprobs, Tensor(c!) entropy, Tensor? rows, Tensor token_ids, Tensor temperature, "
-    "Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logprobs, "
-    "Tensor? is_weights, Tensor scale, int[] parts, float[] values)"
+define(
+    "one_pass",
+    "(Tensor logits, Tensor(a!) out, Tensor(b!) logprobs, Tensor(c!) entropy, Tensor? rows, Tensor token_ids, "
+    f"Tensor temperature, {ops_policy_loss.TOKENS}, Tensor scale, int[] parts, float[] values) -> ()",
+    lambda *_: None,
 )
-define("one_pass", f"(Tensor logits, {_ARGUMENTS} -> Tensor", lambda logits, *_: logits.new_empty(logits.shape))
-define("one_pass_", f"(Tensor(a!) logits, {_ARGUMENTS} -> ()", lambda *_: None)
 define("scale_", "(Tensor(a!) gradient, Tensor factor) -> ()", lambda *_: None)
 
 # A longer window is cheaper in two passes: the rows that a worker reads beyond its own would outweigh what it saves.
@@ -60,22 +60,6 @@ def is_possible(objective: Objective) -> bool:
     )
 
 
-def token_scale(a: TokenArguments, like: Tensor, objective: Objective, backend: str) -> Tensor:
-    """What the loss of each token is multiplied by: the gradient of the aggregation, by the kernel that has it."""
-    plain = Objective(
-        ratio=objectives.OnPolicy(),
-        trust_region=objectives.NoTrustRegion(),
-        aggregation=objective.aggregation,
-        length_norm=objective.length_norm,
-    )
-    tokens = (torch.zeros_like(like), None, like.new_full(like.shape, -1.0), a.mask, a.cu_seqlens)
-    operator = getattr(torch.ops.fusedpo.policy_loss, backend)
-    _, _, scale, *_ = operator(
-        *tokens, None, None, None, a.denominator, a.loss_scale, *ops_policy_loss.encode(plain), False
-    )
-    return scale
-
-
 def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """``gradient``, which is overwritten, times the 0-d ``factor``."""
     if are_batched(factor):
@@ -93,23 +77,22 @@ class _OnePass(torch.autograd.Function):
         logits: Tensor,
         token_ids: Tensor,
         temperature: Tensor,
-        a: TokenArguments,
+        batch: Batch,
         objective: Objective,
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
         logprobs, entropy = logits.new_zeros((2, *token_ids.shape), dtype=torch.float32).unbind()
-        scale = token_scale(a, logprobs, objective, backend)
-        tokens = (a.old_logprobs, a.advantages, a.mask, a.cu_seqlens, a.ref_logprobs, a.is_weights, scale)
-        args = (logits, logprobs, entropy, None, token_ids, temperature, *tokens, *ops_policy_loss.encode(objective))
+        scale = ops_policy_loss.token_scale(logprobs, batch, objective=objective, backend=backend)
+        gradient = logits if inplace else logits.new_empty(logits.shape)
+        getattr(torch.ops.fusedpo.one_pass, backend)(
+            *(logits, gradient, logprobs, entropy, None, token_ids, temperature),
+            *(*batch.tokens, scale, *ops_policy_loss.encode(objective)),
+        )
         if inplace:
-            getattr(torch.ops.fusedpo.one_pass_, backend)(*args)
             torch.autograd.graph.increment_version(logits)
-            gradient = logits
-        else:
-            gradient = getattr(torch.ops.fusedpo.one_pass, backend)(*args)
         loss, metrics = ops_policy_loss.policy_loss(
-            logprobs, entropy, a, objective=objective, per_token=False, backend=backend
+            logprobs, entropy, batch, objective=objective, per_token=False, backend=backend
         )
         ctx.backend, ctx.taken, ctx.source = backend, False, edge_to(logits)
         ctx.save_for_backward(gradient)
@@ -136,7 +119,7 @@ def policy_loss_from_logits(
     logits: Tensor,
     token_ids: Tensor,
     temperature: Tensor,
-    a: TokenArguments,
+    batch: Batch,
     *,
     objective: Objective,
     inplace: bool,
@@ -144,4 +127,6 @@ def policy_loss_from_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, log-probs and entropy by the kernels of ``backend``; the gradient is computed on the way."""
     inplace = inplace and not may_overlap(logits)
-    return apply("policy_loss_from_logits", _OnePass, logits, token_ids, temperature, a, objective, inplace, backend)
+    return apply(
+        "policy_loss_from_logits", _OnePass, logits, token_ids, temperature, batch, objective, inplace, backend
+    )

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import apply
-from .ops_hidden import (
+from . import apply
+from .hidden import (
     OTHER_WORKSPACE_BYTES,
     WORKSPACE_BYTES,
     Options,
@@ -70,7 +70,7 @@ class _ByUnits(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         forward = getattr(torch.ops.fusedpo.token_logprobs, backend)
-        backward_ = getattr(torch.ops.fusedpo.token_logprobs_backward_, backend)
+        backward_out = getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)
         leading = hidden.shape[:-1]
         ids, temperature = token_ids.reshape(-1), _per_row(temperature, leading)
         logprobs, entropy = torch.zeros((2, *token_ids.shape), dtype=torch.float32, device=hidden.device).unbind()
@@ -89,7 +89,7 @@ class _ByUnits(torch.autograd.Function):
                 with torch.enable_grad():
                     leaf = logprobs.detach().requires_grad_()
                     (coefficients,) = torch.autograd.grad(loss_of(leaf), leaf)
-                backward_(coefficients.view(-1)[at], None, logits, *of_rows, stats)
+                backward_out(coefficients.view(-1)[at], None, logits, *of_rows, stats, logits)
                 gradients.add(at, states, logits)
             results = gradients.rounded()
         loss = loss_of(logprobs)

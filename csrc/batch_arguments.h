@@ -1,4 +1,5 @@
-// The operators of python/fusedpo/ops_policy_loss.py: their arguments as the kernels of every device take them.
+// The operators over a batch, of python/fusedpo/ops/policy_loss.py and one_pass.py: their arguments as the kernels
+// of every device take them.
 #pragma once
 
 #include "arguments.h"
@@ -38,6 +39,40 @@ inline Shape logits_shape(const Tensor& logits, const Shape& tokens, const Optio
   return shape;
 }
 
+// A batch in the order of every schema, but for its denominator and its scale.
+struct BatchInputs {
+  OptionalTensor old_logprobs;
+  Tensor advantages;
+  OptionalTensor mask, cu_seqlens, ref_logprobs, is_weights;
+};
+using BatchTypes = Types<OptionalTensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+struct PolicyLossInputs {
+  Tensor logprobs;
+  OptionalTensor entropy;
+  BatchInputs batch;
+  OptionalTensor denominator;
+  Tensor loss_scale;
+  std::vector<int64_t> parts;
+  std::vector<double> values;
+  bool per_token;
+};
+using PolicyLossTypes =
+    decltype(joined(Types<Tensor, OptionalTensor>{}, BatchTypes{},
+                    Types<OptionalTensor, Tensor, std::vector<int64_t>, std::vector<double>, bool>{}));
+
+struct OnePassInputs {
+  Tensor logits, out, logprobs, entropy;
+  OptionalTensor rows;
+  Tensor token_ids, temperature;
+  BatchInputs batch;
+  Tensor scale;
+  std::vector<int64_t> parts;
+  std::vector<double> values;
+};
+using OnePassTypes = decltype(joined(Types<Tensor, Tensor, Tensor, Tensor, OptionalTensor, Tensor, Tensor>{},
+                                     BatchTypes{}, Types<Tensor, std::vector<int64_t>, std::vector<double>>{}));
+
 struct BatchArguments : Arguments {
   BatchArguments(const Tensor& logprobs, const OptionalTensor& old_logprobs, const OptionalTensor& mask,
                  const OptionalTensor& cu_seqlens)
@@ -50,6 +85,13 @@ struct BatchArguments : Arguments {
     batch.tokens.logprobs = per_token("logprobs", logprobs);
     batch.tokens.old_logprobs = old_logprobs ? per_token("old_logprobs", old_logprobs) : batch.tokens.logprobs;
     batch.tokens.mask = read<uint8_t>("mask", mask, shape);
+  }
+
+  BatchArguments(const Tensor& logprobs, const BatchInputs& in)
+      : BatchArguments(logprobs, in.old_logprobs, in.mask, in.cu_seqlens) {
+    batch.tokens.advantages = per_token_or_sequence("advantages", in.advantages);
+    batch.tokens.ref_logprobs = per_token("ref_logprobs", in.ref_logprobs);
+    batch.tokens.is_weights = per_token_or_sequence("is_weights", in.is_weights);
   }
 
   Values per_token(const char* name, const OptionalTensor& tensor) { return {read<float>(name, tensor, shape), true}; }
@@ -66,24 +108,47 @@ struct BatchArguments : Arguments {
   Batch batch;
 };
 
-struct PolicyLossArguments : BatchArguments {
-  PolicyLossArguments(const Tensor& logprobs, const OptionalTensor& old_logprobs, const Tensor& advantages,
-                      const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const OptionalTensor& ref_logprobs,
-                      const OptionalTensor& entropy, const OptionalTensor& is_weights,
-                      const OptionalTensor& denominator_, const Tensor& loss_scale_, const std::vector<int64_t>& parts,
-                      const std::vector<double>& values)
-      : BatchArguments(logprobs, old_logprobs, mask, cu_seqlens),
-        objective(objective_of(parts, values)),
+// A batch whose losses are aggregated.
+struct AggregationArguments : BatchArguments {
+  template <class... Batch>
+  AggregationArguments(const Objective& o, const OptionalTensor& denominator_, const Tensor& loss_scale_,
+                       const Batch&... of)
+      : BatchArguments(of...),
+        objective(o),
         denominator(read<float>("denominator", denominator_, {})),
-        loss_scale(read<float>("loss_scale", loss_scale_, {})) {
-    batch.tokens.advantages = per_token_or_sequence("advantages", advantages);
-    batch.tokens.ref_logprobs = per_token("ref_logprobs", ref_logprobs);
-    batch.tokens.entropy = per_token("entropy", entropy);
-    batch.tokens.is_weights = per_token_or_sequence("is_weights", is_weights);
-  }
+        loss_scale(read<float>("loss_scale", loss_scale_, {})) {}
 
   const Objective objective;
   const float *denominator, *loss_scale;
+};
+
+struct PolicyLossArguments : AggregationArguments {
+  explicit PolicyLossArguments(const PolicyLossInputs& in)
+      : AggregationArguments(objective_of(in.parts, in.values), in.denominator, in.loss_scale, in.logprobs, in.batch) {
+    batch.tokens.entropy = per_token("entropy", in.entropy);
+  }
+};
+
+// Nothing but the aggregation, and the memory for what the loss of each token is multiplied by.
+struct TokenScaleArguments : AggregationArguments {
+  TokenScaleArguments(const Tensor& logprobs, const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+                      const OptionalTensor& denominator_, const Tensor& loss_scale_, int64_t aggregation,
+                      double length_norm)
+      : AggregationArguments(aggregating(aggregation, length_norm), denominator_, loss_scale_, logprobs,
+                             OptionalTensor{}, mask, cu_seqlens),
+        result(torch::stable::new_empty(logprobs, logprobs.sizes())),
+        data(static_cast<float*>(result.data_ptr())) {}
+
+  static Objective aggregating(int64_t aggregation, double length_norm) {
+    expect_in("aggregation", aggregation, kTokenMean, kSeqMeanTokenSumNorm);
+    Objective o{};
+    o.aggregation = (Aggregation)aggregation;
+    o.length_norm = (float)length_norm;
+    return o;
+  }
+
+  const Tensor result;
+  float* const data;
 };
 
 // What the operator returns; without elements where it is not wanted.

@@ -2,11 +2,11 @@
 
 ::
 
-    policy_loss(logprobs, old_logprobs?, advantages, mask?, cu_seqlens?, ref_logprobs?, entropy?, is_weights?,
-                denominator?, loss_scale, parts, values, per_token)
+    policy_loss(logprobs, entropy?, *batch, parts, values, per_token)
         -> loss, metrics, grad_logprobs, grad_entropy, grad_log_trace
 
-All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
+``batch`` is a :class:`fusedpo._batch.Batch`. All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens``
+int64.
 
 * ``logprobs`` ``[B, T]`` or ``[T]``: padded sequences, or one; with ``cu_seqlens`` ``[S + 1]`` packed ``[T]`` or
   ``[1, T]``. ``old_logprobs`` (None: ``logprobs``), ``mask``, ``ref_logprobs`` and ``entropy`` have its shape;
@@ -21,29 +21,44 @@ All floating-point tensors are float32; ``mask`` is bool, ``cu_seqlens`` int64.
   The exception is a differentiated trace with ``per_token``: there a token's log-prob is in the loss of several tokens,
   so ``grad_logprobs`` leaves out what goes through traces, ``grad_log_trace`` is the derivative of each token's loss
   with respect to its own log-trace (else ``[0]``), and ``policy_loss_backward`` takes the adjoint of the window sum.
+
+``token_scale`` is what the loss of each token is multiplied by when it is aggregated, 0 at masked tokens; of
+``logprobs`` it takes the shape, and ``aggregation`` and ``length_norm`` are those of ``parts`` and ``values``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import FLOAT32_MAX
-from .objectives import AGGREGATION_NUMBERS, KL_KINDS, KL_NUMBERS, RATIOS, TRUST_REGIONS, Objective
-from .ops import apply, define, is_differentiated, once_differentiable
-from .reference import METRICS
+from .._batch import Batch
+from .._checks import FLOAT32_MAX
+from ..objectives import AGGREGATION_NUMBERS, KL_KINDS, KL_NUMBERS, RATIOS, TRUST_REGIONS, Objective
+from ..reference import METRICS
+from . import apply, define, is_differentiated, once_differentiable
+
+# Of a batch, in the order of Batch.
+TOKENS = (
+    "Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logprobs, "
+    "Tensor? is_weights"
+)
 
 define(
     "policy_loss",
-    "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? ref_logprobs, Tensor? entropy, Tensor? is_weights, Tensor? denominator, Tensor loss_scale, "
+    f"(Tensor logprobs, Tensor? entropy, {TOKENS}, Tensor? denominator, Tensor loss_scale, "
     "int[] parts, float[] values, bool per_token) "
     "-> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_log_trace)",
     lambda logprobs, *args: _fake(logprobs, *args[-3:]),
+)
+define(
+    "token_scale",
+    "(Tensor logprobs, Tensor? mask, Tensor? cu_seqlens, Tensor? denominator, Tensor loss_scale, int aggregation, "
+    "float length_norm) -> Tensor",
+    lambda logprobs, *_: logprobs.new_empty(logprobs.shape),
 )
 define(
     "policy_loss_backward",
@@ -117,102 +132,56 @@ def _fake(logprobs: Tensor, parts: list[int], values: list[float], per_token: bo
     )
 
 
-class TokenArguments(NamedTuple):
-    """What the loss of each token is computed from, as the schemas have it."""
-
-    old_logprobs: Tensor | None
-    advantages: Tensor
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-    ref_logprobs: Tensor | None
-    is_weights: Tensor | None
-    denominator: Tensor | None
-    loss_scale: Tensor
-
-
 class _PolicyLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        logprobs: Tensor,
-        old_logprobs: Tensor | None,
-        advantages: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        ref_logprobs: Tensor | None,
-        entropy: Tensor | None,
-        is_weights: Tensor | None,
-        denominator: Tensor | None,
-        loss_scale: Tensor,
-        parts: list[int],
-        values: list[float],
-        per_token: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        return getattr(torch.ops.fusedpo.policy_loss, backend)(
-            logprobs,
-            old_logprobs,
-            advantages,
-            mask,
-            cu_seqlens,
-            ref_logprobs,
-            entropy,
-            is_weights,
-            denominator,
-            loss_scale,
-            parts,
-            values,
-            per_token,
-        )
+    def forward(backend: str, *inputs: Any) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.fusedpo.policy_loss, backend)(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        logprobs, old_logprobs, _, mask, cu_seqlens, *_, parts, _, per_token, ctx.backend = inputs
+        ctx.backend, logprobs, _, *batch, parts, _, per_token = inputs
+        of = Batch(*batch)
         _, ctx.back, ctx.ahead, differentiated, *_ = parts
-        ctx.through_traces = per_token and differentiated
+        ctx.through_traces, ctx.num_inputs = per_token and differentiated, len(inputs)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logprobs, old_logprobs, mask, cu_seqlens, *output[2:])
+        ctx.save_for_backward(logprobs, of.old_logprobs, of.mask, of.cu_seqlens, *output[2:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
-        gradients: list[Tensor | None] = [None] * 14
+        gradients: list[Tensor | None] = [None] * ctx.num_inputs
         if grad_loss is None:
             return tuple(gradients)
-        logprobs, old_logprobs, mask, cu_seqlens, grad_logprobs, grad_entropy, grad_log_trace = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:
+        *tokens, grad_logprobs, grad_entropy, grad_log_trace = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
             if ctx.through_traces:
                 backward = getattr(torch.ops.fusedpo.policy_loss_backward, ctx.backend)
-                gradient = backward(
-                    grad_loss,
-                    grad_logprobs,
-                    grad_log_trace,
-                    logprobs,
-                    old_logprobs,
-                    mask,
-                    cu_seqlens,
-                    ctx.back,
-                    ctx.ahead,
-                )
+                gradient = backward(grad_loss, grad_logprobs, grad_log_trace, *tokens, ctx.back, ctx.ahead)
             else:
                 gradient = grad_loss * grad_logprobs
-            gradients[0] = once_differentiable("policy_loss", gradient, logprobs, grad_loss)
-        if ctx.needs_input_grad[6]:
-            gradients[6] = once_differentiable("policy_loss", grad_loss * grad_entropy, logprobs, grad_loss)
+            gradients[1] = once_differentiable("policy_loss", gradient, tokens[0], grad_loss)
+        if ctx.needs_input_grad[2]:
+            gradients[2] = once_differentiable("policy_loss", grad_loss * grad_entropy, tokens[0], grad_loss)
         return tuple(gradients)
 
 
 def policy_loss(
-    logprobs: Tensor, entropy: Tensor | None, a: TokenArguments, *, objective: Objective, per_token: bool, backend: str
+    logprobs: Tensor, entropy: Tensor | None, batch: Batch, *, objective: Objective, per_token: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Loss and metrics by the kernels of ``backend``; all tensors as the schema has them."""
-    args = (
-        *(logprobs, a.old_logprobs, a.advantages, a.mask, a.cu_seqlens, a.ref_logprobs, entropy, a.is_weights),
-        *(a.denominator, a.loss_scale, *encode(objective), per_token),
-    )
+    inputs = (logprobs, entropy, *batch, *encode(objective), per_token)
     if is_differentiated(logprobs, entropy):
-        loss, metrics, *_ = apply("policy_loss", _PolicyLoss, *args, backend)
+        loss, metrics, *_ = apply("policy_loss", _PolicyLoss, backend, *inputs)
     else:
-        loss, metrics, *_ = getattr(torch.ops.fusedpo.policy_loss, backend)(*args)
+        loss, metrics, *_ = getattr(torch.ops.fusedpo.policy_loss, backend)(*inputs)
     return loss, metrics
+
+
+def token_scale(logprobs: Tensor, batch: Batch, *, objective: Objective, backend: str) -> Tensor:
+    """What the loss of each token is multiplied by, by the kernels of ``backend``."""
+    return getattr(torch.ops.fusedpo.token_scale, backend)(
+        *(logprobs, batch.mask, batch.cu_seqlens, batch.denominator, batch.loss_scale),
+        *(AGGREGATION_NUMBERS[objective.aggregation], float(objective.length_norm or 0)),
+    )

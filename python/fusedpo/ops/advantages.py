@@ -32,10 +32,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _dtypes, backends, reference
-from .ops import define
-from .reference.advantages import GAE, VTrace
-from .reference.advantages.segments import result_dtype
+from .. import _checks, _dtypes, backends, reference
+from ..reference.advantages import GAE, VTrace
+from ..reference.advantages.segments import result_dtype
+from . import define
 
 
 class Needs(NamedTuple):

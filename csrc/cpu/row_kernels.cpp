@@ -1,4 +1,4 @@
-// The row kernels of token log-probs. Compiled once per instruction set; see rows.h for the contract and vec.h for the
+// The row kernels of token log-probs. Compiled once per instruction set; see row_kernels.h for the contract and vec.h for the
 // rest.
 //
 // Bytes: reduce reads V elements, gradient reads V and writes V. The reduction is one sweep: exponentials are taken
@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "rows.h"
+#include "row_kernels.h"
 #include "vec.h"
 
 namespace fusedpo::FUSEDPO_ISA {

@@ -1,0 +1,135 @@
+"""The operator ``torch.ops.fusedpo.token_logprobs``: log-probs of tokens and the entropy of rows of logits.
+
+::
+
+    token_logprobs(logits, token_ids, temperature, mask?, return_entropy) -> logprobs, entropy, stats
+    token_logprobs_backward_out(grad_logprobs?, grad_entropy?, logits, token_ids, temperature, mask?, stats, out)
+
+* ``logits`` ``[..., V]``, float16, bfloat16 or float32, unit stride along V; ``token_ids`` ``[...]`` or ``[..., K]``,
+  int64; ``temperature`` ``[]`` or ``[...]``, float32; ``mask`` ``[...]``, bool.
+* ``logprobs`` as ``token_ids``, ``entropy`` ``[...]`` (``[0]`` if it is not asked for), float32; ``stats``
+  ``[..., 3]``, float32, what the backward needs of each row.
+* ``out``: the gradient of the logits, which may overwrite them. ``token_logprobs_backward`` returns it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import (
+    BACKENDS,
+    DEVICES,
+    LIBRARY,
+    apply,
+    are_batched,
+    define,
+    is_differentiated,
+    may_overlap,
+    must_be_functional,
+    once_differentiable,
+)
+
+_INPUTS = "Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask"
+_BACKWARD = f"Tensor? grad_logprobs, Tensor? grad_entropy, {_INPUTS}, Tensor stats"
+
+
+def _token_logprobs_fake(
+    logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None, return_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[:-1]
+    return (
+        logits.new_empty(token_ids.shape, dtype=torch.float32),
+        logits.new_empty(rows if return_entropy else (0,), dtype=torch.float32),
+        logits.new_empty((*rows, 3), dtype=torch.float32),
+    )
+
+
+define(
+    "token_logprobs",
+    f"({_INPUTS}, bool return_entropy) -> (Tensor logprobs, Tensor entropy, Tensor stats)",
+    _token_logprobs_fake,
+)
+define("token_logprobs_backward_out", f"({_BACKWARD}, Tensor(a!) out) -> ()", lambda *_: None)
+# Without side effects: for functorch, and for torch.compile, where writing into `out` could cost a copy of it.
+define(
+    "token_logprobs_backward",
+    f"({_BACKWARD}) -> Tensor",
+    lambda _grad_logprobs, _grad_entropy, logits, *_: logits.new_empty(logits.shape),
+)
+
+
+def _token_logprobs_backward(backend: str, *args: Any) -> Tensor:
+    logits = args[2]
+    out = logits.new_empty(logits.shape)
+    getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)(*args, out)
+    return out
+
+
+for _backend in BACKENDS:
+    for _key in DEVICES:
+        LIBRARY.impl(f"token_logprobs_backward.{_backend}", partial(_token_logprobs_backward, _backend), _key)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backend: str, inplace_backward: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return getattr(torch.ops.fusedpo.token_logprobs, backend)(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.backend, ctx.inplace_backward, *tensors, ctx.return_entropy = inputs
+        _, entropy, stats = output
+        ctx.mark_non_differentiable(stats, *(() if ctx.return_entropy else (entropy,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, stats)
+        ctx.overwritten = False
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
+        nothing = (None,) * 4
+        if not ctx.return_entropy:
+            grad_entropy = None  # torch.compile passes an empty tensor
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, *nothing
+        if ctx.overwritten:
+            raise RuntimeError(
+                "token_logprobs(inplace_backward=True): the first backward has overwritten the logits with their "
+                "gradient, a second one needs inplace_backward=False"
+            )
+        logits, *rest = ctx.saved_tensors
+        args = (grad_logprobs, grad_entropy, logits, *rest)
+        if must_be_functional() or are_batched(grad_logprobs, grad_entropy):
+            gradient = getattr(torch.ops.fusedpo.token_logprobs_backward, ctx.backend)(*args)
+        else:
+            gradient = logits.detach() if ctx.inplace_backward else logits.new_empty(logits.shape)
+            getattr(torch.ops.fusedpo.token_logprobs_backward_out, ctx.backend)(*args, gradient)
+            if ctx.inplace_backward:
+                ctx.overwritten = True
+                torch.autograd.graph.increment_version(logits)
+        gradient = once_differentiable("token_logprobs", gradient, logits, grad_logprobs, grad_entropy)
+        return None, None, gradient, *nothing
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    return_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy by the kernels of ``backend``; arguments as the operator's schema has them."""
+    inputs = (logits, token_ids, temperature, mask, return_entropy)
+    if is_differentiated(logits):
+        inplace_backward = inplace_backward and not must_be_functional() and not may_overlap(logits)
+        logprobs, entropy, _ = apply("token_logprobs", _TokenLogprobs, backend, inplace_backward, *inputs)
+    else:
+        logprobs, entropy, _ = getattr(torch.ops.fusedpo.token_logprobs, backend)(*inputs)
+    return logprobs, entropy
