@@ -3,24 +3,22 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Read when OpenMP starts: threads that spin while they wait take the processor from those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
+import ptx
 import pytest
 import torch
 
-# Read when a kernel is defined: without a GPU, Triton's interpreter runs the kernels on the CPU.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# What Triton compiles is kept for other tests and processes.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "triton"))
 # Without it, deterministic matrix products are not to be had from cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 torch.set_num_threads(2)
-# torch.empty is filled with NaN (integers: their maximum), so that an element that no kernel wrote cannot pass.
-torch.use_deterministic_algorithms(True, warn_only=True)
-torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 class TorchGenerator:
@@ -35,6 +33,35 @@ TORCH_GENERATOR = TorchGenerator()  # hypothesis keeps a weak reference only
 hypothesis.register_random(TORCH_GENERATOR)
 hypothesis.settings.register_profile("fusedpo", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("fusedpo")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--triton",
+        choices=["ptx", "interpreter"],
+        help="without a GPU, Triton kernels run as they are compiled, on the machine of tests/ptx (the default where "
+        "there is a C++ compiler), or by Triton's interpreter",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not torch.cuda.is_available():
+        choose_triton(config.getoption("--triton"))
+    # torch.empty is filled with NaN (integers: their maximum), so that an element that no kernel wrote cannot pass.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def choose_triton(how: str | None) -> None:
+    """Without a GPU: on the CPU. To be called before anything imports Triton, which then decides whether to interpret."""
+    if importlib.util.find_spec("triton") is not None and ptx.COMPILER is not None and how != "interpreter":
+        os.environ.pop("TRITON_INTERPRET", None)
+        from ptx import triton_device
+        from triton import knobs
+
+        knobs.runtime.interpret = False
+        triton_device.install(90)
+    os.environ["TRITON_INTERPRET"] = "1"  # fusedpo takes Triton on the CPU only with it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -169,13 +169,22 @@ def _stop_at_ptx(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str,
     return None
 
 
-@contextlib.contextmanager
-def target(architecture: int) -> Iterator[None]:
-    """Triton compiles for ``architecture``, and launches on the machine."""
-    before = triton.runtime.driver._active, knobs.runtime.add_stages_inspection_hook
+def install(architecture: int) -> None:
+    """From now on Triton compiles for ``architecture``, and launches on the machine."""
     triton.runtime.driver.set_active(Device(architecture))
     knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
+
+
+def is_installed() -> bool:
+    return isinstance(triton.runtime.driver._active, Device)
+
+
+@contextlib.contextmanager
+def target(architecture: int) -> Iterator[None]:
+    """Another architecture."""
+    before = triton.runtime.driver.active
+    install(architecture)
     try:
         yield
     finally:
-        triton.runtime.driver._active, knobs.runtime.add_stages_inspection_hook = before
+        triton.runtime.driver.set_active(before)
