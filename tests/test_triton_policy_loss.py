@@ -58,11 +58,11 @@ def _backend():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Sequences of some ten tokens have several tiles."""
+    """Sequences of some forty tokens have several tiles. As at the real size, no two threads hold the same token."""
     from fusedpo.triton_kernels import policy_loss
 
-    monkeypatch.setattr(policy_loss, "_TILE", 8)
-    monkeypatch.setitem(policy_loss._CONSTANTS, "CHUNK", 16)
+    monkeypatch.setattr(policy_loss, "_TILE", 32)
+    monkeypatch.setattr(policy_loss, "_CONSTANTS", {"CHUNK": 32, "num_warps": 1})
 
 
 # ----------------------------------------------------------------------------------------------- against the reference
@@ -246,11 +246,11 @@ def test_nothing_reaches_masked_tokens_from_above():
 
 
 LONG = [
-    O.nfpo(8),
-    O.nfpo(9, kl=O.KL("k2", 0.1)),
-    O.Objective(O.Trace(11, 17), O.PPOClip(cap=3.0)),
+    O.nfpo(32),
+    O.nfpo(33, kl=O.KL("k2", 0.1)),
+    O.Objective(O.Trace(44, 68), O.PPOClip(cap=3.0)),
     O.Objective(O.Trace(0, 3, differentiate=True), O.NoTrustRegion(), aggregation="seq-mean-token-mean"),
-    O.Objective(O.Trace(20, 9, differentiate=True), O.PPOClip()),
+    O.Objective(O.Trace(80, 36, differentiate=True), O.PPOClip()),
     O.Objective(O.Trace("all", 0, differentiate=True), O.NoTrustRegion()),
     O.Objective(O.Trace(0, "all"), O.SAPO(), aggregation="seq-mean-token-sum"),
     O.vespo(),
@@ -264,12 +264,12 @@ LONG = [
 @pytest.mark.parametrize("objective", LONG, ids=name_of)
 def test_sequences_of_several_tiles(objective, small_tiles):
     """Windows, means and prefixes go on across the borders of tiles; padded and packed batches agree bit for bit."""
-    lengths = [27, 8]
-    padded = random_batch(2, 30, spread=0.05, holes=False)
-    inside = torch.arange(30, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
-    padded["mask"] = inside & (torch.rand(2, 30, device="cpu") < 0.8)
+    lengths = [107, 32]
+    padded = random_batch(2, 120, spread=0.05, holes=False)
+    inside = torch.arange(120, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
+    padded["mask"] = inside & (torch.rand(2, 120, device="cpu") < 0.8)
     packed = pack(padded, lengths)
-    upstream = torch.randn(2, 30, device="cpu")
+    upstream = torch.randn(2, 120, device="cpu")
     differentiated = getattr(objective.ratio, "differentiate", False)
     for up, packed_up in [(None, None), (upstream, upstream[inside])][: 1 + differentiated]:
         results, packed_results = run(padded, objective, up), run(packed, objective, packed_up)
@@ -290,7 +290,7 @@ def test_error_of_the_windows(n, monkeypatch):
 
     tile, chunk, length = 64, 128, 700
     monkeypatch.setattr(policy_loss, "_TILE", tile)
-    monkeypatch.setitem(policy_loss._CONSTANTS, "CHUNK", chunk)
+    monkeypatch.setattr(policy_loss, "_CONSTANTS", {"CHUNK": chunk, "num_warps": 2})
     x = 0.02 * torch.randn(length, device="cpu")
     objective = O.Objective(O.ForwardTrace(n), O.NoTrustRegion(), aggregation="token-sum")
     batch = {"logprobs": x, "old_logprobs": torch.zeros_like(x), "advantages": -torch.ones_like(x)}
@@ -307,11 +307,11 @@ def test_error_of_the_windows(n, monkeypatch):
 
 @pytest.mark.parametrize(
     ("back", "ahead", "differentiate"),
-    [(0, 7, False), (2, 1, True), (9, 3, True), ("all", 0, True), (0, "all", False)],
+    [(0, 31, False), (2, 1, True), (36, 9, True), ("all", 0, True), (0, "all", False)],
 )
 def test_nan_stays_in_its_windows(back, ahead, differentiate, small_tiles):
-    begin, changed, end = 3, 18, 33
-    batch = pack(random_batch(3, 30, holes=False), [begin, end - begin, 4])
+    begin, changed, end = 3, 70, 131
+    batch = pack(random_batch(3, 128, spread=0.05, holes=False), [begin, end - begin, 4])
     batch["mask"][:] = True
     objective = O.Objective(O.Trace(back, ahead, differentiate), O.NoTrustRegion())
     upstream = torch.ones(end + 4, device="cpu")
@@ -331,17 +331,17 @@ def test_nan_stays_in_its_windows(back, ahead, differentiate, small_tiles):
 
 def test_more_sequences_than_are_searched_at_a_time(small_tiles):
     """Empty ones among them; the longest, which divides the loss, comes late."""
-    lengths = [i % 3 for i in range(18)]
-    lengths[16] = 20
-    batch = pack(random_batch(18, 20, holes=False), lengths)
+    lengths = [i % 3 for i in range(34)]
+    lengths[32] = 80
+    batch = pack(random_batch(34, 80, holes=False), lengths)
     assert_near(run(batch, O.dr_grpo()), run(batch, O.dr_grpo(), dtype=torch.float64))
 
 
 def test_a_sequence_does_not_depend_on_the_others(small_tiles):
-    batch = random_batch(4, 30)
-    ones = torch.ones(4, 30, device="cpu")
-    whole = run(batch, O.nfpo(12), ones)
-    alone = run({name: x[2:3] for name, x in batch.items()}, O.nfpo(12), ones[:1])
+    batch = random_batch(4, 120, spread=0.05)
+    ones = torch.ones(4, 120, device="cpu")
+    whole = run(batch, O.nfpo(48), ones)
+    alone = run({name: x[2:3] for name, x in batch.items()}, O.nfpo(48), ones[:1])
     assert all(torch.equal(x[2:3], y) for x, y in zip(whole[:2], alone[:2], strict=True))
 
 

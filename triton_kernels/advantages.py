@@ -21,7 +21,6 @@ from fusedpo.ops_advantages import ESTIMATORS, TOKEN_ESTIMATORS
 from .checks import INT64, INTEGER, REAL, WHOLE, Arguments, dims, given, in_range, packed
 from .common import kernel, launch
 
-NAN = tl.constexpr(float("nan"))
 INF = tl.constexpr(float("inf"))
 
 RAFT, REMAX, REINFORCE_REJ, DR_GRPO, GRPO, RLOO, OPO, GPG, LEAD, NORMALISED_LEAD = map(tl.constexpr, range(10))
@@ -225,7 +224,7 @@ def _baseline_kernel(
     if other is not None:  # noqa: SIM102 (that is known when the kernel is compiled)
         if (estimator == REMAX) & (group.size > 0):
             labelled = (group.label >= 0) & (group.label < num_other)
-            baseline = tl.where(labelled, tl.load(other + group.label, mask=labelled, other=0).to(REAL), NAN)
+            baseline = tl.where(labelled, tl.load(other + group.label, mask=labelled, other=0).to(REAL), float("nan"))
     leads = (estimator == LEAD) | (estimator == NORMALISED_LEAD)
     undefined = leads & ((every.kept < 2) | (every.nans > 0))
     equal = (every.lowest == every.highest) & (every.nans == 0) & (every.kept > 1)
@@ -250,7 +249,7 @@ def _baseline_kernel(
         elif leads:
             lead = tl.where(r == every.highest, r - every.second, 0.0)
             a = tl.where(estimator == LEAD, lead, lead / deviation)
-        a = tl.where(undefined, NAN, a)
+        a = tl.where(undefined, float("nan"), a)
         tl.store(advantages + part.sample, tl.where(part.kept, a, 0.0), mask=part.inside)
 
 
@@ -325,7 +324,7 @@ def _ranks_kernel(
     for first in range(0, group.size, BLOCK):
         part = _load_part(s, group, first, BLOCK, REAL)
         later = tl.where(defined, part.kept.to(tl.int32), 0)
-        tl.store(advantages + part.sample, tl.where(part.kept, NAN, 0.0), mask=part.inside & (later == 0))
+        tl.store(advantages + part.sample, tl.where(part.kept, float("nan"), 0.0), mask=part.inside & (later == 0))
 
     n = tl.where(defined, every.kept, 0).to(tl.int64)
     sorted_rewards += group.start
@@ -544,7 +543,7 @@ def _steps_kernel(
         step = tl.load(step_ids + t, mask=t < num_tokens, other=-1).to(tl.int64)
         there = (step >= 0) & (step < num_steps)
         a = tl.load(of_steps + step, mask=there, other=0)
-        tl.store(advantages + t, tl.where(step >= num_steps, NAN, a), mask=t < num_tokens)
+        tl.store(advantages + t, tl.where(step >= num_steps, float("nan"), a), mask=t < num_tokens)
 
 
 # -------------------------------------------------------------------------------------------------------- whitening

@@ -236,7 +236,7 @@ def _count_kept(o, mask, tile, CHUNK: tl.constexpr):
     else:
         counts_before = tl.zeros([CHUNK], tl.int32)
         counts = tl.zeros([CHUNK], tl.int32)
-        stop = tl.where(needs_length, tile.left, tl.where(needs_place, 0, -tile.before))
+        stop = tl.where(needs_length, tile.left, tl.where(needs_place, tl.minimum(tile.left, 0), -tile.before))
         for start in range(-tile.before, stop, CHUNK):
             offset = start + tl.arange(0, CHUNK)
             there = _kept(mask, tile, offset, offset < stop).to(tl.int32)
@@ -252,7 +252,8 @@ def _sum_sequence(o, tokens, advantages, tile, length, CHUNK: tl.constexpr):
     log_ratios = tl.zeros([CHUNK], tl.float32)
     summands = tl.zeros([CHUNK], tl.float32)
     before = 0
-    stop = tl.where(o.ratio == SEQUENCE_RATIO, tile.left, tl.where(o.trust_region == CPPO, 0, -tile.before))
+    until_tile = tl.minimum(tile.left, 0)  # a tile may begin behind the end of its sequence
+    stop = tl.where(o.ratio == SEQUENCE_RATIO, tile.left, tl.where(o.trust_region == CPPO, until_tile, -tile.before))
     for start in range(-tile.before, stop, CHUNK):
         offset = start + tl.arange(0, CHUNK)
         kept = _kept(tokens.mask, tile, offset, offset < stop)

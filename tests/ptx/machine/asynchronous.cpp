@@ -66,6 +66,7 @@ void Machine::bulk_copy(Warp& w, const Instruction& i, u32 mask) {
         const Agent me = agent(w, lane);
         if (!s.store_in_order(me)) report(kPtxRaces, "a bulk copy races with a store of " + name_of(s.writer), lane);
         if (const u32 reader = s.unordered_reader(me)) report(kPtxRaces, "a bulk copy races with a load of " + name_of(reader), lane);
+        s.cluster = cluster_;
         s.stored(copier);
       }
     }

@@ -13,8 +13,8 @@ float Machine::approximate(double exact, u64 operand) const {
   if (!options_.noise || !std::isfinite(x) || std::fabs(x) < 0x1p-125f || x == 1) return x;
   u64 hash = (operand + 0x9e3779b97f4a7c15) * 0xbf58476d1ce4e5b9;
   hash = (hash ^ hash >> 29) * 0x94d049bb133111eb;
-  hash ^= hash >> 32;
-  const int off = (int)(hash % (2 * options_.noise + 1)) - options_.noise;
+  hash = hash >> 32 ^ hash >> 17;
+  const int off = (int)((u32)hash % (2 * options_.noise + 1)) - options_.noise;
   return std::bit_cast<float>(std::bit_cast<u32>(x) + off);
 }
 

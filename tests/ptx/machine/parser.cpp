@@ -189,7 +189,7 @@ class Parser {
         scopes_.pop_back(), ++at_;
       } else if (c == ';') {
         ++at_;
-      } else if (looking_at(".loc")) {
+      } else if (looking_at(".loc\t") || looking_at(".loc ")) {
         const vector<string> w = words(until("\n"));
         file_ = atoi(w.at(1).c_str()), line_ = atoi(w.at(2).c_str());
       } else if (c == '.') {

@@ -163,7 +163,6 @@ bool Machine::arrive_at_barrier(Warp& w) {
 }
 
 void Machine::jump(Warp& w, const Instruction& i, u32 mask) {
-  progress_ = true;
   if (mask == w.active) {
     w.here = i.target;
     if (w.next != ~0u) leave(w), choose(w);
