@@ -79,6 +79,17 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _loads_of_what_nothing_wrote_are_found(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not ptx.runs_triton() or not request.node.get_closest_marker("triton"):
+        yield
+        return
+    from ptx import triton_device
+
+    with triton_device.watched_allocations():
+        yield
+
+
 @pytest.fixture(scope="module", params=["reference", "auto"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs a module by the reference, and by the kernels where there are any."""

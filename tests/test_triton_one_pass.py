@@ -386,7 +386,7 @@ def test_number_of_segments(monkeypatch):
 
 def test_what_was_read_last_is_read_first_again(monkeypatch):
     """The end of a row is in the cache, should the row be too large for it."""
-    if DEVICE != "cpu":
+    if DEVICE != "cpu" or ptx.runs_triton():
         pytest.skip("only the interpreter shows the order of loads")
     from triton.runtime.interpreter import interpreter_builder
 
@@ -491,17 +491,20 @@ VIEWS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 def test_strided_logits(view, dtype):
+    """Where rows begin at other alignments, sums are taken in another order: a few roundings of the result."""
     size, take = VIEWS[view]
+    realigned = view == "slice of a wider vocabulary"
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6} if realigned else {"rtol": 0, "atol": 0}
     batch = make_batch((2, 3), 40, dtype=dtype)
     base = torch.randn(size, device=DEVICE).to(dtype)
     want = run(batch | {"logits": take(base).contiguous()}, O.nfpo(2))
-    torch.testing.assert_close(run(batch | {"logits": take(base)}, O.nfpo(2)), want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(run(batch | {"logits": take(base)}, O.nfpo(2)), want, **close, equal_nan=True)
     if view != "expanded":  # such rows cannot hold their gradients
         before, args = base.clone(), {n: x if x is None else x.to(DEVICE) for n, x in batch.items() if n != "logits"}
         outputs = torch.empty(2, 2, 3, device=DEVICE)
         parts = ops_policy_loss.encode(O.nfpo(2))
         torch.ops.fusedpo.one_pass_.triton(take(base), *outputs, *args.values(), *parts)
-        assert torch.equal(take(base).cpu(), want[2])
+        torch.testing.assert_close(take(base).cpu(), want[2], **close)
         take(base).copy_(take(before))
         assert torch.equal(base, before)  # nothing beside the rows was written
 
@@ -550,19 +553,13 @@ def test_scale(dtype, view, factor):
     torch.testing.assert_close(base, want, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_factor_of_one_writes_nothing(monkeypatch):
-    if DEVICE != "cpu":
-        pytest.skip("only the interpreter counts its stores")
-    from triton.runtime.interpreter import interpreter_builder
-
-    stores = []
-    for name in ("create_store", "create_masked_store"):
-        monkeypatch.setattr(interpreter_builder, name, lambda *args: stores.append(args))
-    gradient = torch.randn(3, 200)
-    torch.ops.fusedpo.scale_.triton(gradient, torch.tensor(1.0))
-    assert not stores
-    torch.ops.fusedpo.scale_.triton(gradient, torch.tensor(2.0))
-    assert stores
+def test_a_factor_of_one_writes_nothing():
+    if not ptx.runs_triton():
+        pytest.skip("only the machine for PTX counts stores")
+    for factor, elements in ((1.0, 0), (2.0, 600)):
+        with ptx.recorded() as launches:
+            torch.ops.fusedpo.scale_.triton(torch.randn(3, 200), torch.tensor(factor))
+        assert sum(counters["store_bytes"] for _, counters in launches) == 4 * elements
 
 
 # ------------------------------------------------------------------------------------------------ operator and autograd

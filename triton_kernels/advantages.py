@@ -682,7 +682,7 @@ def group_advantages(
             advantages.new_empty(count, dtype=torch.int64),
         )
         numbers = (count, group_size, k, spare, estimator, int(unbiased))
-        shape = _block(likely_size, 32, per_thread=1)
+        shape = {"BLOCK": 32, "num_warps": 1}  # a thread per element: two that hold the same would race
         launch(_ranks_kernel, programs, advantages.device, *arguments, *memory, *numbers, CHUNK=16, REAL=real, **shape)
     return advantages
 

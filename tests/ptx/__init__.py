@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,6 +131,12 @@ def recorded() -> Iterator[list[tuple[str, dict[str, int]]]]:
         yield _recorded
     finally:
         _recorded = before
+
+
+def runs_triton() -> bool:
+    """Whether Triton kernels are launched on the machine."""
+    device = sys.modules.get("ptx.triton_device")
+    return device is not None and device.is_installed()
 
 
 class Module:
