@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -116,7 +114,7 @@ def all_kernels(threads: int, small: bool) -> Batch:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return cuda_on_cpu.build("advantages", tmp_path_factory.mktemp("cuda") / "advantages")
+    return cuda_on_cpu.build_as_compiled("advantages", tmp_path_factory.mktemp("cuda") / "advantages")
 
 
 @pytest.mark.parametrize(("threads", "small"), [(32, True), (64, False)])
@@ -160,7 +158,7 @@ def test_where_the_cpu_raises_the_result_is_nan(program):
     assert steps.isnan().tolist() == [False, False, True, False]
 
 
-NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+NVCC = cuda_on_cpu.NVCC
 
 
 @pytest.mark.slow

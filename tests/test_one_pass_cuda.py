@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from fusedpo import objectives as O
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"
-NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+NVCC = cuda_on_cpu.NVCC
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSSIBLE = [objective for objective in COMBINATIONS if ops_one_pass.is_possible(objective)]
 NFPO = O.nfpo(4, kl=O.KL("k3", 0.1), entropy_coef=0.1)
@@ -258,13 +257,7 @@ def check(program: Path, calls: list[Call]) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("cuda") / "one_pass")
-
-
-def build(path: Path, *flags: str) -> Path:
-    return cuda_on_cpu.build(
-        "one_pass", path, "-Wno-unknown-pragmas", "-include", cuda_on_cpu.HERE / "cluster.h", *flags
-    )
+    return cuda_on_cpu.build_as_compiled("one_pass", tmp_path_factory.mktemp("cuda") / "one_pass")
 
 
 @on_the_cpu
@@ -501,7 +494,7 @@ def test_how_rows_lie_in_shared_memory(program):
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_kernels_under_sanitizers(tmp_path, sanitizer):
     """No row is read before it has arrived, and none arrives where one is still being read."""
-    program = build(tmp_path / "one_pass", f"-fsanitize={sanitizer}")
+    program = cuda_on_cpu.build("one_pass", tmp_path / "one_pass", f"-fsanitize={sanitizer}")
     p = problem(NFPO, (12,), 3001, torch.bfloat16, lengths=[4, 1, 7])
     long = problem(O.nfpo(6), (12,), 1001, lengths=[12])
     check(
@@ -545,9 +538,8 @@ def test_nvcc_spills_no_register(tmp_path, record_property):
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.slow
-def test_ptx_has_clusters_and_bulk_copies(tmp_path):
-    nvcc("-arch=sm_90", "-ptx", "-o", tmp_path / "one_pass.ptx")
-    ptx = (tmp_path / "one_pass.ptx").read_text()
+def test_ptx_has_clusters_and_bulk_copies():
+    ptx = cuda_on_cpu.compile_to_ptx("one_pass", 90)
     kernels = [code for code in ptx.split(".entry ")[1:] if "row_kernel" in code.partition("(")[0]]
     assert len(kernels) == 3
     for code in kernels:

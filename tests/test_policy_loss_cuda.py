@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ from fusedpo import objectives as O
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"
-NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+NVCC = cuda_on_cpu.NVCC
 
 on_the_cpu = pytest.mark.skipif(
     backends.NATIVE_MISSING is not None or cuda_on_cpu.COMPILER is None,
@@ -130,7 +128,7 @@ def check(program: Path, calls: list[Call]) -> None:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return cuda_on_cpu.build("policy_loss", tmp_path_factory.mktemp("cuda") / "policy_loss")
+    return cuda_on_cpu.build_as_compiled("policy_loss", tmp_path_factory.mktemp("cuda") / "policy_loss")
 
 
 @on_the_cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import ptx
 import pytest
 import test_policy_loss as contract
 import torch

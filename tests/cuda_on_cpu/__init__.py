@@ -1,19 +1,39 @@
-"""CUDA kernels compiled by the host's C++ compiler and run on the CPU: see cuda_on_cpu.h."""
+"""CUDA kernels run on the CPU: as nvcc compiles them, by the machine of tests/ptx, see as_compiled.h; or compiled by the
+host's C++ compiler, for its sanitizers, see cuda_on_cpu.h."""
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
+import os
 import shutil
 import struct
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+import ptx
 import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+
+@functools.cache
+def find_nvcc() -> str | None:
+    """That of CUDA_HOME, of PATH, or of the package nvidia-cuda-nvcc."""
+    places = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
+    found = shutil.which("nvcc", path=str(places[0])) if places else shutil.which("nvcc")
+    packages = sorted((Path(sysconfig.get_path("purelib")) / "nvidia").glob("cu*/bin"))
+    return found or next((str(bin / "nvcc") for bin in packages if (bin / "nvcc").exists()), None)
+
+
+NVCC = find_nvcc()
 
 # In the order of DType in csrc/core/array.h.
 DTYPES = (
@@ -32,7 +52,7 @@ DTYPES = (
 Argument = Tensor | float | int | bool | None
 
 
-def build(name: str, program: Path, *flags: str) -> Path:
+def build(name: str, program: Path, *flags: str | Path) -> Path:
     """Compiles ``name.cpp`` of this directory."""
     assert COMPILER is not None
     flags = (
@@ -43,12 +63,44 @@ def build(name: str, program: Path, *flags: str) -> Path:
         "-pthread",
         "-Wall",
         "-Wextra",
+        "-Wno-unknown-pragmas",
         "-include",
         HERE / "cuda_on_cpu.h",
+        *(("-include", HERE / "cluster.h") if name == "one_pass" else ()),
+        *("-I", CSRC, HERE / f"{name}.cpp", "-o", program),
         *flags,
     )
-    subprocess.run([COMPILER, *flags, "-I", CSRC, HERE / f"{name}.cpp", "-o", program], check=True)
+    subprocess.run([COMPILER, *flags], check=True)
     return program
+
+
+def build_as_compiled(name: str, program: Path, architecture: int = 90) -> Path:
+    """Likewise, but it runs what nvcc makes of ``csrc/cuda/name.cu``; without nvcc, see build()."""
+    if NVCC is None:
+        return build(name, program)
+    library = ptx.build()
+    build(name, program, "-DCUDA_AS_COMPILED", "-rdynamic", library, f"-Wl,-rpath,{library.parent}", "-ldl")
+    program.with_suffix(".ptx").write_text(compile_to_ptx(name, architecture))
+    return program
+
+
+def compile_to_ptx(name: str, architecture: int) -> str:
+    """What nvcc makes of ``csrc/cuda/name.cu``, once for these sources."""
+    assert NVCC is not None
+    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += ["-I", str(CSRC), "-isystem", str(Path(torch.__file__).parent / "include")]
+    command += [f"-arch=compute_{architecture}", "-ptx", "-lineinfo", str(CSRC / "cuda" / f"{name}.cu")]
+    version = subprocess.run([NVCC, "--version"], check=True, capture_output=True).stdout
+    sources = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.*")) if path.suffix in (".cu", ".cuh", ".h"))
+    digest = hashlib.sha256(version + sources + repr(command).encode()).hexdigest()[:16]
+    target = ptx.BUILD / f"{name}-{digest}.ptx"
+    with (ptx.BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = target.with_suffix(".part")
+            subprocess.run([*command, "-o", part], check=True, capture_output=True)
+            part.replace(target)
+    return target.read_text()
 
 
 def run(
@@ -57,7 +109,8 @@ def run(
     """Runs all calls in one process; ``results`` are the shapes and dtypes of what they return, one after the other."""
     source, target = program.with_suffix(".in"), program.with_suffix(".out")
     source.write_bytes(b"".join(_pack(argument) for call in calls for argument in call))
-    finished = subprocess.run([program, source, target], capture_output=True, text=True)
+    environment = dict(os.environ, PTX_FILE=str(program.with_suffix(".ptx")))
+    finished = subprocess.run([program, source, target], capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr[-5000:]
     data, tensors = bytearray(target.read_bytes()), []
     for shape, dtype in results:

@@ -5,6 +5,7 @@
 #include "calls.h"
 
 using namespace fusedpo::advantages;
+using cuda_on_cpu::Memory;
 using cuda_on_cpu::Calls;
 using cuda_on_cpu::launch;
 
@@ -25,7 +26,7 @@ struct Written {
   Written(int64_t size, bool wide_) : wide(wide_), bytes(size * (wide ? 8 : 4), (char)0xff) {}
   Result result() { return {bytes.data(), wide}; }
   bool wide;
-  std::vector<char> bytes;
+  Memory<char> bytes;
 };
 
 void group_advantages(Calls& calls, unsigned threads) {
@@ -47,14 +48,12 @@ void group_advantages(Calls& calls, unsigned threads) {
   samples.advantages = advantages.result();
 
   const unsigned blocks = ids ? count : (count - 1) / group_size + 1;
-  std::vector<double> numbers(4 * count, NAN);
-  std::vector<int32_t> sources(count, -1);
-  launch(blocks, threads, [&] {
-    if (compares_ranks(estimator))
-      ranks_kernel(samples, ids, count, group_size, params, numbers.data(), sources.data());
-    else
-      baseline_kernel(samples, ids, count, group_size, params);
-  });
+  Memory<double> numbers(4 * count, NAN);
+  Memory<int32_t> sources(count, -1);
+  if (compares_ranks(estimator))
+    launch(ranks_kernel, {blocks, threads}, samples, ids, count, group_size, params, numbers.data(), sources.data());
+  else
+    launch(baseline_kernel, {blocks, threads}, samples, ids, count, group_size, params);
   calls.result(advantages.bytes);
 }
 
@@ -77,7 +76,7 @@ void token_advantages(Calls& calls, unsigned threads) {
   Written advantages(count, wide), returns(tokens.values ? count : 0, wide);
   tokens.advantages = advantages.result();
   tokens.returns = returns.result();
-  launch(sequences, threads, [&] { token_advantages_kernel(tokens, params); });
+  launch(token_advantages_kernel, {(unsigned)sequences, threads}, tokens, params);
   calls.result(advantages.bytes);
   calls.result(returns.bytes);
 }
@@ -92,8 +91,8 @@ void step_advantages(Calls& calls, unsigned threads) {
   steps.ids = integers(calls.tensor());
   Written advantages(count, calls.integer());
   const int64_t rows = count / steps.num_tokens;
-  std::vector<double> of_steps(rows * steps.num_steps, NAN);
-  launch(rows, threads, [&] { step_advantages_kernel(steps, of_steps.data(), advantages.result()); });
+  Memory<double> of_steps(rows * steps.num_steps, NAN);
+  launch(step_advantages_kernel, {(unsigned)rows, threads}, steps, of_steps.data(), advantages.result());
   calls.result(advantages.bytes);
 }
 
@@ -106,9 +105,9 @@ void whiten(Calls& calls, unsigned threads) {
   Written whitened(count, calls.integer());
   whitening.result = whitened.result();
   const int64_t chunks = (count - 1) / kWhiteningChunk + 1;
-  std::vector<Moments> partial(chunks);
-  launch(chunks, threads, [&] { moments_kernel(whitening, count, partial.data()); });
-  launch(chunks, threads, [&] { whiten_kernel(whitening, count, partial.data(), chunks); });
+  Memory<Moments> partial(chunks);
+  launch(moments_kernel, {(unsigned)chunks, threads}, whitening, count, partial.data());
+  launch(whiten_kernel, {(unsigned)chunks, threads}, whitening, count, partial.data(), chunks);
   calls.result(whitened.bytes);
 }
 

@@ -8,11 +8,13 @@
 #include <list>
 #include <vector>
 
+#include "memory.h"
+
 namespace cuda_on_cpu {
 
 struct Tensor {
   int64_t dtype = -1;
-  std::vector<char> bytes;
+  Memory<char> bytes;
   void* data() { return bytes.data(); }
 };
 
@@ -39,8 +41,8 @@ class Calls {
     return &tensor;
   }
 
-  template <class T>
-  void result(const std::vector<T>& values) {
+  template <class T, class A>
+  void result(const std::vector<T, A>& values) {
     out_.write((const char*)values.data(), values.size() * sizeof(T));
   }
 

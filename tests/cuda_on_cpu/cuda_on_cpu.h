@@ -16,7 +16,12 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <type_traits>
 #include <vector>
+
+#ifdef CUDA_AS_COMPILED
+#include "as_compiled.h"
+#endif
 
 #define __global__ inline
 #define __device__
@@ -106,9 +111,20 @@ inline thread_local Warp* warp;
 inline thread_local unsigned turn;  // which of the slots the next shuffle uses
 inline Index block_size, grid_size;
 
-// kernel<<<blocks, threads, shared_bytes>>>, where `kernel` is a call of it, with clusters of so many blocks.
-template <class Kernel>
-void launch(unsigned blocks, unsigned threads, Kernel kernel, size_t shared_bytes = 0, unsigned cluster_size = 1) {
+struct Grid {
+  unsigned blocks, threads;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;  // blocks
+};
+
+// kernel<<<blocks, threads, shared_bytes>>>(arguments...), in clusters. By host threads; with CUDA_AS_COMPILED what nvcc
+// made of the kernel, see as_compiled.h.
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), const Grid& grid, const std::type_identity_t<Parameters>&... arguments) {
+#ifdef CUDA_AS_COMPILED
+  launch_compiled(kernel, grid, arguments...);
+#else
+  const auto [blocks, threads, shared_bytes, cluster_size] = grid;
   block_size = {threads, 1, 1};
   grid_size = {blocks, 1, 1};
   std::optional<Cluster> current(std::in_place, cluster_size, threads, shared_bytes);
@@ -126,7 +142,7 @@ void launch(unsigned blocks, unsigned threads, Kernel kernel, size_t shared_byte
         warp = &block->warps[thread_index.x / kWarpSize];
         turn = 0;
         has_met_cluster = false;
-        kernel();
+        kernel(arguments...);
         warp->barrier.arrive_and_drop();
         block->barrier.arrive_and_drop();
         cluster->barrier.arrive_and_drop();
@@ -134,6 +150,7 @@ void launch(unsigned blocks, unsigned threads, Kernel kernel, size_t shared_byte
       }
     });
   for (std::thread& thread : team) thread.join();
+#endif
 }
 
 // The value of another lane of the warp; its own where there is no such lane. One barrier will do, since the slots that

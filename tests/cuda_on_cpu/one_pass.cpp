@@ -8,6 +8,7 @@
 #include "core/array.h"
 
 using namespace fusedpo;
+using cuda_on_cpu::Memory;
 using cuda_on_cpu::Calls;
 
 namespace {
@@ -16,8 +17,9 @@ constexpr int kFewThreads = 64;  // for kernels that do with any number
 
 void launch(auto kernel, const Shape& shape, const auto&... arguments) {
   const bool of_rows = shape.cluster > 0;
-  cuda_on_cpu::launch((unsigned)shape.blocks, of_rows ? shape.threads : kFewThreads, [&] { kernel(arguments...); },
-                      shape.shared_bytes, of_rows ? shape.cluster : 1);
+  const cuda_on_cpu::Grid grid = {(unsigned)shape.blocks, (unsigned)(of_rows ? shape.threads : kFewThreads),
+                                  (size_t)shape.shared_bytes, (unsigned)(of_rows ? shape.cluster : 1)};
+  cuda_on_cpu::launch(kernel, grid, arguments...);
 }
 
 template <class T>
@@ -49,7 +51,7 @@ void one_pass(Calls& calls) {
   p.size = (int)calls.integer();
   cuda_on_cpu::Tensor* logprobs = calls.tensor();
   p.logprobs = data<float>(logprobs);
-  std::vector<float> entropy(logprobs->bytes.size() / sizeof(float), 0);
+  Memory<float> entropy(logprobs->bytes.size() / sizeof(float), 0);
   p.entropy = entropy.data();
   p.rows = data<int64_t>(calls.tensor());
   p.token_ids = data<int64_t>(calls.tensor());
@@ -73,10 +75,10 @@ void one_pass(Calls& calls) {
   tokens.is_weights.per_token = calls.integer();
 
   cuda_on_cpu::Tensor* gradient = other ? other : logits;
-  std::vector<Row> order(p.num_rows, {-1, -1, -1, -1, -1});
-  int64_t num_live = -1;
+  Memory<Row> order(p.num_rows, {-1, -1, -1, -1, -1});
+  Memory<int64_t> num_live(1, -1);
   p.order = order.data();
-  p.num_live = &num_live;
+  p.num_live = num_live.data();
   p.order_threads = kFewThreads;
   dispatch(*logits, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;

@@ -6,6 +6,7 @@
 #include "calls.h"
 
 using namespace fusedpo;
+using cuda_on_cpu::Memory;
 using cuda_on_cpu::Calls;
 
 namespace {
@@ -17,7 +18,7 @@ struct Sizes {
   // As launchers of a GPU are called, but for the number of threads.
   template <class Kernel, class Arguments>
   void operator()(Kernel kernel, int64_t blocks, int, const Arguments& arguments) const {
-    cuda_on_cpu::launch(blocks, threads, [&] { kernel(arguments); });
+    cuda_on_cpu::launch(kernel, {(unsigned)blocks, threads}, arguments);
   }
 };
 
@@ -27,7 +28,7 @@ const T* data(cuda_on_cpu::Tensor* tensor) {
 }
 
 // A result that nothing was written to is nan.
-std::vector<float> result(bool wanted, int64_t size) { return std::vector<float>(wanted ? size : 0, NAN); }
+Memory<float> result(bool wanted, int64_t size) { return Memory<float>(wanted ? size : 0, NAN); }
 
 void policy_loss(Calls& calls, const Sizes& sizes) {
   PolicyLoss p{};
@@ -58,20 +59,20 @@ void policy_loss(Calls& calls, const Sizes& sizes) {
 
   const int64_t count = p.batch.num_tokens;
   const bool through_traces = p.per_token && p.objective.differentiate;
-  std::vector<float> loss = result(true, p.per_token ? count : 1), metrics = result(true, kNumMetrics);
-  std::vector<float> gradient = result(true, count), grad_entropy = result(p.objective.entropy_coef != 0, count);
-  std::vector<float> grad_log_trace = result(through_traces, count), scratch = result(through_traces, 2 * count);
+  Memory<float> loss = result(true, p.per_token ? count : 1), metrics = result(true, kNumMetrics);
+  Memory<float> gradient = result(true, count), grad_entropy = result(p.objective.entropy_coef != 0, count);
+  Memory<float> grad_log_trace = result(through_traces, count), scratch = result(through_traces, 2 * count);
   p.loss = loss.data();
   p.metrics = metrics.data();
   p.out = {p.per_token ? loss.data() : nullptr, gradient.data(),
            p.objective.entropy_coef != 0 ? grad_entropy.data() : nullptr,
            through_traces ? grad_log_trace.data() : nullptr};
-  std::list<std::vector<char>> memory;
+  std::list<Memory<char>> memory;
   reserve(p, [&](int64_t bytes) { return memory.emplace_back(bytes, (char)0xff).data(); });
   launch_policy_loss(p, sizes);
 
   if (through_traces) {
-    const std::vector<float> own = gradient;
+    const Memory<float> own = gradient;
     const Objective& o = p.objective;
     launch_trace_gradient(
         {p.batch, o.back, o.ahead, upstream, own.data(), grad_log_trace.data(), gradient.data(), scratch.data()},
@@ -81,7 +82,7 @@ void policy_loss(Calls& calls, const Sizes& sizes) {
   }
   if (upstream != nullptr)
     for (size_t t = 0; t < grad_entropy.size(); ++t) grad_entropy[t] *= upstream[t];
-  for (const std::vector<float>* written : {&loss, &metrics, &gradient, &grad_entropy}) calls.result(*written);
+  for (const Memory<float>* written : {&loss, &metrics, &gradient, &grad_entropy}) calls.result(*written);
 }
 
 }  // namespace

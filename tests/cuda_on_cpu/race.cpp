@@ -12,5 +12,5 @@ __global__ void exchange(const int* source, int* target, bool barrier) {
 int main(int count, char**) {
   const std::vector<int> source(64, 1);
   std::vector<int> target(64, 0);
-  cuda_on_cpu::launch(1, 64, [&] { exchange(source.data(), target.data(), count == 1); });
+  cuda_on_cpu::launch(exchange, {1, 64}, source.data(), target.data(), count == 1);
 }
