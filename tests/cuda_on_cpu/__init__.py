@@ -6,11 +6,11 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import struct
 import subprocess
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,8 +29,9 @@ def find_nvcc() -> str | None:
     """That of CUDA_HOME, of PATH, or of the package nvidia-cuda-nvcc."""
     places = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
     found = shutil.which("nvcc", path=str(places[0])) if places else shutil.which("nvcc")
-    packages = sorted((Path(sysconfig.get_path("purelib")) / "nvidia").glob("cu*/bin"))
-    return found or next((str(bin / "nvcc") for bin in packages if (bin / "nvcc").exists()), None)
+    package = importlib.util.find_spec("nvidia")
+    places = [] if package is None else [Path(place) for place in package.submodule_search_locations or ()]
+    return found or next((str(nvcc) for place in places for nvcc in place.glob("cu*/bin/nvcc")), None)
 
 
 NVCC = find_nvcc()

@@ -1,0 +1,230 @@
+"""Every Triton kernel at the sizes that it is launched with, as compiled for several architectures, by the machine of
+tests/ptx: right values, and nothing that the machine finds; also with approximate instructions that are off and warps
+that take turns at random. And each barrier is needed, or there is a reason why its absence is not seen."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import ptx
+import pytest
+import test_advantages_kernel as advantages
+import torch
+from test_policy_loss import name_of, random_batch
+
+import fusedpo
+from fusedpo import objectives as O
+from fusedpo.reference import advantages as reference_advantages
+
+triton = pytest.importorskip("triton")
+import test_triton_one_pass as one_pass  # noqa: E402
+import test_triton_policy_loss as policy_loss  # noqa: E402
+from test_token_logprobs import assert_accurate  # noqa: E402
+
+pytestmark = [pytest.mark.triton, pytest.mark.skipif("not ptx.runs_triton()", reason="Triton is not run as compiled")]
+
+
+@pytest.fixture(autouse=True)
+def _backend():
+    with fusedpo.backend("triton"):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------ workloads
+
+
+def losses(objective: O.Objective, masked: bool = True, per_token: bool = False) -> None:
+    """Tiles of 512 that are full, that are not, and that begin behind the end of their sequence."""
+    batch = random_batch(3, 1000, spread=0.02, holes=masked)
+    if not masked:
+        del batch["mask"]
+    upstream = torch.randn(3, 1000) if per_token else None
+    results, expected = (policy_loss.run(batch, objective, upstream, x) for x in (torch.float32, torch.float64))
+    policy_loss.assert_near(results, expected)
+
+
+def logprobs(size: int, dtype: torch.dtype, rows: int = 2) -> None:
+    assert_accurate(torch.randn(rows, size).to(dtype), torch.randint(size, (rows,)))
+
+
+def fused(size: int, dtype: torch.dtype, objective: O.Objective, shape: tuple[int, ...] = (1, 3), **options) -> None:
+    one_pass.check(one_pass.make_batch(shape, size, dtype=dtype, spread=0.05), objective, **options)
+
+
+def scaled(size: int, dtype: torch.dtype) -> None:
+    gradient = torch.randn(3, size).to(dtype)
+    expected = (gradient.float() * 0.3).to(dtype)
+    torch.ops.fusedpo.scale_.triton(gradient, torch.tensor(0.3))
+    assert torch.equal(gradient, expected)
+
+
+def groups(name: str, **layout: int) -> None:
+    count = next(iter(layout.values())) * 2 if "group_size" in layout else 300
+    rewards = advantages.random(count).mul(3).round()
+    if "group_size" not in layout:
+        layout = {"group_ids": torch.arange(count) % 7}
+    results = (advantages.estimate(source, name, rewards, **layout) for source in (advantages.TRITON, reference_advantages))
+    torch.testing.assert_close(*results, **advantages.CLOSE)
+
+
+def tokens(name: str, length: int, layout: int) -> None:
+    batch = advantages.token_batches(length)[layout]
+    end = advantages.random(advantages.sequences(batch), seed=9)
+    results = [advantages.TOKENS[name](source, batch, end) for source in (advantages.TRITON, reference_advantages)]
+    for result, expected in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in results), strict=True):
+        torch.testing.assert_close(result, expected, **advantages.CLOSE)
+
+
+def steps() -> None:
+    values, rewards = advantages.random(40, 9, seed=1), advantages.random(40, 8, seed=2)
+    ids = torch.randint(-1, 8, (40, 700))
+    results = (torch.ops.fusedpo.step_advantages.__getattr__(kind)(values, rewards, ids, True) for kind in ("native", "triton"))
+    torch.testing.assert_close(*results, **advantages.CLOSE)
+
+
+def whitened() -> None:
+    x = advantages.random(9000)
+    results = (getattr(torch.ops.fusedpo.whiten, kind)(x, torch.arange(9000) % 4, x > -1, True) for kind in ("native", "triton"))
+    torch.testing.assert_close(*results, **advantages.CLOSE)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NFPO = O.nfpo(4, kl=O.KL("k3", 0.1), entropy_coef=0.1)
+OBJECTIVES = [NFPO, O.nfpo(600), O.gspo(), O.gmpo(), O.ctpo(), O.cppo(length_norm=50.0), O.grpo(), O.dr_grpo()]
+WORKLOADS: dict[str, Callable[[], None]] = {
+    **{f"loss, {name_of(o)}": functools.partial(losses, o) for o in OBJECTIVES},
+    **{f"loss, all kept, {name_of(o)}": functools.partial(losses, o, masked=False) for o in (O.ctpo(), O.cppo())},
+    "losses per token": functools.partial(losses, O.nfpo(100, differentiate=True), per_token=True),
+    "log-probs, bfloat16": functools.partial(logprobs, 151_936, BF16),
+    "log-probs, float16, unaligned": functools.partial(logprobs, 50_257, FP16),
+    "log-probs, float32": functools.partial(logprobs, 128_256, FP32),
+    "log-probs, short rows": functools.partial(logprobs, 1000, BF16, 7),
+    "one pass, bfloat16": functools.partial(fused, 151_936, BF16, NFPO),
+    "one pass, float16, unaligned": functools.partial(fused, 50_257, FP16, NFPO),
+    "one pass, float32, in place": functools.partial(fused, 40_000, FP32, O.grpo(), inplace=True),
+    "one pass, long windows": functools.partial(fused, 130, FP32, O.nfpo(150), (2, 200)),
+    "one pass, many rows": functools.partial(fused, 100, BF16, O.grpo(), (5, 700)),
+    "scale": functools.partial(scaled, 50_257, BF16),
+    "groups of 8": functools.partial(groups, "grpo", group_size=8),
+    "groups of 1,100": functools.partial(groups, "rloo", group_size=1100),
+    "groups by label": functools.partial(groups, "opo"),
+    "ranks, groups of 8": functools.partial(groups, "maxpo", group_size=8),
+    "ranks, groups of 90": functools.partial(groups, "order_statistic", group_size=90),
+    "ranks by label": functools.partial(groups, "maxpo, unbiased"),
+    "tokens, short": functools.partial(tokens, "gae", 21, 0),
+    "tokens, long": functools.partial(tokens, "vtrace", 2100, 0),
+    "tokens, packed": functools.partial(tokens, "reward_to_go", 700, 1),
+    "steps": steps,
+    "whitening": whitened,
+}
+FEW = ["loss, " + name_of(NFPO), "losses per token", "log-probs, bfloat16", "one pass, bfloat16", "ranks, groups of 90", "tokens, short"]
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_production_sizes(name):
+    WORKLOADS[name]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 100, 120])
+@pytest.mark.parametrize("name", FEW)
+def test_other_architectures(name, architecture):
+    from ptx import triton_device
+
+    with triton_device.target(architecture):
+        WORKLOADS[name]()
+
+
+def test_every_kernel_is_among_the_workloads():
+    from fusedpo.triton_kernels import advantages as a
+    from fusedpo.triton_kernels import logprobs as b
+    from fusedpo.triton_kernels import one_pass as c
+    from fusedpo.triton_kernels import policy_loss as d
+
+    kernels = {name for module in (a, b, c, d) for name in vars(module) if name.endswith("_kernel")}
+    with ptx.recorded() as launches:
+        for workload in WORKLOADS.values():
+            workload()
+    assert {name for name, _ in launches} == kernels
+
+
+@pytest.mark.parametrize("noise", [1, 2])
+@pytest.mark.parametrize("name", FEW)
+def test_approximate_instructions_may_be_off(name, noise):
+    """By as much as they are documented to be: tolerances have room for it."""
+    with ptx.options(noise=noise):
+        WORKLOADS[name]()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", FEW)
+def test_warps_take_turns_at_random(name, seed):
+    with ptx.options(seed=seed):
+        WORKLOADS[name]()
+
+
+# ------------------------------------------------------------------------------------------------------------- barriers
+
+UNSEEN = Path(__file__).parent / "ptx" / "unseen_barriers.json"
+BARRIER = re.compile(r"^\s*(bar\.sync|bar\.warp\.sync|barrier\.sync)\b[^;]*;", re.M)
+MUTATED = {
+    "loss": "loss, " + name_of(O.cppo(length_norm=50.0)),
+    "losses per token": "losses per token",
+    "log-probs": "log-probs, short rows",
+    "one pass": "one pass, long windows",
+    "live rows": "one pass, many rows",
+    "ranks": "ranks, groups of 90",
+    "groups": "groups of 1,100",
+    "tokens": "tokens, long",
+    "whitening": "whitening",
+}
+
+
+def without_barrier(text: str, number: int) -> str:
+    barriers = list(BARRIER.finditer(text))
+    return text[: barriers[number].start()] + text[barriers[number].end() :]
+
+
+def unseen_barriers(workload: Callable[[], None]) -> dict[str, list[int]]:
+    """For each kernel that a workload launches, those of its barriers without which nothing is found."""
+    from ptx import triton_device
+
+    texts: dict[str, str] = {}
+
+    def remember(name: str, text: str) -> str:
+        texts[name] = text
+        return text
+
+    with triton_device.changed(remember):
+        torch.manual_seed(0)
+        workload()
+    unseen: dict[str, list[int]] = {}
+    for kernel, text in texts.items():
+        for number in range(len(BARRIER.findall(text))):
+
+            def remove(name: str, x: str, kernel: str = kernel, text: str = text, number: int = number) -> str:
+                return without_barrier(x, number) if name == kernel and x == text else x
+
+            try:
+                with triton_device.changed(remove):
+                    torch.manual_seed(0)
+                    workload()
+            except AssertionError:
+                continue
+            unseen.setdefault(kernel, []).append(number)
+    return unseen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATED)
+def test_barriers_are_missed(name):
+    """Each is removed in turn. The list gives a reason for every one that is not missed, and has no other."""
+    expected = json.loads(UNSEEN.read_text())
+    if triton.__version__ != expected["triton"]:
+        pytest.skip(f"the list is of Triton {expected['triton']}")
+    found = unseen_barriers(WORKLOADS[MUTATED[name]])
+    assert found == {kernel: [x["barrier"] for x in barriers] for kernel, barriers in expected[name].items()}
