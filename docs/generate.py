@@ -21,6 +21,7 @@ from bench.record import BUSY, ENOUGH, Row, number  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
 PAGES = ("README.md", "docs/performance.md", "docs/verification.md")
+COUNTERS = ROOT / "tests/ptx/counters.json"
 
 Document = dict[str, Any]
 RowDict = dict[str, Any]
@@ -290,6 +291,42 @@ def devices() -> str:
     return "\n\n".join(filter(None, (text, warning if nothing_on_gpu else "")))
 
 
+def counters() -> str:
+    """What the machine of tests/ptx counts, per logit or token; exact, and compared by a test."""
+    document = json.loads(COUNTERS.read_text())
+    lines = []
+    for case, kernels in document.items():
+        for kernel, row in kernels.items() if isinstance(kernels, dict) else ():
+
+            def each(name: str, row: dict[str, int] = row, scale: int = 1) -> str:
+                return f"{scale * row[name] / row['elements']:.3f}"
+
+            def per(name: str, requests: str, row: dict[str, int] = row) -> str:
+                return f"{row[name] / row[requests]:.1f}" if row[requests] else ""
+
+            lines.append(
+                [
+                    case,
+                    f"`{kernel.strip('_')}`",
+                    f"{each('load_bytes')} ({each('unique_load_sectors', scale=32)})",
+                    each("store_bytes"),
+                    per("load_sectors", "load_requests"),
+                    per("store_sectors", "store_requests"),
+                    each("exponentials"),
+                    f"{row['barriers']} ({row['barriers_of_twice_as_many']})",
+                    per("shared_waves", "shared_requests"),
+                    str(row["divergent_branches"]),
+                    each("thread_instructions"),
+                ]
+            )
+    header = (
+        *("case", "kernel", "bytes read (distinct)", "written", "sectors per load", "per store", "exponentials"),
+        *("barriers (of twice as many)", "waves per access of shared memory", "divergent branches", "instructions"),
+    )
+    version = f"Triton {document['triton']}, {document['target']}, two rows"
+    return f"{version}; bytes, exponentials and instructions are per logit or token.\n\n{table(header, lines)}"
+
+
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -297,6 +334,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tables": tables,
     "ceilings": ceilings,
     "compiled": compiled,
+    "counters": counters,
     "devices": devices,
 }
 

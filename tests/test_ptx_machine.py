@@ -680,9 +680,14 @@ mov.u32 %r8, %ctaid.x; mad.lo.u32 %r8, %r8, 32, %t; mul.wide.u32 %q3, %r8, 4; ad
 WAIT, LAST = "barrier.cluster.wait.aligned;", "barrier.cluster.arrive; barrier.cluster.wait;"
 
 
-def test_clusters():
+@pytest.mark.parametrize(
+    "address", ["", "cvta.to.shared::cluster.u64 %q4, %q2; ld.shared::cluster.u32 %r7, [%q4];",
+                "mapa.shared::cluster.u32 %r9, %r2, %r6; ld.shared::cluster.u32 %r7, [%r9];"]
+)  # fmt: skip
+def test_clusters(address):
     out = Memory(bytes(4 * 128))
-    execute(CLUSTER.format(wait=WAIT, last=LAST), out, blocks=4, cluster=2, head=SHARED)
+    body = CLUSTER.replace("ld.u32 %r7, [%q2];", address or "ld.u32 %r7, [%q2];")
+    execute(body.format(wait=WAIT, last=LAST), out, blocks=4, cluster=2, head=SHARED)
     assert out.words() == ([1] * 32 + [0] * 32) * 2
     found(CLUSTER.format(wait="", last=""), out, blocks=4, cluster=2, head=SHARED, match="races|uninitialised")
     found("barrier.cluster.arrive; mov.u32 %r0, %ctaid.x;", out, blocks=3, cluster=2, match="not a multiple")

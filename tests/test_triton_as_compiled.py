@@ -51,6 +51,15 @@ def logprobs(size: int, dtype: torch.dtype, rows: int = 2) -> None:
     assert_accurate(torch.randn(rows, size).to(dtype), torch.randint(size, (rows,)))
 
 
+def logprobs_in_place(size: int, dtype: torch.dtype, rows: int = 2) -> None:
+    logits, ids = torch.randn(rows, size).to(dtype).requires_grad_(), torch.randint(size, (rows,))
+    gradients = []
+    for inplace in (False, True):
+        logp, entropy = fusedpo.token_logprobs(logits * 1, ids, return_entropy=True, inplace_backward=inplace)
+        gradients += torch.autograd.grad(logp.exp().sum() + entropy.sum(), logits)
+    assert torch.equal(*gradients)
+
+
 def fused(size: int, dtype: torch.dtype, objective: O.Objective, shape: tuple[int, ...] = (1, 3), **options) -> None:
     one_pass.check(one_pass.make_batch(shape, size, dtype=dtype, spread=0.05), objective, **options)
 
@@ -103,6 +112,7 @@ WORKLOADS: dict[str, Callable[[], None]] = {
     "log-probs, float16, unaligned": functools.partial(logprobs, 50_257, FP16),
     "log-probs, float32": functools.partial(logprobs, 128_256, FP32),
     "log-probs, short rows": functools.partial(logprobs, 1000, BF16, 7),
+    "log-probs, in place": functools.partial(logprobs_in_place, 50_257, BF16),
     "one pass, bfloat16": functools.partial(fused, 151_936, BF16, NFPO),
     "one pass, float16, unaligned": functools.partial(fused, 50_257, FP16, NFPO),
     "one pass, float32, in place": functools.partial(fused, 40_000, FP32, O.grpo(), inplace=True),
@@ -171,51 +181,66 @@ def test_warps_take_turns_at_random(name, seed):
 
 UNSEEN = Path(__file__).parent / "ptx" / "unseen_barriers.json"
 BARRIER = re.compile(r"^\s*(bar\.sync|bar\.warp\.sync|barrier\.sync)\b[^;]*;", re.M)
-MUTATED = {
-    "loss": "loss, " + name_of(O.cppo(length_norm=50.0)),
-    "losses per token": "losses per token",
-    "log-probs": "log-probs, short rows",
-    "one pass": "one pass, long windows",
-    "live rows": "one pass, many rows",
-    "ranks": "ranks, groups of 90",
-    "groups": "groups of 1,100",
-    "tokens": "tokens, long",
-    "whitening": "whitening",
+MUTATED: dict[str, list[Callable[[], None]]] = {
+    "loss": [
+        functools.partial(losses, o)
+        for o in (O.cppo(length_norm=50.0), O.Objective(O.Trace(600, 700), O.PPOClip(), O.KL("k3", 0.1)), NFPO, O.gmpo(), O.dr_grpo())
+    ]
+    + [functools.partial(losses, O.Objective(O.Trace(600, 700, differentiate=True), O.PPOClip()))],
+    "losses per token": [functools.partial(losses, O.Objective(O.Trace(600, 700, differentiate=True), O.PPOClip()), per_token=True)],
+    "log-probs": [functools.partial(f, 20_001, BF16) for f in (logprobs, logprobs_in_place)],
+    "log-probs, short rows": [functools.partial(f, 1000, BF16, 7) for f in (logprobs, logprobs_in_place)],
+    "one pass": [functools.partial(fused, 17_001, BF16, O.nfpo(70), (1, 80), inplace=x) for x in (False, True)],
+    "live rows": [functools.partial(fused, 100, BF16, O.grpo(), (3, 700), inplace=x) for x in (False, True)],
+    "groups": [WORKLOADS["groups of 1,100"], functools.partial(groups, "opo", group_size=1100)],
+    "ranks": [WORKLOADS["ranks, groups of 90"], functools.partial(groups, "passk", group_size=90)],
+    "tokens": [functools.partial(tokens, name, 2100, 0) for name in ("vtrace", "gae", "reward_to_go")],
+    "whitening": [whitened],
 }
 
 
-def without_barrier(text: str, number: int) -> str:
-    barriers = list(BARRIER.finditer(text))
-    return text[: barriers[number].start()] + text[barriers[number].end() :]
+class Variants:
+    """The texts of the kernels that workloads launch, by kernel and number."""
 
+    def __init__(self, workloads: list[Callable[[], None]]) -> None:
+        from ptx import triton_device
 
-def unseen_barriers(workload: Callable[[], None]) -> dict[str, list[int]]:
-    """For each kernel that a workload launches, those of its barriers without which nothing is found."""
-    from ptx import triton_device
+        self.texts: dict[str, str] = {}
+        self._changed = triton_device.changed
+        with self._changed(self._remember):
+            for workload in workloads:
+                workload()
 
-    texts: dict[str, str] = {}
-
-    def remember(name: str, text: str) -> str:
-        texts[name] = text
+    def _remember(self, name: str, text: str) -> str:
+        if text not in self.texts.values():
+            count = sum(key.partition(" ")[0] == name for key in self.texts)
+            self.texts[name if count == 0 else f"{name} {count + 1}"] = text
         return text
 
-    with triton_device.changed(remember):
-        torch.manual_seed(0)
-        workload()
-    unseen: dict[str, list[int]] = {}
-    for kernel, text in texts.items():
-        for number in range(len(BARRIER.findall(text))):
-
-            def remove(name: str, x: str, kernel: str = kernel, text: str = text, number: int = number) -> str:
-                return without_barrier(x, number) if name == kernel and x == text else x
-
-            try:
-                with triton_device.changed(remove):
-                    torch.manual_seed(0)
+    def fails(self, workloads: list[Callable[[], None]], old: str, new: str) -> bool:
+        """Whether something is found where one text takes the place of another."""
+        with self._changed(lambda _, text: new if text == old else text):
+            for workload in workloads:
+                torch.manual_seed(0)
+                try:
                     workload()
-            except AssertionError:
+                except AssertionError:
+                    return True
+        return False
+
+
+def unseen_barriers(workloads: list[Callable[[], None]]) -> dict[str, list[str]]:
+    """For each kernel, the barriers without which nothing is found: number and line; "never" if none is executed."""
+    variants = Variants(workloads)
+    unseen: dict[str, list[str]] = {}
+    for kernel, text in variants.texts.items():
+        for number, barrier in enumerate(BARRIER.finditer(text)):
+            before, after = text[: barrier.start()], text[barrier.end() :]
+            if variants.fails(workloads, text, before + after):
                 continue
-            unseen.setdefault(kernel, []).append(number)
+            executed = variants.fails(workloads, text, f"{before}\ttrap;{after}")
+            line = re.findall(r"\.loc\s+\d+ (\d+)", before)[-1]
+            unseen.setdefault(kernel, []).append(f"{number}, line {line}" if executed else f"{number}, never")
     return unseen
 
 
@@ -226,5 +251,7 @@ def test_barriers_are_missed(name):
     expected = json.loads(UNSEEN.read_text())
     if triton.__version__ != expected["triton"]:
         pytest.skip(f"the list is of Triton {expected['triton']}")
-    found = unseen_barriers(WORKLOADS[MUTATED[name]])
-    assert found == {kernel: [x["barrier"] for x in barriers] for kernel, barriers in expected[name].items()}
+    torch.manual_seed(0)
+    found = unseen_barriers(MUTATED[name])
+    numbers = {kernel: [x.partition(",")[0] for x in barriers] for kernel, barriers in found.items()}
+    assert numbers == {kernel: list(barriers) for kernel, barriers in expected[name].items()}

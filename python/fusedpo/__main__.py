@@ -53,6 +53,7 @@ def _environment() -> dict[str, Any]:
             for i in range(torch.cuda.device_count())
         ],
     }
+    found["gpu kernels"] = "executed as compiled, instruction by instruction on a CPU; not yet on a device"
     if backends.NATIVE_MISSING is None:
         from ._C import build_info
 

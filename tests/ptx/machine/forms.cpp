@@ -21,7 +21,7 @@ namespace {
 #define SAT "(\\.sat)?"
 #define COMPARE "\\.(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)"
 #define MEMORY "(\\.(weak|volatile|relaxed|acquire|release|acq_rel))?(\\.(cta|cluster|gpu|sys))?"
-#define WHERE "(\\.(global|shared|shared::cta))?"
+#define WHERE "(\\.(global|shared|shared::cta|shared::cluster))?"
 #define CACHE "(\\.(ca|cg|cs|cv|lu|wb|wt))?(\\.L1::[a-z_]+)?(\\.L2::cache_hint)?(\\.L2::(64|128|256)B)?"
 #define VECTOR "(\\.v[248])?"
 #define ELEMENT "\\.(b8|b16|b32|b64|u8|u16|u32|u64|s8|s16|s32|s64|f32|f64)"
@@ -39,7 +39,9 @@ const Pattern kPatterns[] = {
     {Op::kSelp, "selp\\.(b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64)", "dssP"},
     {Op::kPrmt, "prmt\\.b32", "dsss"},
     {Op::kCvta, "cvta(\\.to)?\\.(global|shared|param)\\.u64", "ds"},
+    {Op::kCvta, "cvta\\.to\\.shared::cluster\\.u64", "ds"},
     {Op::kMapa, "mapa\\.u64", "dss"},
+    {Op::kMapa, "mapa\\.shared::cluster\\.u32", "dss"},
     // integers
     {Op::kAdd, "add" INT, "dss"},
     {Op::kSub, "sub" INT, "dss"},
@@ -209,6 +211,8 @@ Instruction prototype(Op op, const std::string& name) {
       i.space = Space::kGlobal;
     } else if (m == "shared" || m == "shared::cta") {
       i.space = Space::kShared;
+    } else if (m == "shared::cluster") {
+      i.space = Space::kCluster;
     } else if (m == "param") {
       i.space = Space::kParam;
     }

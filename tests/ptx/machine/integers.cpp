@@ -81,11 +81,15 @@ void Machine::move(Warp& w, const Instruction& i, u32 mask) {
       const u64 window = i.space == Space::kShared ? kSharedWindow | (u64)w.block << 32
                          : i.space == Space::kParam ? kParamWindow
                                                     : 0;
+      const auto in_cluster = [](u64 generic) { return ((generic >> 32 & 0xff) + 1) << kClusterShift | (u32)generic; };
+      if (i.space == Space::kCluster) return each(mask, [&](int lane) { to[lane] = in_cluster(x[lane]); });
       if (i.space == Space::kGlobal) return each(mask, [&](int lane) { to[lane] = x[lane]; });
       return each(mask, [&](int lane) { to[lane] = (x[lane] & low_bits(32)) | (i.to ? 0 : window); });
     }
     case Op::kMapa: {
       const u64* const rank = operand(w, i, 1);
+      if (i.space == Space::kCluster)
+        return each(mask, [&](int lane) { to[lane] = ((u64)(u32)rank[lane] + 1) << kClusterShift | (u32)x[lane]; });
       return each(mask, [&](int lane) { to[lane] = kSharedWindow | (u64)(u32)rank[lane] << 32 | (x[lane] & low_bits(32)); });
     }
     case Op::kActivemask: return each(mask, [&](int lane) { to[lane] = mask; });

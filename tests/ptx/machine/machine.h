@@ -13,6 +13,8 @@
 namespace ptx {
 
 // Generic addresses of shared memory and of parameters; those of global memory are addresses of this process.
+// Addresses in the shared memory of a cluster are offsets, with the number of the block, from 1, above; 0 is one's own.
+constexpr int kClusterShift = 24;
 constexpr u64 kWindow = 0xff00000000000000, kSharedWindow = 0x7e00000000000000, kParamWindow = 0x7d00000000000000;
 
 // Global memory that a kernel may access.

@@ -54,6 +54,10 @@ Place Machine::place(const Warp& w, Space space, u64 address, u32 bytes, bool st
     if (space == Space::kShared) rank = address >> 32 & 0xffffff;
   }
   if (space != Space::kGlobal) address = (u32)address;
+  if (space == Space::kCluster) {
+    if (address >> kClusterShift) rank = (u32)(address >> kClusterShift) - 1;
+    address &= low_bits(kClusterShift), space = Space::kShared;
+  }
   if (address % bytes) fail("misaligned access of " + std::to_string(bytes) + " bytes", lane);
   if (space == Space::kGlobal) {
     Region* region = region_at(address);

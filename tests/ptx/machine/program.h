@@ -20,7 +20,7 @@ enum class Op : u8 {
   kMbarrierExpect, kMbarrierTryWait, kBulkCopy,
 };
 
-enum class Space : u8 { kGeneric, kGlobal, kShared, kParam };
+enum class Space : u8 { kGeneric, kGlobal, kShared, kCluster, kParam };
 enum class Compare : u8 { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan };
 // What distinguishes instructions of one Op.
 enum class Mode : u8 {
