@@ -158,7 +158,37 @@ def test_where_the_cpu_raises_the_result_is_nan(program):
     assert steps.isnan().tolist() == [False, False, True, False]
 
 
+# -------------------------------------------------------------------------------------------------------- as compiled
+
 NVCC = cuda_on_cpu.NVCC
+
+
+def check_a_few(program: Path) -> None:
+    all_kernels(64, small=True).check(program)
+
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [80, 100, 120])
+def test_other_architectures(program, tmp_path, architecture):
+    check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path))
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"]
+)
+def test_what_devices_may_do(program, monkeypatch, option):
+    """Approximate instructions are off, warps take turns at random, copies arrive at once."""
+    monkeypatch.setenv(*option.split("="))
+    check_a_few(program)
+
+
+# ----------------------------------------------------------------------------------------------------------- compiled
+
 
 
 @pytest.mark.slow

@@ -487,14 +487,10 @@ def test_how_rows_lie_in_shared_memory(program):
         assert used <= shared
 
 
-# ---------------------------------------------------------------------------------------------------------- sanitizers
+# --------------------------------------------------------------------------------------------------------- as compiled
 
 
-@on_the_cpu
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_kernels_under_sanitizers(tmp_path, sanitizer):
-    """No row is read before it has arrived, and none arrives where one is still being read."""
-    program = cuda_on_cpu.build("one_pass", tmp_path / "one_pass", f"-fsanitize={sanitizer}")
+def check_a_few(program: Path) -> None:
     p = problem(NFPO, (12,), 3001, torch.bfloat16, lengths=[4, 1, 7])
     long = problem(O.nfpo(6), (12,), 1001, lengths=[12])
     check(
@@ -505,6 +501,37 @@ def test_kernels_under_sanitizers(tmp_path, sanitizer):
             Call(long, Device(2, TWO_SLICES, 4), target=None),
         ],
     )
+
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [100, 120])
+def test_other_architectures(program, tmp_path, architecture):
+    check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path))
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"]
+)
+def test_what_devices_may_do(program, monkeypatch, option):
+    """Approximate instructions are off, warps take turns at random, copies arrive at once."""
+    monkeypatch.setenv(*option.split("="))
+    check_a_few(program)
+
+
+# ---------------------------------------------------------------------------------------------------------- sanitizers
+
+
+@on_the_cpu
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_kernels_under_sanitizers(tmp_path, sanitizer):
+    """No row is read before it has arrived, and none arrives where one is still being read."""
+    program = cuda_on_cpu.build("one_pass", tmp_path / "one_pass", f"-fsanitize={sanitizer}")
+    check_a_few(program)
 
 
 # ------------------------------------------------------------------------------------------------------------- compiled

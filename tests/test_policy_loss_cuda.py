@@ -301,6 +301,36 @@ def test_bits_do_not_depend_on_layout_or_run(program):
         assert all(map(torch.equal, one, again))
 
 
+# -------------------------------------------------------------------------------------------------------- as compiled
+
+
+def check_a_few(program: Path) -> None:
+    batch = random_batch(2, 90, spread=0.05)
+    packed = pack(batch, [90, 41])
+    calls = [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)]
+    check(program, [*calls, call(pack(random_batch(70, 1), [1] * 70), O.ppo(), False, Sizes(64, 32, 3))])
+
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [80, 100, 120])
+def test_other_architectures(program, tmp_path, architecture):
+    check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path))
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"]
+)
+def test_what_devices_may_do(program, monkeypatch, option):
+    """Approximate instructions are off, warps take turns at random, copies arrive at once."""
+    monkeypatch.setenv(*option.split("="))
+    check_a_few(program)
+
+
 # -------------------------------------------------------------------------------------------------------- sanitizers
 
 
@@ -308,10 +338,7 @@ def test_bits_do_not_depend_on_layout_or_run(program):
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_kernels_under_sanitizers(tmp_path, sanitizer):
     program = cuda_on_cpu.build("policy_loss", tmp_path / "policy_loss", f"-fsanitize={sanitizer}")
-    batch = random_batch(2, 90, spread=0.05)
-    packed = pack(batch, [90, 41])
-    calls = [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)]
-    check(program, [*calls, call(pack(random_batch(70, 1), [1] * 70), O.ppo(), False, Sizes(64, 32, 3))])
+    check_a_few(program)
 
 
 @on_the_cpu

@@ -85,6 +85,14 @@ def build_as_compiled(name: str, program: Path, architecture: int = 90) -> Path:
     return program
 
 
+def for_architecture(program: Path, architecture: int, directory: Path) -> Path:
+    """A program of build_as_compiled, with code for another architecture."""
+    other = directory / program.name
+    other.symlink_to(program)
+    other.with_suffix(".ptx").write_text(compile_to_ptx(program.name, architecture))
+    return other
+
+
 def compile_to_ptx(name: str, architecture: int) -> str:
     """What nvcc makes of ``csrc/cuda/name.cu``, once for these sources."""
     assert NVCC is not None
