@@ -186,13 +186,15 @@ MUTATED: dict[str, list[Callable[[], None]]] = {
         functools.partial(losses, o)
         for o in (O.cppo(length_norm=50.0), O.Objective(O.Trace(600, 700), O.PPOClip(), O.KL("k3", 0.1)), NFPO, O.gmpo(), O.dr_grpo())
     ]
-    + [functools.partial(losses, O.Objective(O.Trace(600, 700, differentiate=True), O.PPOClip()))],
-    "losses per token": [functools.partial(losses, O.Objective(O.Trace(600, 700, differentiate=True), O.PPOClip()), per_token=True)],
+    + [
+        functools.partial(losses, O.Objective(O.Trace(600, 700, differentiate=True), O.PPOClip()), per_token=x)
+        for x in (False, True)
+    ],
     "log-probs": [functools.partial(f, 20_001, BF16) for f in (logprobs, logprobs_in_place)],
     "log-probs, short rows": [functools.partial(f, 1000, BF16, 7) for f in (logprobs, logprobs_in_place)],
     "one pass": [functools.partial(fused, 17_001, BF16, O.nfpo(70), (1, 80), inplace=x) for x in (False, True)],
     "live rows": [functools.partial(fused, 100, BF16, O.grpo(), (3, 700), inplace=x) for x in (False, True)],
-    "groups": [WORKLOADS["groups of 1,100"], functools.partial(groups, "opo", group_size=1100)],
+    "groups": [functools.partial(groups, name, group_size=1100) for name in ("rloo", "opo", "gpg", "grpo", "remax")],
     "ranks": [WORKLOADS["ranks, groups of 90"], functools.partial(groups, "passk", group_size=90)],
     "tokens": [functools.partial(tokens, name, 2100, 0) for name in ("vtrace", "gae", "reward_to_go")],
     "whitening": [whitened],

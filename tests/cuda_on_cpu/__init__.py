@@ -93,15 +93,20 @@ def for_architecture(program: Path, architecture: int, directory: Path) -> Path:
     return other
 
 
+@functools.cache
+def nvcc_version() -> str:
+    assert NVCC is not None
+    return subprocess.run([NVCC, "--version"], check=True, capture_output=True, text=True).stdout
+
+
 def compile_to_ptx(name: str, architecture: int) -> str:
     """What nvcc makes of ``csrc/cuda/name.cu``, once for these sources."""
     assert NVCC is not None
     command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += ["-I", str(CSRC), "-isystem", str(Path(torch.__file__).parent / "include")]
     command += [f"-arch=compute_{architecture}", "-ptx", "-lineinfo", str(CSRC / "cuda" / f"{name}.cu")]
-    version = subprocess.run([NVCC, "--version"], check=True, capture_output=True).stdout
     sources = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.*")) if path.suffix in (".cu", ".cuh", ".h"))
-    digest = hashlib.sha256(version + sources + repr(command).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(nvcc_version().encode() + sources + repr(command).encode()).hexdigest()[:16]
     target = ptx.BUILD / f"{name}-{digest}.ptx"
     with (ptx.BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,0 +1,78 @@
+"""Each barrier of the CUDA kernels, as nvcc compiles them, is removed in turn: that is found, or there is a reason why
+it cannot be."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+import test_advantages_cuda
+import test_one_pass_cuda
+import test_policy_loss_cuda
+import torch
+
+from fusedpo import backends
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cuda_on_cpu.NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled"),
+    pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler"),
+    pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING)),
+]
+
+UNSEEN = Path(__file__).parent / "ptx" / "unseen_barriers_cuda.json"
+BARRIER = re.compile(r"bar\.sync[^;]*;|bar\.warp\.sync[^;]*;|barrier\.cluster\.arrive[^;]*;\s*barrier\.cluster\.wait[^;]*;")
+CHECKS: dict[str, Callable[[Path], None]] = {
+    "advantages": test_advantages_cuda.check_a_few,
+    "one_pass": test_one_pass_cuda.check_a_few,
+    "policy_loss": test_policy_loss_cuda.check_a_few,
+}
+SAME = "6__half"  # the kernel of one type of 16 bits is that of the other
+
+
+def kernel_at(text: str, place: int) -> str:
+    return re.findall(r"\.entry (\w+)", text[:place])[-1]
+
+
+def unseen_barriers(name: str, directory: Path) -> dict[str, list[str]]:
+    """By kernel, the number and line of barriers without which nothing is found; "never" if none is executed."""
+    program = cuda_on_cpu.build_as_compiled(name, directory / name)
+    target = program.with_suffix(".ptx")
+    text = target.read_text()
+
+    def fails(new: str) -> bool:
+        target.write_text(new)
+        torch.manual_seed(0)
+        try:
+            CHECKS[name](program)
+        except AssertionError:
+            return True
+        return False
+
+    assert not fails(text)
+    unseen: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
+    for barrier in BARRIER.finditer(text):
+        kernel = kernel_at(text, barrier.start())
+        number = counts[kernel] = counts.get(kernel, -1) + 1
+        before, after = text[: barrier.start()], text[barrier.end() :]
+        if SAME in kernel or fails(before + ";" + after):
+            continue
+        line = re.findall(r"\.loc\s+\d+ (\d+)", before)[-1]
+        what = f"line {line}" if fails(f"{before}trap;{after}") else "never"
+        unseen.setdefault(kernel, []).append(f"{number}, {what}")
+    return unseen
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_barriers_are_missed(name, tmp_path):
+    expected = json.loads(UNSEEN.read_text())
+    if f"release {expected['nvcc']}," not in cuda_on_cpu.nvcc_version():
+        pytest.skip(f"the list is of nvcc {expected['nvcc']}")
+    found = unseen_barriers(name, tmp_path)
+    numbers = {kernel: [x.partition(",")[0] for x in barriers] for kernel, barriers in found.items()}
+    assert numbers == {kernel: list(barriers) for kernel, barriers in expected[name].items()}
