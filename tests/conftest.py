@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def choose_triton(how: str | None) -> None:
-    """Without a GPU: on the CPU. To be called before anything imports Triton, which then decides whether to interpret."""
+    """Without a GPU: on the CPU. To be called before anything imports Triton: then it decides whether to interpret."""
     if importlib.util.find_spec("triton") is not None and ptx.COMPILER is not None and how != "interpreter":
         os.environ.pop("TRITON_INTERPRET", None)
         from ptx import triton_device

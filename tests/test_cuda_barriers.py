@@ -25,7 +25,9 @@ pytestmark = [
 ]
 
 UNSEEN = Path(__file__).parent / "ptx" / "unseen_barriers_cuda.json"
-BARRIER = re.compile(r"bar\.sync[^;]*;|bar\.warp\.sync[^;]*;|barrier\.cluster\.arrive[^;]*;\s*barrier\.cluster\.wait[^;]*;")
+BARRIER = re.compile(
+    r"bar\.sync[^;]*;|bar\.warp\.sync[^;]*;|barrier\.cluster\.arrive[^;]*;\s*barrier\.cluster\.wait[^;]*;"
+)
 CHECKS: dict[str, Callable[[Path], None]] = {
     "advantages": test_advantages_cuda.check_a_few,
     "one_pass": test_one_pass_cuda.check_a_few,

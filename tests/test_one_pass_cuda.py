@@ -514,9 +514,7 @@ def test_other_architectures(program, tmp_path, architecture):
 
 
 @needs_nvcc
-@pytest.mark.parametrize(
-    "option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"]
-)
+@pytest.mark.parametrize("option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"])
 def test_what_devices_may_do(program, monkeypatch, option):
     """Approximate instructions are off, warps take turns at random, copies arrive at once."""
     monkeypatch.setenv(*option.split("="))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from pathlib import Path
 
 import ptx
 import pytest
@@ -99,7 +100,7 @@ def evaluate(instruction: str, *operands: int) -> int:
     return out.words("Q")[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ arithmetic
+# ----------------------------------------------------------------------------------------------------------- arithmetic
 
 ULP = 2.0**-23  # of 1
 FLOATS = [
@@ -353,13 +354,15 @@ def test_every_form_of_arithmetic_has_a_value():
     text = (ptx.MACHINE / "forms.cpp").read_text()
     known = set(re.findall(r'^    \{Op::\w+, "\(?([a-z0-9]+)', text, re.M))
     here = {case[0].split(".")[0] for case in FLOATS + INTEGERS + CONVERSIONS}
-    rest = set(re.findall(r"\b([a-z]+[0-9]?)\.", open(__file__).read()))
+    rest = set(re.findall(r"\b([a-z]+[0-9]?)\.", Path(__file__).read_text()))
     assert known - here - rest - {"membar", "nanosleep", "createpolicy", "ldu", "ret", "trap"} == set()
 
 
 @pytest.mark.parametrize("noise", [1, 2])
 def test_approximate_instructions_are_off(noise):
-    cases = [(n, x) for n in ("ex2", "lg2", "rcp", "sqrt", "rsqrt") for x in (0.3, 0.7, 1.7, 3.0, 5.5, 6.1, 9.9, 17.3, 33.3)]
+    cases = [
+        (n, x) for n in ("ex2", "lg2", "rcp", "sqrt", "rsqrt") for x in (0.3, 0.7, 1.7, 3.0, 5.5, 6.1, 9.9, 17.3, 33.3)
+    ]
     names = [f"{name}.approx.f32" for name, _ in cases]
     exact = [evaluate(name, f(x)) for name, (_, x) in zip(names, cases, strict=True)]
     with ptx.options(noise=noise):
@@ -373,7 +376,8 @@ def test_approximate_instructions_are_off(noise):
 COMPARISONS = {
     # less, equal, greater, unordered
     "eq": "0100", "ne": "1010", "lt": "1000", "le": "1100", "gt": "0010", "ge": "0110",
-    "equ": "0101", "neu": "1011", "ltu": "1001", "leu": "1101", "gtu": "0011", "geu": "0111", "num": "1110", "nan": "0001",
+    "equ": "0101", "neu": "1011", "ltu": "1001", "leu": "1101", "gtu": "0011", "geu": "0111",
+    "num": "1110", "nan": "0001",
 }  # fmt: skip
 
 
@@ -433,7 +437,7 @@ def test_packing():
     assert out.words() == [0x3344, 0x33441122, 0x11223344, 0x33441122, 0x11223344, 0x3344]
 
 
-# ----------------------------------------------------------------------------------------------------------------- warps
+# ---------------------------------------------------------------------------------------------------------------- warps
 
 
 def lanes(body: str, values: list[int] | None = None, threads: int = 32) -> list[int]:
@@ -441,7 +445,12 @@ def lanes(body: str, values: list[int] | None = None, threads: int = 32) -> list
     values = list(range(100, 100 + threads)) if values is None else values
     data, out = Memory(struct.pack(f"<{len(values)}I", *values)), Memory(bytes(4 * threads))
     address = "mul.wide.u32 %q0, %t, 4; add.s64 %q1, %a0, %q0; add.s64 %q2, %a1, %q0;"
-    execute(f"{address} ld.global.b32 %r0, [%q1]; mov.b32 %r1, 0; {body} st.global.b32 [%q2], %r1;", data, out, threads=threads)
+    execute(
+        f"{address} ld.global.b32 %r0, [%q1]; mov.b32 %r1, 0; {body} st.global.b32 [%q2], %r1;",
+        data,
+        out,
+        threads=threads,
+    )
     return out.words()
 
 
@@ -496,7 +505,8 @@ def test_redux_of_floats_and_of_some_lanes():
     assert lanes("redux.sync.max.f32 %r1, %r0, -1;", values) == [f(25)] * 32
     assert lanes("redux.sync.min.NaN.f32 %r1, %r0, -1;", values) == [NAN32] * 32
     assert lanes("redux.sync.xor.b32 %r1, %r0, -1;", [1] * 31 + [7]) == [6] * 32
-    body = "setp.lt.u32 %p0, %t, 4; @!%p0 bra rest; redux.sync.add.s32 %r1, %r0, 0xf; bra.uni all; rest: mov.b32 %r1, 7; all:"
+    body = """setp.lt.u32 %p0, %t, 4; @!%p0 bra rest;
+    redux.sync.add.s32 %r1, %r0, 0xf; bra.uni all; rest: mov.b32 %r1, 7; all:"""
     assert lanes(body) == [100 + 101 + 102 + 103] * 4 + [7] * 28
 
 
@@ -511,7 +521,8 @@ def test_votes():
 
 def test_matrices():
     """Rows of 8 elements of 2 bytes; each lane holds two of row lane / 4."""
-    body = """shl.b32 %r2, %t, 4; mov.b32 %r3, buffer; add.u32 %r2, %r2, %r3; and.b32 %r4, %t, 7; shl.b32 %r4, %r4, 4; add.u32 %r4, %r4, %r3;
+    body = """shl.b32 %r2, %t, 4; mov.b32 %r3, buffer; add.u32 %r2, %r2, %r3; and.b32 %r4, %t, 7;
+    shl.b32 %r4, %r4, 4; add.u32 %r4, %r4, %r3;
     stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r4], {%r0};
     bar.warp.sync -1;
     shl.b32 %r5, %t, 2; add.u32 %r5, %r5, %r3; ld.shared.b32 %r6, [%r5];
@@ -538,12 +549,13 @@ def test_jumps_by_a_table_and_loops():
     assert lanes(body) == [5 if lane % 2 == 0 else lane for lane in range(32)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def test_loads_extend_signs():
     data, out = Memory(struct.pack("<bbhi", -1, -2, -3, -4)), Memory(bytes(48))
-    body = """ld.global.s8 %q0, [%a0]; ld.global.u8 %q1, [%a0+1]; ld.global.s16 %q2, [%a0+2]; ld.global.s32 %q3, [%a0+4];
+    body = """ld.global.s8 %q0, [%a0]; ld.global.u8 %q1, [%a0+1]; ld.global.s16 %q2, [%a0+2];
+    ld.global.s32 %q3, [%a0+4];
     ld.global.b16 %q4, [%a0+2]; ld.global.v2.u16 {%q5, %q6}, [%a0+4];"""
     execute(body + "".join(f"st.global.u64 [%a1+{8 * i}], %q{i};" for i in range(6)), data, out, threads=1)
     assert out.words("Q") == [MASK, 0xFE, MASK - 2, MASK - 3, 0xFFFD, 0xFFFC]
@@ -551,8 +563,10 @@ def test_loads_extend_signs():
 
 def test_atomics():
     data, out = Memory(struct.pack("<IIIIff", 5, 5, 0, 5, 1.0, 0)), Memory(bytes(32 * 4))
-    body = """atom.global.add.u32 %r1, [%a0], 2; red.global.max.s32 [%a0+4], -1; atom.relaxed.gpu.global.inc.u32 %r2, [%a0+8], 2;
-    atom.global.cas.b32 %r3, [%a0+12], 5, 9; red.global.add.f32 [%a0+16], 0f3f000000; atom.global.exch.b32 %r4, [%a0+20], %t;
+    body = """atom.global.add.u32 %r1, [%a0], 2; red.global.max.s32 [%a0+4], -1;
+    atom.relaxed.gpu.global.inc.u32 %r2, [%a0+8], 2;
+    atom.global.cas.b32 %r3, [%a0+12], 5, 9; red.global.add.f32 [%a0+16], 0f3f000000;
+    atom.global.exch.b32 %r4, [%a0+20], %t;
     mul.wide.u32 %q0, %t, 4; add.s64 %q0, %a1, %q0; st.global.u32 [%q0], %r1;"""
     execute(body, data, out)
     assert data.words() == [5 + 64, 5, 32 % 3, 9, f(17), 31]
@@ -565,7 +579,9 @@ def test_atomics():
 def test_counts_of_sectors_and_waves():
     data = Memory(bytes(4096))
     near = execute("mul.wide.u32 %q0, %t, 4; add.s64 %q0, %a0, %q0; ld.global.u32 %r0, [%q0];", data)
-    far = execute("mul.wide.u32 %q0, %t, 128; add.s64 %q0, %a0, %q0; ld.global.u32 %r0, [%q0]; ld.global.u32 %r0, [%q0];", data)
+    far = execute(
+        "mul.wide.u32 %q0, %t, 128; add.s64 %q0, %a0, %q0; ld.global.u32 %r0, [%q0]; ld.global.u32 %r0, [%q0];", data
+    )
     assert [near[x] for x in ("load_requests", "load_bytes", "load_sectors", "unique_load_sectors")] == [1, 128, 4, 4]
     assert [far[x] for x in ("load_requests", "load_bytes", "load_sectors", "unique_load_sectors")] == [2, 256, 64, 32]
     head = ".shared .align 16 .b8 buffer[4096];"
@@ -592,8 +608,14 @@ def test_out_of_bounds():
     data = Memory(bytes(128))
     address = "mul.wide.u32 %q0, %t, 4; add.s64 %q0, %a0, %q0;"
     execute(f"{address} ld.global.u32 %r0, [%q0];", data)
-    found(f"{address} ld.global.u32 %r0, [%q0+4];", data, match="load of 4 bytes out of bounds, 0 bytes behind the end of an array of 128")
-    found(f"{address} st.global.u32 [%q0+-4], 1;", data, match="store of 4 bytes out of bounds, -132 bytes behind.*lane 0")
+    found(
+        f"{address} ld.global.u32 %r0, [%q0+4];",
+        data,
+        match="load of 4 bytes out of bounds, 0 bytes behind the end of an array of 128",
+    )
+    found(
+        f"{address} st.global.u32 [%q0+-4], 1;", data, match="store of 4 bytes out of bounds, -132 bytes behind.*lane 0"
+    )
     found(f"{SLOT} ld.shared.u32 %r0, [%r2+1024];", head=SHARED, match="of 1024 bytes of shared memory")
     execute(f"{SLOT} st.shared.u32 [%r2+1024], 0;", head=SHARED, shared=128)
 
@@ -636,13 +658,23 @@ def test_races_within_a_warp():
 
 def test_races_between_blocks():
     data = Memory(bytes(256))
-    found("mov.u32 %r0, %ctaid.x; st.global.u32 [%a0], %r0;", data, threads=1, blocks=2, match="races with another block")
-    atomic = "atom.global.add.u32 %r1, [%a0+128], 1; setp.eq.u32 %p0, %r1, 0; @%p0 bra first; ld.global.u32 %r0, [%a0]; ret;"
+    found(
+        "mov.u32 %r0, %ctaid.x; st.global.u32 [%a0], %r0;", data, threads=1, blocks=2, match="races with another block"
+    )
+    atomic = (
+        "atom.global.add.u32 %r1, [%a0+128], 1; setp.eq.u32 %p0, %r1, 0; @%p0 bra first; ld.global.u32 %r0, [%a0]; ret;"
+    )
     execute(f"{atomic} first: ", data, threads=1, blocks=2)
     last = """mov.u32 %r0, %ctaid.x; mul.wide.u32 %q0, %r0, 4; add.s64 %q0, %a0, %q0; st.global.u32 [%q0], 5; membar.gl;
     atom.global.add.u32 %r1, [%a0+128], 1; ld.global.u32 %r2, [%a0];"""
     execute(last, Memory(bytes(256)), threads=1, blocks=2)
-    found(last.replace("atom.global.add.u32 %r1, [%a0+128], 1;", ""), Memory(bytes(256)), threads=1, blocks=2, match="another block")
+    found(
+        last.replace("atom.global.add.u32 %r1, [%a0+128], 1;", ""),
+        Memory(bytes(256)),
+        threads=1,
+        blocks=2,
+        match="another block",
+    )
 
 
 def test_divergent_barriers():
@@ -662,7 +694,8 @@ def test_trap():
 
 
 def test_random_turns_are_the_same_again():
-    body = f"{SLOT} {NEXT} st.shared.u32 [%r2], %t; bar.sync 0; ld.shared.u32 %r0, [%r4]; mul.wide.u32 %q0, %t, 4; add.s64 %q0, %a0, %q0; st.global.u32 [%q0], %r0;"
+    body = f"""{SLOT} {NEXT} st.shared.u32 [%r2], %t; bar.sync 0; ld.shared.u32 %r0, [%r4];
+    mul.wide.u32 %q0, %t, 4; add.s64 %q0, %a0, %q0; st.global.u32 [%q0], %r0;"""
     for seed in range(4):
         out = Memory(bytes(256))
         with ptx.options(seed=seed):
@@ -670,13 +703,15 @@ def test_random_turns_are_the_same_again():
         assert out.words() == [(i + 32) % 64 for i in range(64)]
 
 
-# ---------------------------------------------------------------------------------------------- clusters and bulk copies
+# --------------------------------------------------------------------------------------------- clusters and bulk copies
 
 CLUSTER = f"""{SLOT} mov.u32 %r5, %cluster_ctarank; st.shared.u32 [%r2], %r5;
 barrier.cluster.arrive.aligned; {{wait}}
-cvta.shared.u64 %q0, %q9; xor.b32 %r6, %r5, 1; cvt.u64.u32 %q1, %r2; cvta.shared.u64 %q1, %q1; mapa.u64 %q2, %q1, %r6; ld.u32 %r7, [%q2];
+cvta.shared.u64 %q0, %q9; xor.b32 %r6, %r5, 1; cvt.u64.u32 %q1, %r2; cvta.shared.u64 %q1, %q1;
+    mapa.u64 %q2, %q1, %r6; ld.u32 %r7, [%q2];
 {{last}}
-mov.u32 %r8, %ctaid.x; mad.lo.u32 %r8, %r8, 32, %t; mul.wide.u32 %q3, %r8, 4; add.s64 %q3, %a0, %q3; st.global.u32 [%q3], %r7;"""
+mov.u32 %r8, %ctaid.x; mad.lo.u32 %r8, %r8, 32, %t; mul.wide.u32 %q3, %r8, 4; add.s64 %q3, %a0, %q3;
+    st.global.u32 [%q3], %r7;"""
 WAIT, LAST = "barrier.cluster.wait.aligned;", "barrier.cluster.arrive; barrier.cluster.wait;"
 
 
@@ -710,18 +745,31 @@ def test_bulk_copies(late):
         counters = execute(COPY.format(wait=POLL), data, out, threads=64, head=COPIED)
         assert out.words() == list(range(64))
         assert counters["bulk_bytes"] == 256
-        found(COPY.format(wait=""), data, out, threads=64, head=COPIED, match="races with a store of a bulk copy|on its way")
-        found(COPY.format(wait=POLL).replace("[%a0], 256", "[%a0], 264"), data, out, head=COPIED, match="multiples of 16")
+        found(
+            COPY.format(wait=""),
+            data,
+            out,
+            threads=64,
+            head=COPIED,
+            match="races with a store of a bulk copy|on its way",
+        )
+        found(
+            COPY.format(wait=POLL).replace("[%a0], 256", "[%a0], 264"), data, out, head=COPIED, match="multiples of 16"
+        )
         found(COPY.format(wait=POLL).replace("[%a0], 256", "[%a0], 512"), data, out, head=COPIED, match="out of bounds")
     with ptx.options(late_copies=late), pytest.raises(ptx.Found, match="deadlock|on its way"):
         execute(COPY.format(wait=POLL).replace("_, [%r9], 256", "_, [%r9], 512"), data, out, head=COPIED)
 
 
 def test_an_mbarrier_must_be_one():
-    found("mov.b32 %r9, buffer; mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r9], 0;", head=SHARED, match="no mbarrier|uninitialised")
+    found(
+        "mov.b32 %r9, buffer; mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r9], 0;",
+        head=SHARED,
+        match="no mbarrier|uninitialised",
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- refusal
+# -------------------------------------------------------------------------------------------------------------- refusal
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def groups(name: str, **layout: int) -> None:
     rewards = advantages.random(count).mul(3).round()
     if "group_size" not in layout:
         layout = {"group_ids": torch.arange(count) % 7}
-    results = (advantages.estimate(source, name, rewards, **layout) for source in (advantages.TRITON, reference_advantages))
+    results = (
+        advantages.estimate(source, name, rewards, **layout) for source in (advantages.TRITON, reference_advantages)
+    )
     torch.testing.assert_close(*results, **advantages.CLOSE)
 
 
@@ -91,13 +93,18 @@ def tokens(name: str, length: int, layout: int) -> None:
 def steps() -> None:
     values, rewards = advantages.random(40, 9, seed=1), advantages.random(40, 8, seed=2)
     ids = torch.randint(-1, 8, (40, 700))
-    results = (torch.ops.fusedpo.step_advantages.__getattr__(kind)(values, rewards, ids, True) for kind in ("native", "triton"))
+    results = (
+        torch.ops.fusedpo.step_advantages.__getattr__(kind)(values, rewards, ids, True) for kind in ("native", "triton")
+    )
     torch.testing.assert_close(*results, **advantages.CLOSE)
 
 
 def whitened() -> None:
     x = advantages.random(9000)
-    results = (getattr(torch.ops.fusedpo.whiten, kind)(x, torch.arange(9000) % 4, x > -1, True) for kind in ("native", "triton"))
+    results = (
+        getattr(torch.ops.fusedpo.whiten, kind)(x, torch.arange(9000) % 4, x > -1, True)
+        for kind in ("native", "triton")
+    )
     torch.testing.assert_close(*results, **advantages.CLOSE)
 
 
@@ -131,7 +138,14 @@ WORKLOADS: dict[str, Callable[[], None]] = {
     "steps": steps,
     "whitening": whitened,
 }
-FEW = ["loss, " + name_of(NFPO), "losses per token", "log-probs, bfloat16", "one pass, bfloat16", "ranks, groups of 90", "tokens, short"]
+FEW = [
+    "loss, " + name_of(NFPO),
+    "losses per token",
+    "log-probs, bfloat16",
+    "one pass, bfloat16",
+    "ranks, groups of 90",
+    "tokens, short",
+]
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -184,7 +198,13 @@ BARRIER = re.compile(r"^\s*(bar\.sync|bar\.warp\.sync|barrier\.sync)\b[^;]*;", r
 MUTATED: dict[str, list[Callable[[], None]]] = {
     "loss": [
         functools.partial(losses, o)
-        for o in (O.cppo(length_norm=50.0), O.Objective(O.Trace(600, 700), O.PPOClip(), O.KL("k3", 0.1)), NFPO, O.gmpo(), O.dr_grpo())
+        for o in (
+            O.cppo(length_norm=50.0),
+            O.Objective(O.Trace(600, 700), O.PPOClip(), O.KL("k3", 0.1)),
+            NFPO,
+            O.gmpo(),
+            O.dr_grpo(),
+        )
     ]
     + [
         functools.partial(losses, O.Objective(O.Trace(600, 700, differentiate=True), O.PPOClip()), per_token=x)

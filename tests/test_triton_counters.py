@@ -1,5 +1,5 @@
-"""What kernels do to memory and to the special-function units, as compiled for sm_90: exactly as tests/ptx/counters.json
-has it. Who changes a kernel changes the table too: what was counted is left in build/ptx/counters.json."""
+"""What kernels do to memory and to the special-function units, as compiled for sm_90: what tests/ptx/counters.json
+has. Who changes a kernel changes the table too: what was counted is left in build/ptx/counters.json."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""CUDA kernels run on the CPU: as nvcc compiles them, by the machine of tests/ptx, see as_compiled.h; or compiled by the
-host's C++ compiler, for its sanitizers, see cuda_on_cpu.h."""
+"""CUDA kernels run on the CPU: as nvcc compiles them, by the machine of tests/ptx, see as_compiled.h; or compiled by
+the host's C++ compiler, for its sanitizers, see cuda_on_cpu.h."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from torch import Tensor
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-
 
 
 @functools.cache

@@ -5,9 +5,9 @@
 #include "calls.h"
 
 using namespace fusedpo::advantages;
-using cuda_on_cpu::Memory;
 using cuda_on_cpu::Calls;
 using cuda_on_cpu::launch;
+using cuda_on_cpu::Memory;
 
 namespace {
 

@@ -54,7 +54,8 @@ void pack(std::string& bytes, const T& value) {
 }
 
 template <class... Parameters>
-void launch_compiled(void (*kernel)(Parameters...), const auto& grid, const std::type_identity_t<Parameters>&... values) {
+void launch_compiled(void (*kernel)(Parameters...), const auto& grid,
+                     const std::type_identity_t<Parameters>&... values) {
   std::string parameters;
   (pack(parameters, values), ...);
   std::vector<PtxRegion> accessible;

@@ -117,8 +117,8 @@ struct Grid {
   unsigned cluster = 1;  // blocks
 };
 
-// kernel<<<blocks, threads, shared_bytes>>>(arguments...), in clusters. By host threads; with CUDA_AS_COMPILED what nvcc
-// made of the kernel, see as_compiled.h.
+// kernel<<<blocks, threads, shared_bytes>>>(arguments...), in clusters. By host threads; with CUDA_AS_COMPILED what
+// nvcc made of the kernel, see as_compiled.h.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), const Grid& grid, const std::type_identity_t<Parameters>&... arguments) {
 #ifdef CUDA_AS_COMPILED

@@ -8,8 +8,8 @@
 #include "core/array.h"
 
 using namespace fusedpo;
-using cuda_on_cpu::Memory;
 using cuda_on_cpu::Calls;
+using cuda_on_cpu::Memory;
 
 namespace {
 

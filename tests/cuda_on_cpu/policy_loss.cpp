@@ -6,8 +6,8 @@
 #include "calls.h"
 
 using namespace fusedpo;
-using cuda_on_cpu::Memory;
 using cuda_on_cpu::Calls;
+using cuda_on_cpu::Memory;
 
 namespace {
 

@@ -65,7 +65,8 @@ void Machine::bulk_copy(Warp& w, const Instruction& i, u32 mask) {
         Shadow& s = target.shadow[n];
         const Agent me = agent(w, lane);
         if (!s.store_in_order(me)) report(kPtxRaces, "a bulk copy races with a store of " + name_of(s.writer), lane);
-        if (const u32 reader = s.unordered_reader(me)) report(kPtxRaces, "a bulk copy races with a load of " + name_of(reader), lane);
+        if (const u32 reader = s.unordered_reader(me))
+          report(kPtxRaces, "a bulk copy races with a load of " + name_of(reader), lane);
         s.cluster = cluster_;
         s.stored(copier);
       }
@@ -101,8 +102,10 @@ bool Machine::try_wait(Warp& w, const Instruction& i, u32 mask) {
     }
     std::vector<Copy> others;
     for (const Copy& copy : copies_)
-      if (copy.mbarrier == ((u64)w.block << 32 | address)) complete(copy);
-      else others.push_back(copy);
+      if (copy.mbarrier == ((u64)w.block << 32 | address))
+        complete(copy);
+      else
+        others.push_back(copy);
     copies_ = others;
   });
   set_predicate(w, i.predicate, mask, over);

@@ -26,8 +26,10 @@ void Machine::floats(Warp& w, const Instruction& i, u32 mask) {
   const u64* const y = i.num_operands > 1 ? operand(w, i, 1) : x;
   const u64* const z = i.num_operands > 2 ? operand(w, i, 2) : x;
   const auto get = [flush = i.flush](u64 bits) -> T {
-    if constexpr (!kSingle) return as_f64(bits);
-    else return flush ? flushed(as_f32(bits)) : as_f32(bits);
+    if constexpr (!kSingle)
+      return as_f64(bits);
+    else
+      return flush ? flushed(as_f32(bits)) : as_f32(bits);
   };
   const auto encoded = [&](T value) {
     if constexpr (kSingle) {
@@ -51,10 +53,14 @@ void Machine::floats(Warp& w, const Instruction& i, u32 mask) {
     });
   };
   switch (i.op) {
-    case Op::kAdd: return put_rounded([](T a, T b, T) { return a + b; });
-    case Op::kSub: return put_rounded([](T a, T b, T) { return a - b; });
-    case Op::kMul: return put_rounded([](T a, T b, T) { return a * b; });
-    case Op::kFma: return put_rounded([](T a, T b, T c) { return std::fma(a, b, c); });
+    case Op::kAdd:
+      return put_rounded([](T a, T b, T) { return a + b; });
+    case Op::kSub:
+      return put_rounded([](T a, T b, T) { return a - b; });
+    case Op::kMul:
+      return put_rounded([](T a, T b, T) { return a * b; });
+    case Op::kFma:
+      return put_rounded([](T a, T b, T c) { return std::fma(a, b, c); });
     case Op::kDiv:
       if (i.approx) return put_approximate([](double a, double b) { return a / b; });
       return put_rounded([](T a, T b, T) { return a / b; });
@@ -64,26 +70,32 @@ void Machine::floats(Warp& w, const Instruction& i, u32 mask) {
     case Op::kSqrt:
       if (i.approx) return put_approximate([](double a, double) { return std::sqrt(a); });
       return put_rounded([](T a, T, T) { return std::sqrt(a); });
-    case Op::kRsqrt: return put_approximate([](double a, double) { return 1 / std::sqrt(a); });
+    case Op::kRsqrt:
+      return put_approximate([](double a, double) { return 1 / std::sqrt(a); });
     case Op::kEx2:
       counters_[kPtxExponentials] += std::popcount(mask);
       return put_approximate([](double a, double) { return std::exp2(a); });
-    case Op::kLg2: return put_approximate([](double a, double) { return std::log2(a); });
+    case Op::kLg2:
+      return put_approximate([](double a, double) { return std::log2(a); });
     case Op::kMin:
     case Op::kMax: {
       const auto of_two = [&](T a, T b) { return i.op == Op::kMin ? minimum(a, b, i.nan) : maximum(a, b, i.nan); };
       if (i.num_operands == 2) return put([&](T a, T b, T) { return of_two(a, b); });
       return put([&](T a, T b, T c) { return of_two(of_two(a, b), c); });
     }
-    case Op::kAbs: return each(mask, [&](int lane) { to[lane] = bits(std::fabs(get(x[lane]))); });
-    case Op::kNeg: return each(mask, [&](int lane) { to[lane] = bits(-get(x[lane])); });
-    case Op::kCopysign: return each(mask, [&](int lane) { to[lane] = bits(std::copysign(get(y[lane]), get(x[lane]))); });
+    case Op::kAbs:
+      return each(mask, [&](int lane) { to[lane] = bits(std::fabs(get(x[lane]))); });
+    case Op::kNeg:
+      return each(mask, [&](int lane) { to[lane] = bits(-get(x[lane])); });
+    case Op::kCopysign:
+      return each(mask, [&](int lane) { to[lane] = bits(std::copysign(get(y[lane]), get(x[lane]))); });
     case Op::kSetp: {
       u32 true_of = 0;
       each(mask, [&](int lane) { true_of |= (u32)compared(i.compare, get(x[lane]), get(y[lane])) << lane; });
       return compare(w, i, mask, true_of);
     }
-    default: unknown();
+    default:
+      unknown();
   }
 }
 template void Machine::floats<float>(Warp&, const Instruction&, u32);
@@ -131,17 +143,23 @@ void Machine::mixed(Warp& w, const Instruction& i, u32 mask) {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------- conversions
+// ----------------------------------------------------------------------------------------------------------
+// conversions
 
 namespace {
 
 double to_whole(double x, char round) {
   switch (round) {
-    case 'N': return std::nearbyint(x);
-    case 'Z': return std::trunc(x);
-    case 'M': return std::floor(x);
-    case 'P': return std::ceil(x);
-    default: return x;
+    case 'N':
+      return std::nearbyint(x);
+    case 'Z':
+      return std::trunc(x);
+    case 'M':
+      return std::floor(x);
+    case 'P':
+      return std::ceil(x);
+    default:
+      return x;
   }
 }
 
@@ -188,11 +206,15 @@ void Machine::convert(Warp& w, const Instruction& i, u32 mask) {
   each(mask, [&](int lane) {
     if (!is_float(i.from)) {
       const u64 value = extended(i.from, x[lane]);
-      if (is_float(i.type)) to[lane] = integer_to_float(value, i);
-      else to[lane] = extended(i.type, i.saturate ? saturated_integer(value, i.from, i.type) : value);
+      if (is_float(i.type))
+        to[lane] = integer_to_float(value, i);
+      else
+        to[lane] = extended(i.type, i.saturate ? saturated_integer(value, i.from, i.type) : value);
       return;
     }
-    double value = i.from == Type::F64 ? as_f64(x[lane]) : i.from == Type::F32 ? as_f32(x[lane]) : widened(i.from, x[lane]);
+    double value = i.from == Type::F64   ? as_f64(x[lane])
+                   : i.from == Type::F32 ? as_f32(x[lane])
+                                         : widened(i.from, x[lane]);
     if (i.flush && i.from == Type::F32) value = flushed((float)value);
     value = to_whole(value, i.round);
     if (i.saturate && is_float(i.type)) value = value > 0 ? std::fmin(value, 1.0) : 0;

@@ -124,10 +124,14 @@ const Pattern kPatterns[] = {
     {Op::kLd, "ld\\.param" VECTOR ELEMENT, "Da"},
     {Op::kLd, "ldu?" MEMORY WHERE "(\\.nc)?" CACHE VECTOR ELEMENT, "Dah?"},
     {Op::kSt, "st" MEMORY WHERE CACHE VECTOR ELEMENT, "aSh?"},
-    {Op::kAtom, "atom" MEMORY WHERE "\\.(add\\.(u32|s32|u64|f32|f64)|(min|max)\\.(u32|s32|u64|s64)|(and|or|xor|exch)\\.(b32|b64)|inc\\.u32)",
+    {Op::kAtom,
+     "atom" MEMORY WHERE
+     "\\.(add\\.(u32|s32|u64|f32|f64)|(min|max)\\.(u32|s32|u64|s64)|(and|or|xor|exch)\\.(b32|b64)|inc\\.u32)",
      "das"},
     {Op::kAtom, "atom" MEMORY WHERE "\\.cas\\.(b32|b64)", "dass"},
-    {Op::kAtom, "red" MEMORY WHERE "\\.(add\\.(u32|s32|u64|f32|f64)|(min|max)\\.(u32|s32|u64|s64)|(and|or|xor)\\.(b32|b64))", "as"},
+    {Op::kAtom,
+     "red" MEMORY WHERE "\\.(add\\.(u32|s32|u64|f32|f64)|(min|max)\\.(u32|s32|u64|s64)|(and|or|xor)\\.(b32|b64))",
+     "as"},
     {Op::kCreatepolicy, "createpolicy\\.fractional\\.L2::[a-z_]+\\.b64", "ds?"},
     {Op::kLdmatrix, "ldmatrix\\.sync\\.aligned\\.m8n8\\.x[124]\\.shared(::cta)?\\.b16", "Da"},
     {Op::kStmatrix, "stmatrix\\.sync\\.aligned\\.m8n8\\.x[124]\\.shared(::cta)?\\.b16", "aS"},
@@ -165,11 +169,10 @@ const std::map<std::string, Compare> kComparisons = {
     {"num", Compare::kNum}, {"nan", Compare::kNan},
 };
 const std::map<std::string, Mode> kModes = {
-    {"up", Mode::kUp},     {"down", Mode::kDown}, {"bfly", Mode::kBfly}, {"idx", Mode::kIdx},
-    {"add", Mode::kAdd},   {"min", Mode::kMin},   {"max", Mode::kMax},   {"and", Mode::kAnd},
-    {"or", Mode::kOr},     {"xor", Mode::kXor},   {"exch", Mode::kExch}, {"cas", Mode::kCas},
-    {"inc", Mode::kInc},   {"any", Mode::kAny},   {"all", Mode::kAll},   {"uni", Mode::kUni},
-    {"ballot", Mode::kBallot}, {"l", Mode::kLeft}, {"r", Mode::kRight},
+    {"up", Mode::kUp},     {"down", Mode::kDown},     {"bfly", Mode::kBfly}, {"idx", Mode::kIdx}, {"add", Mode::kAdd},
+    {"min", Mode::kMin},   {"max", Mode::kMax},       {"and", Mode::kAnd},   {"or", Mode::kOr},   {"xor", Mode::kXor},
+    {"exch", Mode::kExch}, {"cas", Mode::kCas},       {"inc", Mode::kInc},   {"any", Mode::kAny}, {"all", Mode::kAll},
+    {"uni", Mode::kUni},   {"ballot", Mode::kBallot}, {"l", Mode::kLeft},    {"r", Mode::kRight},
 };
 
 Instruction prototype(Op op, const std::string& name) {
@@ -232,7 +235,8 @@ std::vector<Form> forms_of(const std::string& name) {
   const auto [entry, is_new] = known.try_emplace(name);
   if (is_new)
     for (size_t i = 0; i < compiled.size(); ++i)
-      if (std::regex_match(name, compiled[i])) entry->second.push_back({prototype(kPatterns[i].op, name), kPatterns[i].operands});
+      if (std::regex_match(name, compiled[i]))
+        entry->second.push_back({prototype(kPatterns[i].op, name), kPatterns[i].operands});
   return entry->second;
 }
 

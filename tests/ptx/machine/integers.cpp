@@ -9,32 +9,65 @@ namespace ptx {
 void Machine::execute(Warp& w, const Instruction& i, u32 mask) {
   if (i.type == Type::kPred) return predicates(w, i, mask);
   switch (i.op) {
-    case Op::kNop: return;
-    case Op::kTrap: fail("trap", std::countr_zero(mask));
-    case Op::kMov: case Op::kPack: case Op::kUnpack: case Op::kSelp: case Op::kCvta: case Op::kMapa:
-    case Op::kCreatepolicy: case Op::kActivemask: return move(w, i, mask);
-    case Op::kPrmt: case Op::kLop3: case Op::kShf: case Op::kBfi: return permute(w, i, mask);
-    case Op::kCvt: return convert(w, i, mask);
-    case Op::kLd: return load(w, i, mask);
-    case Op::kSt: return store(w, i, mask);
-    case Op::kAtom: return atomic(w, i, mask);
-    case Op::kMbarrierInit: return init_mbarrier(w, i, mask);
-    case Op::kMbarrierExpect: return expect(w, i, mask);
-    case Op::kBulkCopy: return bulk_copy(w, i, mask);
-    default: break;
+    case Op::kNop:
+      return;
+    case Op::kTrap:
+      fail("trap", std::countr_zero(mask));
+    case Op::kMov:
+    case Op::kPack:
+    case Op::kUnpack:
+    case Op::kSelp:
+    case Op::kCvta:
+    case Op::kMapa:
+    case Op::kCreatepolicy:
+    case Op::kActivemask:
+      return move(w, i, mask);
+    case Op::kPrmt:
+    case Op::kLop3:
+    case Op::kShf:
+    case Op::kBfi:
+      return permute(w, i, mask);
+    case Op::kCvt:
+      return convert(w, i, mask);
+    case Op::kLd:
+      return load(w, i, mask);
+    case Op::kSt:
+      return store(w, i, mask);
+    case Op::kAtom:
+      return atomic(w, i, mask);
+    case Op::kMbarrierInit:
+      return init_mbarrier(w, i, mask);
+    case Op::kMbarrierExpect:
+      return expect(w, i, mask);
+    case Op::kBulkCopy:
+      return bulk_copy(w, i, mask);
+    default:
+      break;
   }
   if (i.type == Type::F32x2) return pairs(w, i, mask);
   if (i.type == Type::F32 && i.from != Type::F32) return mixed(w, i, mask);
   switch (i.type) {
-    case Type::F32: return floats<float>(w, i, mask);
-    case Type::F64: return floats<double>(w, i, mask);
-    case Type::S16: return integers<s16>(w, i, mask);
-    case Type::U16: case Type::B16: return integers<u16>(w, i, mask);
-    case Type::S32: return integers<s32>(w, i, mask);
-    case Type::U32: case Type::B32: return integers<u32>(w, i, mask);
-    case Type::S64: return integers<s64>(w, i, mask);
-    case Type::U64: case Type::B64: return integers<u64>(w, i, mask);
-    default: unknown();
+    case Type::F32:
+      return floats<float>(w, i, mask);
+    case Type::F64:
+      return floats<double>(w, i, mask);
+    case Type::S16:
+      return integers<s16>(w, i, mask);
+    case Type::U16:
+    case Type::B16:
+      return integers<u16>(w, i, mask);
+    case Type::S32:
+      return integers<s32>(w, i, mask);
+    case Type::U32:
+    case Type::B32:
+      return integers<u32>(w, i, mask);
+    case Type::S64:
+      return integers<s64>(w, i, mask);
+    case Type::U64:
+    case Type::B64:
+      return integers<u64>(w, i, mask);
+    default:
+      unknown();
   }
 }
 
@@ -42,12 +75,18 @@ void Machine::predicates(Warp& w, const Instruction& i, u32 mask) {
   const u32 a = i.source >= 0 ? source(w, i) : operand(w, i, 0)[0] ? ~0u : 0;
   const u32 b = i.other_source >= 0 ? w.predicates[i.other_source] : 0;
   switch (i.op) {
-    case Op::kMov: return set_predicate(w, i.predicate, mask, a);
-    case Op::kNot: return set_predicate(w, i.predicate, mask, ~a);
-    case Op::kAnd: return set_predicate(w, i.predicate, mask, a & b);
-    case Op::kOr: return set_predicate(w, i.predicate, mask, a | b);
-    case Op::kXor: return set_predicate(w, i.predicate, mask, a ^ b);
-    default: unknown();
+    case Op::kMov:
+      return set_predicate(w, i.predicate, mask, a);
+    case Op::kNot:
+      return set_predicate(w, i.predicate, mask, ~a);
+    case Op::kAnd:
+      return set_predicate(w, i.predicate, mask, a & b);
+    case Op::kOr:
+      return set_predicate(w, i.predicate, mask, a | b);
+    case Op::kXor:
+      return set_predicate(w, i.predicate, mask, a ^ b);
+    default:
+      unknown();
   }
 }
 
@@ -56,7 +95,8 @@ void Machine::move(Warp& w, const Instruction& i, u32 mask) {
   const u64* const x = i.num_operands ? operand(w, i, 0) : nowhere_;
   const u64 whole = low_bits(8 * bytes_of(i.type));
   switch (i.op) {
-    case Op::kMov: return each(mask, [&](int lane) { to[lane] = x[lane] & whole; });
+    case Op::kMov:
+      return each(mask, [&](int lane) { to[lane] = x[lane] & whole; });
     case Op::kPack: {
       const int width = 8 * bytes_of(i.type) / i.num_operands;
       return each(mask, [&](int lane) {
@@ -78,7 +118,7 @@ void Machine::move(Warp& w, const Instruction& i, u32 mask) {
       return each(mask, [&](int lane) { to[lane] = (first >> lane & 1 ? x : y)[lane] & whole; });
     }
     case Op::kCvta: {
-      const u64 window = i.space == Space::kShared ? kSharedWindow | (u64)w.block << 32
+      const u64 window = i.space == Space::kShared  ? kSharedWindow | (u64)w.block << 32
                          : i.space == Space::kParam ? kParamWindow
                                                     : 0;
       const auto in_cluster = [](u64 generic) { return ((generic >> 32 & 0xff) + 1) << kClusterShift | (u32)generic; };
@@ -90,10 +130,13 @@ void Machine::move(Warp& w, const Instruction& i, u32 mask) {
       const u64* const rank = operand(w, i, 1);
       if (i.space == Space::kCluster)
         return each(mask, [&](int lane) { to[lane] = ((u64)(u32)rank[lane] + 1) << kClusterShift | (u32)x[lane]; });
-      return each(mask, [&](int lane) { to[lane] = kSharedWindow | (u64)(u32)rank[lane] << 32 | (x[lane] & low_bits(32)); });
+      return each(mask,
+                  [&](int lane) { to[lane] = kSharedWindow | (u64)(u32)rank[lane] << 32 | (x[lane] & low_bits(32)); });
     }
-    case Op::kActivemask: return each(mask, [&](int lane) { to[lane] = mask; });
-    default: return each(mask, [&](int lane) { to[lane] = 0; });  // a cache policy, which nothing reads
+    case Op::kActivemask:
+      return each(mask, [&](int lane) { to[lane] = mask; });
+    default:
+      return each(mask, [&](int lane) { to[lane] = 0; });  // a cache policy, which nothing reads
   }
 }
 
@@ -155,11 +198,16 @@ void Machine::integers(Warp& w, const Instruction& i, u32 mask) {
     each(mask, [&](int lane) { to[lane] = (u64)(f((u64)(U)x[lane], (u64)(U)y[lane], (u64)(U)z[lane])); });
   };
   switch (i.op) {
-    case Op::kAdd: return put([](u64 a, u64 b, u64) { return (U)(a + b); });
-    case Op::kSub: return put([](u64 a, u64 b, u64) { return (U)(a - b); });
-    case Op::kMul: return put([](u64 a, u64 b, u64) { return (U)(a * b); });
-    case Op::kMad: return put([](u64 a, u64 b, u64 c) { return (U)(a * b + c); });
-    case Op::kMulHi: return put([](u64 a, u64 b, u64) { return (U)((__int128)(T)a * (__int128)(T)b >> kWidth); });
+    case Op::kAdd:
+      return put([](u64 a, u64 b, u64) { return (U)(a + b); });
+    case Op::kSub:
+      return put([](u64 a, u64 b, u64) { return (U)(a - b); });
+    case Op::kMul:
+      return put([](u64 a, u64 b, u64) { return (U)(a * b); });
+    case Op::kMad:
+      return put([](u64 a, u64 b, u64 c) { return (U)(a * b + c); });
+    case Op::kMulHi:
+      return put([](u64 a, u64 b, u64) { return (U)((__int128)(T)a * (__int128)(T)b >> kWidth); });
     case Op::kMulWide:
     case Op::kMadWide: {
       const bool adds = i.op == Op::kMadWide;
@@ -179,16 +227,26 @@ void Machine::integers(Warp& w, const Instruction& i, u32 mask) {
         if (b == 0) return (U)a;
         return kSigned && (T)b == (T)-1 ? (U)0 : (U)((T)a % (T)b);
       });
-    case Op::kMin: return put([](u64 a, u64 b, u64) { return (U)std::min((T)a, (T)b); });
-    case Op::kMax: return put([](u64 a, u64 b, u64) { return (U)std::max((T)a, (T)b); });
-    case Op::kAbs: return put([](u64 a, u64, u64) { return (T)a < 0 ? (U)(0 - a) : (U)a; });
-    case Op::kNeg: return put([](u64 a, u64, u64) { return (U)(0 - a); });
-    case Op::kNot: return put([](u64 a, u64, u64) { return (U)~a; });
-    case Op::kAnd: return put([](u64 a, u64 b, u64) { return (U)(a & b); });
-    case Op::kOr: return put([](u64 a, u64 b, u64) { return (U)(a | b); });
-    case Op::kXor: return put([](u64 a, u64 b, u64) { return (U)(a ^ b); });
-    case Op::kPopc: return put([](u64 a, u64, u64) { return (U)std::popcount(a); });
-    case Op::kClz: return put([](u64 a, u64, u64) { return (U)std::countl_zero((U)a); });
+    case Op::kMin:
+      return put([](u64 a, u64 b, u64) { return (U)std::min((T)a, (T)b); });
+    case Op::kMax:
+      return put([](u64 a, u64 b, u64) { return (U)std::max((T)a, (T)b); });
+    case Op::kAbs:
+      return put([](u64 a, u64, u64) { return (T)a < 0 ? (U)(0 - a) : (U)a; });
+    case Op::kNeg:
+      return put([](u64 a, u64, u64) { return (U)(0 - a); });
+    case Op::kNot:
+      return put([](u64 a, u64, u64) { return (U)~a; });
+    case Op::kAnd:
+      return put([](u64 a, u64 b, u64) { return (U)(a & b); });
+    case Op::kOr:
+      return put([](u64 a, u64 b, u64) { return (U)(a | b); });
+    case Op::kXor:
+      return put([](u64 a, u64 b, u64) { return (U)(a ^ b); });
+    case Op::kPopc:
+      return put([](u64 a, u64, u64) { return (U)std::popcount(a); });
+    case Op::kClz:
+      return put([](u64 a, u64, u64) { return (U)std::countl_zero((U)a); });
     case Op::kBrev:
       return put([](u64 a, u64, u64) {
         u64 r = 0;
@@ -222,7 +280,8 @@ void Machine::integers(Warp& w, const Instruction& i, u32 mask) {
       each(mask, [&](int lane) { true_of |= (u32)compared(i.compare, (T)x[lane], (T)y[lane]) << lane; });
       return compare(w, i, mask, true_of);
     }
-    default: unknown();
+    default:
+      unknown();
   }
 }
 

@@ -92,7 +92,7 @@ class Machine {
   void start(u32 first_block, u32 size);
   u32 special(const std::string& name, u32 block, u32 thread, u32 rank, u32 size) const;
   void take_turn(Warp&);
-  bool choose(Warp&);      // the lanes at the lowest place; false if none can run
+  bool choose(Warp&);       // the lanes at the lowest place; false if none can run
   void leave(Warp&) const;  // remembers where the active lanes are
   bool gather(Warp&, u32 members);
   bool arrive_at_barrier(Warp&);

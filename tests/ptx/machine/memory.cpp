@@ -25,7 +25,8 @@ Shadow* Region::shadow(u64 address) {
   return &chunk[address % kChunk];
 }
 
-// ------------------------------------------------------------------------------------------------------------ addresses
+// ------------------------------------------------------------------------------------------------------------
+// addresses
 
 Region* Machine::region_at(u64 address) {
   if (last_region_ && address >= last_region_->begin && address < last_region_->end) return last_region_;
@@ -63,8 +64,12 @@ Place Machine::place(const Warp& w, Space space, u64 address, u32 bytes, bool st
     Region* region = region_at(address);
     if (!region || address + bytes > region->end) out_of_bounds(address, bytes, store, lane);
     const u64 offset = address - region->begin;
-    return {(u8*)address, region->written ? region->written + offset : nullptr,
-            options_.races ? region->shadow(address) : nullptr, region, nullptr, offset};
+    return {(u8*)address,
+            region->written ? region->written + offset : nullptr,
+            options_.races ? region->shadow(address) : nullptr,
+            region,
+            nullptr,
+            offset};
   }
   if (space == Space::kParam) {
     if (store || address + bytes > (u64)kernel_.parameter_bytes) fail("access beyond the parameters", lane);
@@ -76,8 +81,12 @@ Place Machine::place(const Warp& w, Space space, u64 address, u32 bytes, bool st
     fail(string(store ? "store" : "load") + " of " + std::to_string(bytes) + " bytes out of bounds: at " +
              std::to_string(address) + " of " + std::to_string(block.shared.size()) + " bytes of shared memory",
          lane);
-  return {&block.shared[address], &block.written[address], block.shadow.empty() ? nullptr : &block.shadow[address],
-          nullptr, &block, address};
+  return {&block.shared[address],
+          &block.written[address],
+          block.shadow.empty() ? nullptr : &block.shadow[address],
+          nullptr,
+          &block,
+          address};
 }
 
 void Machine::places(const Warp& w, const Instruction& i, u32 mask, bool store, Place* places) {
@@ -86,13 +95,15 @@ void Machine::places(const Warp& w, const Instruction& i, u32 mask, bool store, 
   each(mask, [&](int lane) { places[lane] = place(w, i.space, base[lane] + i.offset, bytes, store, lane); });
 }
 
-// --------------------------------------------------------------------------------------------------------------- checks
+// ---------------------------------------------------------------------------------------------------------------
+// checks
 
 // Of an access by a lane. A store of the value that is there already, as of several threads that hold the same element,
 // changes nothing and races with nothing.
 void Machine::touch(const Warp& w, const Place& p, u32 bytes, int lane, const u8* stored) {
   if (p.written) {
-    if (stored) memset(p.written, 1, bytes);
+    if (stored)
+      memset(p.written, 1, bytes);
     else if (memchr(p.written, 0, bytes))
       report(kPtxUnwritten, string("load of uninitialised ") + (p.region ? "global" : "shared") + " memory", lane);
   }
@@ -154,7 +165,8 @@ void Machine::count(u32 mask, const Place* places, u32 bytes, bool store) {
   }
 }
 
-// --------------------------------------------------------------------------------------------------------- instructions
+// ---------------------------------------------------------------------------------------------------------
+// instructions
 
 void Machine::load(Warp& w, const Instruction& i, u32 mask) {
   const u32 bytes = bytes_of(i.type);
@@ -213,7 +225,8 @@ void Machine::atomic(Warp& w, const Instruction& i, u32 mask) {
   u64* const old_values = i.num_results ? result(w, i) : nowhere_;
   each(mask, [&](int lane) {
     const Place& p = places_[lane];
-    if (p.written && memchr(p.written, 0, bytes)) report(kPtxUnwritten, "atomic operation on uninitialised memory", lane);
+    if (p.written && memchr(p.written, 0, bytes))
+      report(kPtxUnwritten, "atomic operation on uninitialised memory", lane);
     synchronise(w, (u64)p.data);
     u64 old = 0;
     memcpy(&old, p.data, bytes);
@@ -221,16 +234,36 @@ void Machine::atomic(Warp& w, const Instruction& i, u32 mask) {
     const bool less = is_signed(i.type) ? (s64)a < (s64)b : a < b;
     u64 now = b;
     switch (i.mode) {
-      case Mode::kAdd: now = i.type == Type::F32 ? bits(as_f32(a) + as_f32(b)) : i.type == Type::F64 ? bits(as_f64(a) + as_f64(b)) : a + b; break;
-      case Mode::kMin: now = less ? a : b; break;
-      case Mode::kMax: now = less ? b : a; break;
-      case Mode::kAnd: now = a & b; break;
-      case Mode::kOr: now = a | b; break;
-      case Mode::kXor: now = a ^ b; break;
-      case Mode::kInc: now = a >= b ? 0 : a + 1; break;
-      case Mode::kCas: now = a == b ? y[lane] : a; break;
-      case Mode::kExch: break;
-      default: unknown();
+      case Mode::kAdd:
+        now = i.type == Type::F32   ? bits(as_f32(a) + as_f32(b))
+              : i.type == Type::F64 ? bits(as_f64(a) + as_f64(b))
+                                    : a + b;
+        break;
+      case Mode::kMin:
+        now = less ? a : b;
+        break;
+      case Mode::kMax:
+        now = less ? b : a;
+        break;
+      case Mode::kAnd:
+        now = a & b;
+        break;
+      case Mode::kOr:
+        now = a | b;
+        break;
+      case Mode::kXor:
+        now = a ^ b;
+        break;
+      case Mode::kInc:
+        now = a >= b ? 0 : a + 1;
+        break;
+      case Mode::kCas:
+        now = a == b ? y[lane] : a;
+        break;
+      case Mode::kExch:
+        break;
+      default:
+        unknown();
     }
     memcpy(p.data, &now, bytes);
     old_values[lane] = a;

@@ -31,9 +31,12 @@ struct Half {
   static float widened(u16 x) {
     const int exponent = x >> kPlaces & (int)low_bits(kExponents), places = x & (int)low_bits(kPlaces);
     float value;
-    if (exponent == (int)low_bits(kExponents)) value = places ? NAN : INFINITY;
-    else if (exponent == 0) value = std::ldexp((float)places, kMinExponent - kPlaces);
-    else value = std::ldexp((float)(places | 1 << kPlaces), exponent - kBias - kPlaces);
+    if (exponent == (int)low_bits(kExponents))
+      value = places ? NAN : INFINITY;
+    else if (exponent == 0)
+      value = std::ldexp((float)places, kMinExponent - kPlaces);
+    else
+      value = std::ldexp((float)(places | 1 << kPlaces), exponent - kBias - kPlaces);
     return x & 0x8000 ? -value : value;
   }
 
@@ -86,7 +89,8 @@ Result in_mode(char round, F f, T a, T b = 0, T c = 0) {
 
 template <class T>
 T maximum(T a, T b, bool propagates_nan) {
-  if (std::isnan(a) || std::isnan(b)) return propagates_nan ? std::numeric_limits<T>::quiet_NaN() : std::isnan(a) ? b : a;
+  if (std::isnan(a) || std::isnan(b))
+    return propagates_nan ? std::numeric_limits<T>::quiet_NaN() : std::isnan(a) ? b : a;
   return a == b ? (std::signbit(a) ? b : a) : a > b ? a : b;
 }
 template <class T>
@@ -99,20 +103,34 @@ bool compared(Compare compare, T a, T b) {
   bool unordered = false;
   if constexpr (std::is_floating_point_v<T>) unordered = std::isnan(a) || std::isnan(b);
   switch (compare) {
-    case Compare::kEq: return a == b;
-    case Compare::kNe: return !unordered && a != b;
-    case Compare::kLt: return a < b;
-    case Compare::kLe: return a <= b;
-    case Compare::kGt: return a > b;
-    case Compare::kGe: return a >= b;
-    case Compare::kEqu: return unordered || a == b;
-    case Compare::kNeu: return unordered || a != b;
-    case Compare::kLtu: return unordered || a < b;
-    case Compare::kLeu: return unordered || a <= b;
-    case Compare::kGtu: return unordered || a > b;
-    case Compare::kGeu: return unordered || a >= b;
-    case Compare::kNum: return !unordered;
-    case Compare::kNan: return unordered;
+    case Compare::kEq:
+      return a == b;
+    case Compare::kNe:
+      return !unordered && a != b;
+    case Compare::kLt:
+      return a < b;
+    case Compare::kLe:
+      return a <= b;
+    case Compare::kGt:
+      return a > b;
+    case Compare::kGe:
+      return a >= b;
+    case Compare::kEqu:
+      return unordered || a == b;
+    case Compare::kNeu:
+      return unordered || a != b;
+    case Compare::kLtu:
+      return unordered || a < b;
+    case Compare::kLeu:
+      return unordered || a <= b;
+    case Compare::kGtu:
+      return unordered || a > b;
+    case Compare::kGeu:
+      return unordered || a >= b;
+    case Compare::kNum:
+      return !unordered;
+    case Compare::kNan:
+      return unordered;
   }
   return false;
 }

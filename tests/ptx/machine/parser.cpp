@@ -116,7 +116,8 @@ class Parser {
       }
     }
     program_.shared_bytes = aligned(program_.shared_bytes, 128);
-    for (const auto& [kernel, index] : dynamic_) std::fill_n(&kernel->constants[index * kLanes], kLanes, program_.shared_bytes);
+    for (const auto& [kernel, index] : dynamic_)
+      std::fill_n(&kernel->constants[index * kLanes], kLanes, program_.shared_bytes);
   }
 
   Program take() { return std::move(program_); }
@@ -239,7 +240,8 @@ class Parser {
         scopes_.back()[n] = predicates ? ~kernel_->num_predicates++ : kernel_->num_registers++;
       };
       const size_t bracket = name.find('<');
-      if (bracket == string::npos) add(name);
+      if (bracket == string::npos)
+        add(name);
       else
         for (int i = 0; i < atoi(name.c_str() + bracket + 1); ++i) add(name.substr(0, bracket) + std::to_string(i));
     }
@@ -263,8 +265,10 @@ class Parser {
     for (const Form& form : forms) {
       size_t most = 0, least = 0;
       for (const char* c = form.operands; *c; ++c)
-        if (*c == '?') --least;
-        else ++most, ++least;
+        if (*c == '?')
+          --least;
+        else
+          ++most, ++least;
       if (operands.size() >= least && operands.size() <= most) chosen = &form;
     }
     if (!chosen) refuse("the number of operands of `" + text + "`");
@@ -286,7 +290,8 @@ class Parser {
     const size_t bar = s.find('|');
     const string first = trimmed(s.substr(0, bar)), second = bar == string::npos ? "" : trimmed(s.substr(bar + 1));
     switch (kind) {
-      case 'd': return add_result(i, s);
+      case 'd':
+        return add_result(i, s);
       case 'e':
         add_result(i, first);
         if (!second.empty()) i.predicate = predicate(second);
@@ -294,7 +299,9 @@ class Parser {
       case 'D':
         for (const string& one : elements(s)) add_result(i, one);
         return;
-      case 'p': i.predicate = predicate(s); return;
+      case 'p':
+        i.predicate = predicate(s);
+        return;
       case 'q':
         i.predicate = predicate(first);
         if (!second.empty()) i.other_predicate = predicate(second);
@@ -308,27 +315,37 @@ class Parser {
         i.source_negated |= negated;
         return;
       }
-      case 's': return add_operand(i, s);
+      case 's':
+        return add_operand(i, s);
       case 'S':
         for (const string& one : elements(s)) add_operand(i, one);
         return;
-      case 'A': return add_operand(i, bracketed(i, s));
+      case 'A':
+        return add_operand(i, bracketed(i, s));
       case 'a': {
         const string inside = bracketed(i, s), base = trimmed(inside.substr(0, inside.find('+')));
-        if (const size_t plus = inside.find('+'); plus != string::npos) i.offset = (s64)number(trimmed(inside.substr(plus + 1)));
-        if (i.space == Space::kParam && kernel_->by_name.count(base)) i.offset += kernel_->by_name[base].offset;
-        else i.base = value(base);
+        if (const size_t plus = inside.find('+'); plus != string::npos)
+          i.offset = (s64)number(trimmed(inside.substr(plus + 1)));
+        if (i.space == Space::kParam && kernel_->by_name.count(base))
+          i.offset += kernel_->by_name[base].offset;
+        else
+          i.base = value(base);
         return;
       }
       case 'i':
         if (!is_number(s) || number(s) != 0) refuse("a barrier other than number 0 in `" + i.text + "`");
         return;
-      case 'L': jumps_.push_back({(int)kernel_->code.size(), s}); return;
-      case 'T': table_jumps_.push_back({(int)kernel_->code.size(), s}); return;
+      case 'L':
+        jumps_.push_back({(int)kernel_->code.size(), s});
+        return;
+      case 'T':
+        table_jumps_.push_back({(int)kernel_->code.size(), s});
+        return;
       case '_':
         if (s != "_") refuse("a result of `" + i.text + "`");
         return;
-      default: return;  // a hint
+      default:
+        return;  // a hint
     }
   }
 
@@ -423,7 +440,8 @@ class Parser {
   // Up to the semicolon; braces belong to vectors.
   string statement() {
     const size_t begin = at_;
-    for (int depth = 0; at_ < text_.size() && (text_[at_] != ';' || depth > 0); ++at_) depth += (text_[at_] == '{') - (text_[at_] == '}');
+    for (int depth = 0; at_ < text_.size() && (text_[at_] != ';' || depth > 0); ++at_)
+      depth += (text_[at_] == '{') - (text_[at_] == '}');
     return text_.substr(begin, at_++ - begin);
   }
 

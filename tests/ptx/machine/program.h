@@ -13,19 +13,97 @@
 namespace ptx {
 
 enum class Op : u8 {
-  kMov, kPack, kUnpack, kAdd, kSub, kMul, kMulHi, kMulWide, kMad, kMadWide, kFma, kDiv, kRem, kMin, kMax, kAbs, kNeg,
-  kCopysign, kNot, kAnd, kOr, kXor, kLop3, kShl, kShr, kShf, kBfe, kBfi, kPopc, kClz, kBrev, kPrmt, kSetp, kSelp, kCvt,
-  kCvta, kEx2, kLg2, kRcp, kRsqrt, kSqrt, kLd, kSt, kAtom, kShfl, kRedux, kVote, kActivemask, kBarSync, kBarWarp, kBra,
-  kBrx, kRet, kNop, kTrap, kCreatepolicy, kLdmatrix, kStmatrix, kMapa, kClusterArrive, kClusterWait, kMbarrierInit,
-  kMbarrierExpect, kMbarrierTryWait, kBulkCopy,
+  kMov,
+  kPack,
+  kUnpack,
+  kAdd,
+  kSub,
+  kMul,
+  kMulHi,
+  kMulWide,
+  kMad,
+  kMadWide,
+  kFma,
+  kDiv,
+  kRem,
+  kMin,
+  kMax,
+  kAbs,
+  kNeg,
+  kCopysign,
+  kNot,
+  kAnd,
+  kOr,
+  kXor,
+  kLop3,
+  kShl,
+  kShr,
+  kShf,
+  kBfe,
+  kBfi,
+  kPopc,
+  kClz,
+  kBrev,
+  kPrmt,
+  kSetp,
+  kSelp,
+  kCvt,
+  kCvta,
+  kEx2,
+  kLg2,
+  kRcp,
+  kRsqrt,
+  kSqrt,
+  kLd,
+  kSt,
+  kAtom,
+  kShfl,
+  kRedux,
+  kVote,
+  kActivemask,
+  kBarSync,
+  kBarWarp,
+  kBra,
+  kBrx,
+  kRet,
+  kNop,
+  kTrap,
+  kCreatepolicy,
+  kLdmatrix,
+  kStmatrix,
+  kMapa,
+  kClusterArrive,
+  kClusterWait,
+  kMbarrierInit,
+  kMbarrierExpect,
+  kMbarrierTryWait,
+  kBulkCopy,
 };
 
 enum class Space : u8 { kGeneric, kGlobal, kShared, kCluster, kParam };
 enum class Compare : u8 { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan };
 // What distinguishes instructions of one Op.
 enum class Mode : u8 {
-  kNone, kUp, kDown, kBfly, kIdx, kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas, kInc, kBallot, kAny, kAll, kUni,
-  kLeft, kRight,
+  kNone,
+  kUp,
+  kDown,
+  kBfly,
+  kIdx,
+  kAdd,
+  kMin,
+  kMax,
+  kAnd,
+  kOr,
+  kXor,
+  kExch,
+  kCas,
+  kInc,
+  kBallot,
+  kAny,
+  kAll,
+  kUni,
+  kLeft,
+  kRight,
 };
 
 // An operand: a register, or as a complement a constant; kNoOperand is where nothing is given or "_".
@@ -43,7 +121,7 @@ struct Instruction {
   Space space = Space::kGeneric;
   bool flush = false, saturate = false, nan = false, approx = false, to = false, wrap = false;
   bool guard_negated = false, source_negated = false;
-  int guard = -1;                                            // predicates
+  int guard = -1;  // predicates
   int predicate = -1, other_predicate = -1, source = -1, other_source = -1;
   int num_results = 0, num_operands = 0;
   int results[8];

@@ -50,10 +50,27 @@ int ptx_launch(PtxModule* module, const char* kernel, PtxLaunch* launch) {
 
 const char* ptx_counter_name(int i) {
   static const char* names[kPtxNumCounters] = {
-      "instructions", "thread_instructions", "barriers", "load_requests", "load_bytes", "load_sectors",
-      "unique_load_sectors", "store_requests", "store_bytes", "store_sectors", "unique_store_sectors",
-      "shared_requests", "shared_waves", "bulk_bytes", "divergent_branches", "exponentials", "special", "shuffles",
-      "races", "unwritten", "mixed_barriers",
+      "instructions",
+      "thread_instructions",
+      "barriers",
+      "load_requests",
+      "load_bytes",
+      "load_sectors",
+      "unique_load_sectors",
+      "store_requests",
+      "store_bytes",
+      "store_sectors",
+      "unique_store_sectors",
+      "shared_requests",
+      "shared_waves",
+      "bulk_bytes",
+      "divergent_branches",
+      "exponentials",
+      "special",
+      "shuffles",
+      "races",
+      "unwritten",
+      "mixed_barriers",
   };
   return i < kPtxNumCounters ? names[i] : nullptr;
 }

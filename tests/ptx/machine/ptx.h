@@ -19,10 +19,10 @@ struct PtxOptions {
 };
 
 enum PtxCounter {
-  kPtxInstructions,       // of warps
+  kPtxInstructions,  // of warps
   kPtxThreadInstructions,
-  kPtxBarriers,           // of blocks
-  kPtxLoadRequests,       // of global memory, by warps; likewise what follows
+  kPtxBarriers,      // of blocks
+  kPtxLoadRequests,  // of global memory, by warps; likewise what follows
   kPtxLoadBytes,
   kPtxLoadSectors,        // of 32 bytes
   kPtxUniqueLoadSectors,  // of the whole launch
@@ -31,12 +31,12 @@ enum PtxCounter {
   kPtxStoreSectors,
   kPtxUniqueStoreSectors,
   kPtxSharedRequests,
-  kPtxSharedWaves,        // one per request where there are no bank conflicts
+  kPtxSharedWaves,  // one per request where there are no bank conflicts
   kPtxBulkBytes,
   kPtxDivergentBranches,
-  kPtxExponentials,       // ex2, of threads
-  kPtxSpecial,            // those and other approximate instructions, of threads
-  kPtxShuffles,           // shfl, of warps
+  kPtxExponentials,  // ex2, of threads
+  kPtxSpecial,       // those and other approximate instructions, of threads
+  kPtxShuffles,      // shfl, of warps
   kPtxRaces,
   kPtxUnwritten,
   kPtxMixedBarriers,

@@ -62,11 +62,14 @@ u32 Machine::special(const string& name, u32 block, u32 thread, u32 rank, u32 si
   const auto coordinate = [&](const string& prefix, u32 index, const uint32_t* extent, u32& value) {
     if (name.compare(0, prefix.size(), prefix) != 0 || name.size() != prefix.size() + 1) return false;
     const char axis = name.back();
-    value = axis == 'x' ? index % extent[0] : axis == 'y' ? index / extent[0] % extent[1] : index / extent[0] / extent[1];
+    value = axis == 'x'   ? index % extent[0]
+            : axis == 'y' ? index / extent[0] % extent[1]
+                          : index / extent[0] / extent[1];
     return axis >= 'x' && axis <= 'z';
   };
   u32 value;
-  if (coordinate("%tid.", thread, launch_.block, value) || coordinate("%ctaid.", block, launch_.grid, value)) return value;
+  if (coordinate("%tid.", thread, launch_.block, value) || coordinate("%ctaid.", block, launch_.grid, value))
+    return value;
   for (int axis = 0; axis < 3; ++axis) {
     if (name == string("%ntid.") + "xyz"[axis]) return launch_.block[axis];
     if (name == string("%nctaid.") + "xyz"[axis]) return launch_.grid[axis];
@@ -124,9 +127,12 @@ bool Machine::choose(Warp& w) {
   w.here = w.next = ~0u, w.active = 0;
   each(ready, [&](int lane) {
     const u32 at = w.place[lane];
-    if (at < w.here) w.next = w.here, w.here = at, w.active = 1u << lane;
-    else if (at == w.here) w.active |= 1u << lane;
-    else w.next = std::min(w.next, at);
+    if (at < w.here)
+      w.next = w.here, w.here = at, w.active = 1u << lane;
+    else if (at == w.here)
+      w.active |= 1u << lane;
+    else
+      w.next = std::min(w.next, at);
   });
   return ready != 0;
 }
@@ -210,8 +216,12 @@ void Machine::take_turn(Warp& w) {
     }
     bool goes_on = true;  // else: other lanes of the warp may
     switch (i.op) {
-      case Op::kBra: jump(w, i, mask); continue;
-      case Op::kBrx: jump_by_table(w, i, mask); continue;
+      case Op::kBra:
+        jump(w, i, mask);
+        continue;
+      case Op::kBrx:
+        jump_by_table(w, i, mask);
+        continue;
       case Op::kRet:
         progress_ = true;
         ++w.here;
@@ -227,11 +237,17 @@ void Machine::take_turn(Warp& w) {
         if (!arrive_at_barrier(w)) return;
         goes_on = false;
         break;
-      case Op::kShfl: case Op::kRedux: case Op::kVote: case Op::kBarWarp: case Op::kLdmatrix: case Op::kStmatrix: {
+      case Op::kShfl:
+      case Op::kRedux:
+      case Op::kVote:
+      case Op::kBarWarp:
+      case Op::kLdmatrix:
+      case Op::kStmatrix: {
         if (mask != w.active) fail("an instruction of several lanes under a predicate", 0);
         const bool of_all = i.op == Op::kLdmatrix || i.op == Op::kStmatrix;
         const u32 members = of_all ? ~0u : (u32)operand(w, i, i.num_operands - 1)[std::countr_zero(mask)];
-        if (!(members >> std::countr_zero(mask) & 1)) fail("a lane that is not in its own mask", std::countr_zero(mask));
+        if (!(members >> std::countr_zero(mask) & 1))
+          fail("a lane that is not in its own mask", std::countr_zero(mask));
         goes_on = gather(w, members);
         if (goes_on) together(w, i, w.active), ++w.here;
         break;
@@ -280,7 +296,8 @@ void Machine::fail_divergent(Warp& w) {
   fail(what, std::countr_zero(w.alive));
 }
 
-// -------------------------------------------------------------------------------------------------- blocks and clusters
+// -------------------------------------------------------------------------------------------------- blocks and
+// clusters
 
 // Ends a barrier of a block if all its warps have arrived.
 void Machine::release(u32 rank) {
@@ -315,13 +332,15 @@ void Machine::cluster_arrived() {
   progress_ = true;
 }
 
-// ------------------------------------------------------------------------------------------------------------- findings
+// -------------------------------------------------------------------------------------------------------------
+// findings
 
 string Machine::where(int lane) const {
   const auto file = program_.files.find(now_->file);
   return " [" + kernel_.name + ", block " + std::to_string(blocks_[running_->block].id) + ", warp " +
-         std::to_string(running_->index % num_warps_) + ", lane " + std::to_string(lane) + ", `" + now_->text.substr(0, 150) +
-         "`, " + (file == program_.files.end() ? "?" : file->second) + ":" + std::to_string(now_->line) + "]";
+         std::to_string(running_->index % num_warps_) + ", lane " + std::to_string(lane) + ", `" +
+         now_->text.substr(0, 150) + "`, " + (file == program_.files.end() ? "?" : file->second) + ":" +
+         std::to_string(now_->line) + "]";
 }
 
 string Machine::name_of(u32 id) const {

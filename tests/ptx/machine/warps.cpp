@@ -8,13 +8,17 @@ namespace ptx {
 
 void Machine::together(Warp& w, const Instruction& i, u32 mask) {
   switch (i.op) {
-    case Op::kShfl: return shuffle(w, i, mask);
-    case Op::kRedux: return reduce(w, i, mask);
-    case Op::kVote: return vote(w, i, mask);
+    case Op::kShfl:
+      return shuffle(w, i, mask);
+    case Op::kRedux:
+      return reduce(w, i, mask);
+    case Op::kVote:
+      return vote(w, i, mask);
     case Op::kBarWarp:
       progress_ = true;
       return tick(w);
-    default: return matrix(w, i);
+    default:
+      return matrix(w, i);
   }
 }
 
@@ -29,10 +33,17 @@ void Machine::shuffle(Warp& w, const Instruction& i, u32 mask) {
     int from = lane;
     bool in = false;
     switch (i.mode) {
-      case Mode::kUp: from = lane - by, in = from >= most; break;
-      case Mode::kDown: from = lane + by, in = from <= most; break;
-      case Mode::kBfly: from = lane ^ by, in = from <= most; break;
-      default: from = least | (by & ~segment), in = from <= most;
+      case Mode::kUp:
+        from = lane - by, in = from >= most;
+        break;
+      case Mode::kDown:
+        from = lane + by, in = from <= most;
+        break;
+      case Mode::kBfly:
+        from = lane ^ by, in = from <= most;
+        break;
+      default:
+        from = least | (by & ~segment), in = from <= most;
     }
     if (!in) from = lane;
     if (!(mask >> from & 1)) fail("a shuffle from a lane that does not take part", lane);
@@ -51,14 +62,23 @@ void Machine::reduce(Warp& w, const Instruction& i, u32 mask) {
     const u64 a = total, b = extended(i.type, x[lane]);
     const bool less = is_signed(i.type) ? (s64)a < (s64)b : a < b;
     switch (i.mode) {
-      case Mode::kAdd: total = extended(i.type, a + b); break;
-      case Mode::kAnd: total = a & b; break;
-      case Mode::kOr: total = a | b; break;
-      case Mode::kXor: total = a ^ b; break;
+      case Mode::kAdd:
+        total = extended(i.type, a + b);
+        break;
+      case Mode::kAnd:
+        total = a & b;
+        break;
+      case Mode::kOr:
+        total = a | b;
+        break;
+      case Mode::kXor:
+        total = a ^ b;
+        break;
       case Mode::kMin:
         total = i.type == Type::F32 ? bits(minimum(as_f32(a), as_f32(b), i.nan)) : less ? a : b;
         break;
-      default: total = i.type == Type::F32 ? bits(maximum(as_f32(a), as_f32(b), i.nan)) : less ? b : a;
+      default:
+        total = i.type == Type::F32 ? bits(maximum(as_f32(a), as_f32(b), i.nan)) : less ? b : a;
     }
   });
   if (i.type == Type::F32 && std::isnan(as_f32(total))) total = kNan32;
@@ -72,7 +92,9 @@ void Machine::vote(Warp& w, const Instruction& i, u32 mask) {
     u64* to = result(w, i);
     return each(mask, [&](int lane) { to[lane] = votes; });
   }
-  const bool yes = i.mode == Mode::kAny ? votes != 0 : i.mode == Mode::kAll ? votes == mask : votes == 0 || votes == mask;
+  const bool yes = i.mode == Mode::kAny   ? votes != 0
+                   : i.mode == Mode::kAll ? votes == mask
+                                          : votes == 0 || votes == mask;
   set_predicate(w, i.predicate, mask, yes ? ~0u : 0);
 }
 
@@ -92,8 +114,10 @@ void Machine::matrix(Warp& w, const Instruction& i) {
       if (p.shadow) p.shadow += part;
       u32 x = is_store ? (u32)operand(w, i, n)[lane] : 0;
       touch(w, p, 4, lane, is_store ? (const u8*)&x : nullptr);
-      if (is_store) memcpy(p.data, &x, 4);
-      else memcpy(&x, p.data, 4), to[lane] = x;
+      if (is_store)
+        memcpy(p.data, &x, 4);
+      else
+        memcpy(&x, p.data, 4), to[lane] = x;
     }
     count(0xff, rows, 16, is_store);
   }
