@@ -52,8 +52,8 @@ def _environment() -> dict[str, Any]:
             f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
             for i in range(torch.cuda.device_count())
         ],
+        "gpu kernels": "executed as compiled, instruction by instruction on a CPU; not yet on a device",
     }
-    found["gpu kernels"] = "executed as compiled, instruction by instruction on a CPU; not yet on a device"
     if backends.NATIVE_MISSING is None:
         from ._C import build_info
 
