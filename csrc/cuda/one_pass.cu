@@ -42,7 +42,7 @@ RowOffsets rows_of(const char* name, const Tensor& x) {
 
 // A launch of `kernel`; lives as long as it is needed.
 struct Configuration : cudaLaunchConfig_t {
-  Configuration(const Shape& shape, cudaStream_t stream_) : cudaLaunchConfig_t{} {
+  Configuration(const GridShape& shape, cudaStream_t stream_) : cudaLaunchConfig_t{} {
     gridDim = dim3((unsigned)shape.blocks);
     blockDim = dim3((unsigned)shape.threads);
     dynamicSmemBytes = shape.shared_bytes;
@@ -61,7 +61,7 @@ struct Configuration : cudaLaunchConfig_t {
 };
 
 auto launcher(const Launch& launch) {
-  return [&launch](auto kernel, const Shape& shape, const auto&... arguments) {
+  return [&launch](auto kernel, const GridShape& shape, const auto&... arguments) {
     const Configuration configuration(shape, launch.stream());
     check(cudaLaunchKernelEx(&configuration, kernel, arguments...));
   };

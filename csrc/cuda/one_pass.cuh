@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_const
 
 // What launch(kernel, shape, arguments...) is told of a grid: so many blocks, in clusters of `cluster` if that is not
 // 0.
-struct Shape {
+struct GridShape {
   int64_t blocks;
   int threads, cluster = 0, shared_bytes = 0;
 };
@@ -251,8 +251,8 @@ template <class T, class Launch>
 void launch_one_pass(const OnePass& p, Launch launch) {
   if (p.num_rows == 0) return;
   const Geometry& g = p.geometry;
-  const Shape clusters{p.num_clusters * g.blocks, 32 * g.warps, g.blocks, g.shared_bytes()};
-  launch(order_kernel, Shape{(p.num_rows - 1) / p.order_threads + 1, p.order_threads}, p);
+  const GridShape clusters{p.num_clusters * g.blocks, 32 * g.warps, g.blocks, g.shared_bytes()};
+  launch(order_kernel, GridShape{(p.num_rows - 1) / p.order_threads + 1, p.order_threads}, p);
   if (p.ahead() > 0) launch(row_kernel<T>, clusters, p, true);
   launch(row_kernel<T>, clusters, p, false);
 }
@@ -261,7 +261,7 @@ template <class T, class Launch>
 void launch_scale(const Scaling& s, Launch launch) {
   constexpr int64_t kMostBlocks = 1 << 16;
   if (s.num_rows > 0)
-    launch(scale_kernel<T>, Shape{s.num_rows < kMostBlocks ? s.num_rows : kMostBlocks, kScaleThreads}, s);
+    launch(scale_kernel<T>, GridShape{s.num_rows < kMostBlocks ? s.num_rows : kMostBlocks, kScaleThreads}, s);
 }
 
 }  // namespace fusedpo

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kFewThreads = 64;  // for kernels that do with any number
 
-void launch(auto kernel, const Shape& shape, const auto&... arguments) {
+void launch(auto kernel, const GridShape& shape, const auto&... arguments) {
   const bool of_rows = shape.cluster > 0;
   const cuda_on_cpu::Grid grid = {(unsigned)shape.blocks, (unsigned)(of_rows ? shape.threads : kFewThreads),
                                   (size_t)shape.shared_bytes, (unsigned)(of_rows ? shape.cluster : 1)};
