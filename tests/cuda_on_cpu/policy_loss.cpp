@@ -25,23 +25,23 @@ struct Sizes {
   }
 };
 
-template <class T> const T *data(cuda_on_cpu::Tensor *tensor) {
-  return tensor ? (const T *)tensor->data() : nullptr;
+template <class T>
+const T* data(cuda_on_cpu::Tensor* tensor) {
+  return tensor ? (const T*)tensor->data() : nullptr;
 }
 
 // A result that nothing was written to is nan.
 Memory<float> result(bool wanted, int64_t size) { return Memory<float>(wanted ? size : 0, NAN); }
 
-void policy_loss(Calls &calls, const Sizes &sizes) {
+void policy_loss(Calls& calls, const Sizes& sizes) {
   PolicyLoss p{};
   p.tile_size = sizes.tile_size;
   p.max_blocks = sizes.max_blocks;
-  Tokens &tokens = p.batch.tokens;
+  Tokens& tokens = p.batch.tokens;
   tokens.logprobs.data = data<float>(calls.tensor());
   tokens.entropy.data = data<float>(calls.tensor());
   tokens.old_logprobs.data = data<float>(calls.tensor());
-  if (tokens.old_logprobs.data == nullptr)
-    tokens.old_logprobs = tokens.logprobs;
+  if (tokens.old_logprobs.data == nullptr) tokens.old_logprobs = tokens.logprobs;
   tokens.advantages.data = data<float>(calls.tensor());
   tokens.mask = data<uint8_t>(calls.tensor());
   p.batch.cu_seqlens = data<int64_t>(calls.tensor());
@@ -50,8 +50,7 @@ void policy_loss(Calls &calls, const Sizes &sizes) {
   p.denominator = data<float>(calls.tensor());
   p.loss_scale = data<float>(calls.tensor());
   cuda_on_cpu::Tensor *parts = calls.tensor(), *values = calls.tensor();
-  p.objective = decode(data<int64_t>(parts), data<double>(values),
-                       values->bytes.size() / sizeof(double));
+  p.objective = decode(data<int64_t>(parts), data<double>(values), values->bytes.size() / sizeof(double));
   p.per_token = calls.integer();
   p.batch.num_tokens = calls.integer();
   p.batch.num_sequences = calls.integer();
@@ -59,7 +58,7 @@ void policy_loss(Calls &calls, const Sizes &sizes) {
   tokens.advantages.per_token = calls.integer();
   tokens.is_weights.per_token = calls.integer();
 
-  const float *upstream = data<float>(calls.tensor());
+  const float* upstream = data<float>(calls.tensor());
 
   const int64_t count = p.batch.num_tokens;
   const bool through_traces = p.per_token && p.objective.differentiate;
@@ -82,8 +81,7 @@ void policy_loss(Calls &calls, const Sizes &sizes) {
         {p.batch, o.back, o.ahead, upstream, own.data(), grad_log_trace.data(), gradient.data(), scratch.data()},
         sizes);
   } else if (upstream != nullptr) {
-    for (int64_t t = 0; t < count; ++t)
-      gradient[t] *= upstream[t];
+    for (int64_t t = 0; t < count; ++t) gradient[t] *= upstream[t];
   }
   if (upstream != nullptr)
     for (size_t t = 0; t < grad_entropy.size(); ++t) grad_entropy[t] *= upstream[t];
@@ -102,11 +100,9 @@ void policy_loss(Calls &calls, const Sizes &sizes) {
   for (const Memory<float>* written : {&loss, &metrics, &gradient, &grad_entropy, &scale}) calls.result(*written);
 }
 
-} // namespace
+}  // namespace
 
-int main(int, char **argv) {
+int main(int, char** argv) {
   Calls calls(argv[1], argv[2]);
-  while (calls.more())
-    policy_loss(calls,
-                {(unsigned)calls.integer(), calls.integer(), calls.integer()});
+  while (calls.more()) policy_loss(calls, {(unsigned)calls.integer(), calls.integer(), calls.integer()});
 }
