@@ -237,11 +237,39 @@ def test_repeated_ids_cost_no_square(tmp_path):
         assert comparisons <= 6 * count * max(1, count.bit_length())
 
 
-@native
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
+def test_repeated_ids_cost_no_square_in_triton(monkeypatch):
+    """Elements that the operations of the backward have, for twice as many ids."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def count(num_ids: int) -> int:
+        elements = 0
+        logprobs = fusedpo.token_logprobs(torch.randn(2, 50, requires_grad=True), torch.randint(50, (2, num_ids)))
+        with monkeypatch.context() as patch:
+            for name in ("binary_op", "ternary_op", "create_masked_load"):
+                operation = getattr(InterpreterBuilder, name)
+
+                def counting(self, first, *others, operation=operation):
+                    nonlocal elements
+                    elements += first.data.size
+                    return operation(self, first, *others)
+
+                patch.setattr(InterpreterBuilder, name, counting)
+            logprobs.sum().backward()
+        return elements
+
+    with fusedpo.backend("triton"):
+        assert 0 < count(512) <= 2.1 * count(256)
+
+
+@both
 def test_many_ids_per_row(backend):
     """With repeats among them; were each compared with each, that would take 10 seconds."""
-    ids = torch.randint(500, (1, 32_000))
-    x, up = torch.randn(1, 500, requires_grad=True), torch.randn(1, 32_000)
+    count = 32_000 if backend == "native" else 3_000  # the interpreter scans one by one
+    ids = torch.randint(500, (1, count))
+    x, up = torch.randn(1, 500, requires_grad=True), torch.randn(1, count)
     with fusedpo.backend(backend):
         fusedpo.token_logprobs(x, ids).backward(up)
     want = x.detach().double().requires_grad_()

@@ -7,8 +7,8 @@ maximum, so that nothing is lost beside a dominant logit. (A row that is -inf ev
 
     log p_y = t_y - log1p(rest),   entropy = log1p(rest) - weighted / (1 + rest).
 
-The order of every sum follows from V, K, the dtype and the alignment of rows: it depends neither on the number of rows
-nor on the place of a row among them.
+The order of every sum follows from V, K, the dtype, the alignment of rows and the ids of the row: it depends neither on
+the number of rows nor on the place of a row among them.
 """
 
 from __future__ import annotations
@@ -170,6 +170,40 @@ def gradient_of(x, reference, scale, constant, slope, ENTROPY: tl.constexpr):
     return tl.exp2(t) * weight
 
 
+@triton.jit
+def _join(starts, here, before, next_starts, next_here, next_before):
+    """Two neighbouring stretches of sorted ids: whether an id starts in it, the sum of its last id, the sum before."""
+    new = next_starts != 0
+    before = tl.where(new, before + here + next_before, before)
+    return starts | next_starts, tl.where(new, next_here, here + next_here), before
+
+
+@triton.jit
+def _sums_at_ids(grad_logprobs, token_ids, order, rows, kept, num_ids, vocab_size, IDS: tl.constexpr):
+    """[ROWS, IDS]: ids, which of them are in range, gradients, and their sums at the same and at other ids of the row.
+
+    In time linear in K, for ids are sorted. An id that was taken several times is in range at the last place only, where
+    its sum is complete.
+    """
+    ids, places, is_id, in_range = _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS)
+    is_id &= kept[:, None]
+    if IDS == 1:
+        g = tl.load(grad_logprobs + places, mask=is_id, other=0.0)
+        here = g
+        others = tl.zeros_like(g)
+    else:
+        k = tl.arange(0, IDS)[None, :]
+        follows = is_id & (k + 1 < num_ids)
+        row = grad_logprobs + rows[:, None] * num_ids
+        g = tl.load(row + tl.load(order + places, mask=is_id, other=0), mask=is_id, other=0.0)
+        next_g = tl.load(row + tl.load(order + places + 1, mask=follows, other=0), mask=follows, other=0.0)
+        starts = (k == 0) | (ids != tl.load(token_ids + places - 1, mask=is_id & (k > 0), other=-1))
+        _, here, before = tl.associative_scan((starts.to(tl.int32), g, tl.zeros_like(g)), 1, _join)
+        others = before + tl.cumsum(next_g, 1, reverse=True)
+        in_range &= (k + 1 == num_ids) | (ids != tl.load(token_ids + places + 1, mask=follows, other=-1))
+    return ids, in_range, g, here, others
+
+
 @kernel
 def _token_logprobs_backward_kernel(
     grad_logprobs,
@@ -177,6 +211,7 @@ def _token_logprobs_backward_kernel(
     logits,
     grad_logits,
     token_ids,
+    order,
     temperature,
     mask,
     stats,
@@ -210,16 +245,11 @@ def _token_logprobs_backward_kernel(
         g_entropy = tl.load(grad_entropy + rows, mask=live, other=0.0)
     reached = g_entropy != 0
     if grad_logprobs is not None:
-        ids, _, _, in_range = _load_ids(token_ids, rows, live, num_ids, vocab_size, IDS)
-        here = tl.zeros([ROWS, IDS], tl.float32)  # gradients that arrive at the same id, and at other ids
-        others = tl.zeros([ROWS, IDS], tl.float32)
-        for k in range(num_ids):
-            g = tl.load(grad_logprobs + rows * num_ids + k, mask=live, other=0.0)
-            same = ids == tl.load(token_ids + rows * num_ids + k, mask=live, other=-1)[:, None]
-            here += tl.where(same, g[:, None], 0.0)
-            others += tl.where(same, 0.0, g[:, None])
-            g_sum += g
-            reached = reached | (g != 0)
+        ids, in_range, g, here, others = _sums_at_ids(
+            grad_logprobs, token_ids, order, rows, live, num_ids, vocab_size, IDS
+        )
+        g_sum = tl.sum(g, 1)
+        reached = reached | (tl.max((g != 0).to(tl.int32), 1) != 0)
     live = live & reached
 
     # The other rows are left with x = 0, T = 1 and the gradient 0.
@@ -430,7 +460,9 @@ def _backward(
     if _checks.values_are_free(token_ids):
         reached = _reached(grad_logprobs, grad_entropy, mask, rows)
         check_values(vocab_size, token_ids, temperature, reached)
-    num_ids = token_ids.numel() // num_rows
+    num_ids, order = token_ids.numel() // num_rows, None
+    if num_ids > 1 and grad_logprobs is not None:
+        token_ids, order = token_ids.sort(dim=-1, stable=True)
     width = min(row_width(logits, layout), row_width(grad_logits, grad_layout))
     tile = _tile(vocab_size, num_ids, logits.element_size(), width)
     launch(
@@ -442,6 +474,7 @@ def _backward(
         logits,
         grad_logits,
         token_ids,
+        order,
         temperature,
         mask,
         stats,
