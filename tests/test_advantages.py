@@ -463,12 +463,13 @@ def every_estimator(rewards, ids, mask, lengths, cu_seqlens, step_ids):
     yield advantages.passk((rewards > 0).where(mask, False), k=2, **groups)
     yield advantages.max_at_k(rewards, k=2, **groups)
     tokens = {"mask": mask, "cu_seqlens": cu_seqlens, "gamma": 0.9}
-    yield from advantages.gae(rewards, rewards, lam=0.9, bootstrap=rewards[:3], **tokens)
-    yield from advantages.vtrace(rewards, rewards, logprobs=rewards, old_logprobs=rewards.flip(0), **tokens)
-    yield advantages.reward_to_go(rewards, bootstrap=rewards[:3], **tokens)
-    yield advantages.reinforce_plus_plus(rewards, **tokens)
+    kept = rewards.where(mask, 0.0)
+    yield from advantages.gae(kept, rewards, lam=0.9, bootstrap=rewards[:3], **tokens)
+    yield from advantages.vtrace(kept, rewards, logprobs=rewards, old_logprobs=rewards.flip(0), **tokens)
+    yield advantages.reward_to_go(kept, bootstrap=rewards[:3], **tokens)
+    yield advantages.reinforce_plus_plus(kept, **tokens)
     yield advantages.to_tokens(rewards[:3], mask, cu_seqlens=cu_seqlens)
-    rows = rewards.view(3, 4)
+    rows = kept.view(3, 4)
     yield advantages.optimal_token_baseline(
         rows, old_logprobs=rows, sum_pi_squared=rows, mask=mask.view(3, 4), group_ids=ids[:3] * 0
     )
