@@ -131,6 +131,35 @@ def loss(**options):
     return fusedpo.policy_loss_from_logits(**{**tensors, "objective": objectives.ppo(), **options}).loss
 
 
+@implementations
+@pytest.mark.parametrize("number", [np.float32, np.float64, lambda x: np.array(x, dtype=np.float32)])
+def test_numpy_numbers_are_numbers_to_advantages(number, backend):
+    def numbers(of, whole) -> list[torch.Tensor]:
+        r, rows = torch.arange(12).float().square(), torch.arange(12).float().view(3, 4) / 8
+        half, one, four = of(0.5), of(1.0), whole(4)
+        return [
+            advantages.grpo(r, group_size=four, eps=half),
+            advantages.maxpo(r, group_size=four, k=whole(2)),
+            advantages.order_statistic(r, group_size=four, k=whole(2), weights=[half, one]),
+            advantages.pkpo(r, group_size=four, k=whole(2)),
+            *advantages.gae(rows, rows, gamma=half, lam=half),
+            *advantages.vtrace(
+                rows, rows, logprobs=rows, old_logprobs=rows, gamma=half, lam=one, rho_bar=half, c_bar=half
+            ),
+            advantages.reward_to_go(rows, gamma=half),
+            advantages.reinforce_plus_plus(rows, gamma=half),
+        ]
+
+    with fusedpo.backend(backend):
+        assert all(map(torch.equal, numbers(number, np.int64), numbers(float, int)))
+        r = torch.arange(8).float().square()
+        given, same = (
+            advantages.order_statistic(r, group_size=4, k=2, weights=weights)
+            for weights in (np.array([0.25, 0.5]), [0.25, 0.5])
+        )
+        assert torch.equal(given, same)
+
+
 @pytest.mark.parametrize("number", [np.float32, np.float64, lambda x: np.array(x, dtype=np.float32)])
 def test_numpy_numbers_are_numbers(number):
     def equal(a, b):

@@ -80,6 +80,8 @@ def order_statistic(
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
     arguments.choice("scale", scale, ("mean", "unbiased"))
     mask = arguments.subset_size(k, rewards, group_size, group_ids, mask, small_groups, spare=1)
+    if type(weights).__module__ == "numpy" and hasattr(weights, "tolist"):
+        weights = weights.tolist()
     if not isinstance(weights, Sequence) or isinstance(weights, str):
         raise TypeError(f"weights must be a sequence of {k} floats, got {type(weights).__name__}")
     if len(weights) != k:

@@ -105,6 +105,7 @@ def vtrace(
     arguments.unit_interval("lam", lam)
     arguments.positive("rho_bar", rho_bar)
     arguments.positive("c_bar", c_bar)
+    rho_bar, c_bar = _checks.plain(rho_bar), _checks.plain(c_bar)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
     return implementation("token_advantages", rewards).vtrace(
