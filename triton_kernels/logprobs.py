@@ -182,7 +182,7 @@ def _join(starts, here, before, next_starts, next_here, next_before):
 def _sums_at_ids(grad_logprobs, token_ids, order, rows, kept, num_ids, vocab_size, IDS: tl.constexpr):
     """[ROWS, IDS]: ids, which of them are in range, gradients, and their sums at the same and at other ids of the row.
 
-    In time linear in K, for ids are sorted. An id that was taken several times is in range at the last place only, where
+    In time linear in K, for ids are sorted. One that was taken several times is in range at the last place only, where
     its sum is complete.
     """
     ids, places, is_id, in_range = _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS)

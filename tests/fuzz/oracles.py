@@ -266,9 +266,9 @@ def presets(rng: random.Random) -> None:
     # A log-prob of the size of the logits has float32's relative error, and so has what exp makes of it.
     kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask != 0
     largest = float(now[kept].abs().max()) if kept.any() else 0.0
-    steps = max(lengths)  # the logs of a trace add up
-    eps = 2e-5 + 4e-7 * largest * steps
-    total = float(advantages_.abs().max()) * (1 + largest) * 20
+    summed = max(lengths) if isinstance(objective.ratio, O.SequenceRatio | O.Trace) else 1
+    eps = 1e-5 + 1e-7 * largest * summed
+    total = float(advantages_.abs().max()) * (1 + largest)
     _close(got.loss, want.loss, eps, total * (kept.sum() if "sum" in objective.aggregation else 1))
     for leaf, x in zip(leaves, wide, strict=True):
         _close(leaf.grad, x.grad, eps + 2 * torch.finfo(leaf.dtype).eps, x.grad.abs().max() + 1e-7)

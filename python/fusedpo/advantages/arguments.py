@@ -25,16 +25,20 @@ def real(name: str, tensor: Tensor) -> None:
     _checks.real(name, tensor)
 
 
-def positive(name: str, value: float) -> None:
+def positive(name: str, value: float) -> float:
     _checks.number(name, value)
     if not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
+    result: float = _checks.plain(value)
+    return result
 
 
-def unit_interval(name: str, value: float) -> None:
+def unit_interval(name: str, value: float) -> float:
     _checks.number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    result: float = _checks.plain(value)
+    return result
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:

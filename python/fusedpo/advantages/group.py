@@ -28,7 +28,7 @@ def grpo(
     its reward). Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    arguments.positive("eps", eps)
+    eps = arguments.positive("eps", eps)
     return implementation("group_advantages", rewards).grpo(
         rewards, group_size=group_size, group_ids=group_ids, std=std, eps=eps, mask=mask
     )
@@ -131,7 +131,7 @@ def gpg(
     (for verl, ``alpha r / f_norm``). Raises as the package says; ``ValueError`` for ``f_norm <= 0``.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    arguments.positive("f_norm", f_norm)
+    f_norm = arguments.positive("f_norm", f_norm)
     return implementation("group_advantages", rewards).gpg(
         rewards, f_norm=f_norm, group_size=group_size, group_ids=group_ids, mask=mask
     )

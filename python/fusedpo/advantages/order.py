@@ -205,7 +205,7 @@ def grpo_passk(
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
     arguments.grouped_rewards(rewards, group_size, group_ids, mask)
-    arguments.positive("eps", eps)
+    eps = arguments.positive("eps", eps)
     rule = "every group must have at least 2 samples"
     mask = arguments.group_sizes(2, rule, rewards, group_size, group_ids, mask, small_groups)
     return implementation("group_advantages", rewards).grpo_passk(

@@ -29,7 +29,7 @@ def reward_to_go(
     Raises as the package says; ``ValueError`` for ``gamma`` outside [0, 1].
     """
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
-    arguments.unit_interval("gamma", gamma)
+    gamma = arguments.unit_interval("gamma", gamma)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
     return implementation("token_advantages", rewards).reward_to_go(
@@ -58,8 +58,8 @@ def gae(
     """
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.per_token("values", values, "rewards", rewards)
-    arguments.unit_interval("gamma", gamma)
-    arguments.unit_interval("lam", lam)
+    gamma = arguments.unit_interval("gamma", gamma)
+    lam = arguments.unit_interval("lam", lam)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
     return implementation("token_advantages", rewards).gae(
@@ -101,11 +101,10 @@ def vtrace(
     arguments.per_token("values", values, "rewards", rewards)
     arguments.per_token("logprobs", logprobs, "rewards", rewards)
     arguments.per_token("old_logprobs", old_logprobs, "rewards", rewards)
-    arguments.unit_interval("gamma", gamma)
-    arguments.unit_interval("lam", lam)
-    arguments.positive("rho_bar", rho_bar)
-    arguments.positive("c_bar", c_bar)
-    rho_bar, c_bar = _checks.plain(rho_bar), _checks.plain(c_bar)
+    gamma = arguments.unit_interval("gamma", gamma)
+    lam = arguments.unit_interval("lam", lam)
+    rho_bar = arguments.positive("rho_bar", rho_bar)
+    c_bar = arguments.positive("c_bar", c_bar)
     if bootstrap is not None:
         arguments.per_sequence("bootstrap", bootstrap, "rewards", rewards, cu_seqlens)
     return implementation("token_advantages", rewards).vtrace(
@@ -133,7 +132,7 @@ def reinforce_plus_plus(
     Raises as the package says; ``ValueError`` for ``gamma`` outside [0, 1].
     """
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
-    arguments.unit_interval("gamma", gamma)
+    gamma = arguments.unit_interval("gamma", gamma)
     return implementation("token_advantages", rewards).reinforce_plus_plus(
         rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma
     )
