@@ -9,6 +9,7 @@ import torch
 
 import fusedpo
 from fusedpo import _checks, advantages, corrections, covariance, objectives
+from fusedpo.backends import NATIVE_MISSING
 from fusedpo.objectives import CISPO, DRO, KL, SAPO, VESPO, ForwardTrace, LogClip, Objective, PPOClip, Trace
 from fusedpo.ops.policy_loss import encode
 
@@ -397,3 +398,17 @@ def test_exported_programs_hold_finite_numbers_only():
     lists = [x for node in program.graph.nodes for x in node.args if isinstance(x, list | tuple)]
     assert all(abs(x) < float("inf") for numbers in lists for x in numbers if isinstance(x, float))
     torch.testing.assert_close(program.module()(*given), Loss()(*given))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
+def test_aot_inductor_loads_a_compiled_loss(tmp_path):
+    class Loss(torch.nn.Module):
+        def forward(self, logits, ids, old, advantages):
+            objective = objectives.dppo_tv(cap=None, length_norm=7.0)
+            return fusedpo.policy_loss_from_logits(logits, ids, old, advantages, objective=objective).loss
+
+    given = tuple(TENSORS[name] for name in ("logits", "token_ids", "old_logprobs", "advantages"))
+    program = torch.export.export(Loss(), given)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "loss.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(*given), Loss()(*given))
