@@ -95,11 +95,12 @@ def presets() -> dict[str, Any]:
 
     made = {
         name: getattr(O, name)()
-        for name in ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "luspo", "gmpo", "cispo", "sapo", "vespo", "dppo_tv")
+        for name in ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "sapo", "vespo", "dppo_tv")
     }
     made |= {name: getattr(O, name)() for name in ("dppo_kl", "cppo", "ctpo", "reinforce", "opo", "two_sided_grpo")}
     return made | {
         "dro": O.dro(0.1),
+        "luspo": O.luspo(3e-4, 4e-4),
         "nfpo": O.nfpo(4, clip_low=0.1, clip_high=0.2),
         "nfpo, entropy, KL": O.nfpo(3, entropy_coef=0.05, kl=O.KL("k1", 0.1), aggregation="seq-mean-token-mean"),
         "nfpo, differentiated": O.nfpo(4, differentiate=True, entropy_coef=0.1),
