@@ -462,6 +462,7 @@ def token_logprobs_backward_out(
     out: Tensor,
 ) -> None:
     """The operator ``fusedpo::token_logprobs_backward_out``."""
+    expect(logits.dim() > 0, "rows must have at least one dimension")
     arguments = Arguments("logits", logits)
     rows, vocab_size = logits.shape[:-1], logits.shape[-1]
     token_ids, temperature, mask = _check(arguments, logits, token_ids, temperature, mask)
