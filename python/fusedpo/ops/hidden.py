@@ -81,7 +81,6 @@ def choose(hidden: Tensor, dtype: torch.dtype) -> str:
 _warned_of_reference = False
 
 
-@torch.compiler.assume_constant_result
 def _warn_of_reference(backend: str) -> None:
     """Once per process, and while a graph is traced, which it does not become a part of."""
     global _warned_of_reference
@@ -92,6 +91,10 @@ def _warn_of_reference(backend: str) -> None:
             f"time and memory than the {backend} kernels: these work in place. Call them outside of what is compiled",
             stacklevel=2,
         )
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, and Triton, for everybody.
+_warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def chunk_rows(rows: int, row_bytes: int, device: str) -> int:
