@@ -289,6 +289,27 @@ def one_pass(device: str) -> Iterator[Finding]:
                 yield Finding(f"{name} against float64" + inplace * ", in place", error(r, t), bound)
 
 
+def _exact_kl(logits: Tensor, ref_logits: Tensor, **options: Any) -> list[Tensor]:
+    leaf = logits.detach().clone().requires_grad_()
+    out = fusedpo.exact_kl(leaf, ref_logits, **options)
+    out.loss.backward(torch.full_like(out.loss, 0.5))
+    assert leaf.grad is not None
+    return [out.loss.detach(), out.kl, leaf.grad]
+
+
+def exact_kl(device: str) -> Iterator[Finding]:
+    for direction, dtype, vocab in itertools.product(("reverse", "forward"), DTYPES[:2], (1000, 4099)):
+        logits, _, options = _fused(device, dtype, vocab)
+        ref_logits = (logits.float() + 0.3 * torch.randn(logits.shape, device=device)).to(dtype)
+        options = {"direction": direction, "mask": options["mask"]}
+        with backends.backend("reference"):
+            truth = _exact_kl(logits.double(), ref_logits.double(), **options)
+        result = _exact_kl(logits, ref_logits, **options)
+        for name, r, t in zip(("loss", "divergences", "gradient"), result, truth, strict=True):
+            bound = rounding(dtype) if name == "gradient" else FLOAT32
+            yield Finding(f"{name} against float64", error(r, t), bound)
+
+
 def _from_hidden(leaves: tuple[Tensor, ...], tokens: tuple[Tensor, ...], dtype: torch.dtype, **options: Any) -> list:
     def cast(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -349,6 +370,7 @@ CHECKS: dict[str, Callable[[str], Iterator[Finding]]] = {
     "step_advantages": step_advantages,
     "whiten": whiten,
     "one_pass": one_pass,
+    "exact_kl": exact_kl,
     "linear_token_logprobs": linear_token_logprobs,
     "torch.compile": torch_compile,
     "no_sync": no_sync,
