@@ -1,13 +1,14 @@
-// The row kernels of token log-probs. Compiled once per instruction set; see row_kernels.h for the contract and vec.h for the
-// rest.
+// The row kernels of token log-probs. Compiled once per instruction set; see row_kernels.h for the contract and vec.h
+// for the rest.
 //
 // Bytes: reduce reads V elements, gradient reads V and writes V. The reduction is one sweep: exponentials are taken
 // relative to a reference that is the maximum of the first block, and moved (with the block done again) only if a later
 // logit puts it 2^8 times higher. The order of every sum depends on V and the instruction set alone.
 
+#include "row_kernels.h"
+
 #include <cmath>
 
-#include "row_kernels.h"
 #include "vec.h"
 
 namespace fusedpo::FUSEDPO_ISA {

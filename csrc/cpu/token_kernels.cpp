@@ -1,4 +1,5 @@
-// The token kernels, a vector of tokens at a time. Compiled once per instruction set; see token_kernels.h for the contract.
+// The token kernels, a vector of tokens at a time. Compiled once per instruction set; see token_kernels.h for the
+// contract.
 //
 // A token's results do not depend on its lane, and the sums of a tile run over its positions in order: padded and
 // packed batches agree bit for bit.
