@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fusedpo
-from fusedpo import backends, ops
+from fusedpo import backends
+from fusedpo.ops import token_logprobs as ops_token_logprobs
 
 X, IDS = torch.randn(3, 5), torch.tensor([0, 1, 2])
 native = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
@@ -21,13 +22,13 @@ native = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(back
 def calls(monkeypatch):
     """The backends whose kernels were really called."""
     seen = []
-    original = ops.token_logprobs
+    original = ops_token_logprobs.token_logprobs
 
     def spy(*args):
         seen.append(args[-1])
         return original(*args)
 
-    monkeypatch.setattr(ops, "token_logprobs", spy)
+    monkeypatch.setattr(ops_token_logprobs, "token_logprobs", spy)
     return seen
 
 

@@ -78,10 +78,10 @@ def test_options(function, option, value, error, message):
     [
         (lambda: O.PPOClip("a", 0.2), TypeError, "PPOClip: low must be a float, got str"),
         (lambda: O.PPOClip(0.2, None), TypeError, "PPOClip: high must be a float, got NoneType"),
-        (lambda: O.PPOClip(0.2, -0.1), ValueError, "PPOClip: low and high must be >= 0, got 0.2 and -0.1"),
-        (lambda: O.PPOClip(NAN), ValueError, "PPOClip: low and high must be >= 0, got nan"),
+        (lambda: O.PPOClip(0.2, -1.0), ValueError, "PPOClip: high must be > -1, got -1.0"),
+        (lambda: O.PPOClip(NAN), ValueError, "PPOClip: low must be >= 0, got nan"),
         (lambda: O.PPOClip(dual="3"), TypeError, "PPOClip: dual must be a float or None, got str"),
-        (lambda: O.PPOClip(dual=1.0), ValueError, "PPOClip: dual must be > 1 or None, got 1.0"),
+        (lambda: O.PPOClip(dual=0.0), ValueError, "PPOClip: dual must be > 0 or None, got 0.0"),
         (lambda: O.PPOClip(cap=0), ValueError, "PPOClip: cap must be > 0 or None, got 0"),
         (lambda: O.ppo(torch.tensor(0.2)), TypeError, "PPOClip: low must be a float, got Tensor"),
         (lambda: O.LogClip(0.1, "a"), TypeError, "LogClip: high must be a float, got str"),

@@ -46,7 +46,7 @@ objective = O.Objective(O.TokenRatio(), O.SPO(0.3), aggregation="token-sum")
 lp, olp = -torch.tensor([0.1, 0.5, 2.0, 1.0, 0.7]), -torch.tensor([0.2, 0.4, 1.0, 1.0, 3.0])
 a = torch.tensor([1.0, -2.0, 0.5, 1.0, 0.0])
 found = {"inputs": torch.stack((lp, olp, a), 1).tolist(), "number": O.TRUST_REGIONS[O.SPO], "file": fusedpo.__file__}
-found["one pass"] = fusedpo.ops_one_pass.is_possible(objective)
+found["one pass"] = fusedpo.ops.one_pass.is_possible(objective)
 for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
     leaf = lp.to(dtype).requires_grad_()
     with fusedpo.backend(backend):

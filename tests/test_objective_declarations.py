@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 
 from fusedpo import objectives as O
+from fusedpo._batch import Batch
 from fusedpo.ops import hidden as ops_hidden
 from fusedpo.ops import one_pass as ops_one_pass
 from fusedpo.ops import policy_loss as ops_policy_loss
@@ -33,7 +34,9 @@ def test_a_part_that_declares_nothing_takes_two_passes():
 def evaluated(objective: O.Objective) -> list[bool] | None:
     """Of two sequences of three tokens, of which one token has an advantage."""
     advantages, mask = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), torch.ones(2, 3, dtype=torch.bool)
-    found = ops_hidden.evaluated_tokens(torch.zeros(2, 3, dtype=torch.int64), advantages, mask, None, objective)
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    batch = Batch(None, advantages, mask, None, None, None, None, torch.ones(()))
+    found = ops_hidden.evaluated_tokens(ids, batch, objective)
     assert found is not None
     return None if found is mask else found.flatten().tolist()
 

@@ -28,7 +28,16 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDPO_
 
 # The top level of the repository. All of it is in the source distribution.
 DIRECTORIES = (".ci", ".github", "bench", "csrc", "docs", "examples", "python", "tests", "triton_kernels")
-FILES = ("CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "LICENSE", "Makefile", "README.md", "RELEASE.md")
+FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CMakeLists.txt",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "RELEASE.md",
+)
 FILES += ("pyproject.toml", "setup.py")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REQUIRES = PROJECT["build-system"]["requires"]
