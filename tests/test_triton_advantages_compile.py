@@ -25,7 +25,7 @@ def samples(
     from fusedpo.triton_kernels import advantages
 
     rewards, kept = torch.zeros(count), torch.ones(count, dtype=torch.bool) if mask else None
-    other = rewards if name in ("opo", "remax", "order_statistic") else None
+    other = torch.zeros(k) if name == "order_statistic" else rewards if name in ("opo", "remax") else None
     ids = order = None
     if group_size is None:
         ids, order = torch.zeros(count, dtype=torch.int64), torch.arange(count)
