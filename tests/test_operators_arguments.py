@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import ptx
 import pytest
 import torch
 from fuzz import broken
@@ -240,27 +241,15 @@ def test_repeated_ids_cost_no_square(tmp_path):
 
 
 @pytest.mark.triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
-def test_repeated_ids_cost_no_square_in_triton(monkeypatch):
-    """Elements that the operations of the backward have, for twice as many ids."""
-    pytest.importorskip("triton")
-    from triton.runtime.interpreter import InterpreterBuilder
+@pytest.mark.skipif("not ptx.runs_triton()", reason="Triton is not run as compiled")
+def test_repeated_ids_cost_no_square_in_triton():
+    """Instructions of the backward, for twice as many ids."""
 
     def count(num_ids: int) -> int:
-        elements = 0
         logprobs = fusedpo.token_logprobs(torch.randn(2, 50, requires_grad=True), torch.randint(50, (2, num_ids)))
-        with monkeypatch.context() as patch:
-            for name in ("binary_op", "ternary_op", "create_masked_load"):
-                operation = getattr(InterpreterBuilder, name)
-
-                def counting(self, first, *others, operation=operation):
-                    nonlocal elements
-                    elements += first.data.size
-                    return operation(self, first, *others)
-
-                patch.setattr(InterpreterBuilder, name, counting)
+        with ptx.recorded() as launches:
             logprobs.sum().backward()
-        return elements
+        return sum(counters["thread_instructions"] for _, counters in launches)
 
     with fusedpo.backend("triton"):
         assert 0 < count(512) <= 2.1 * count(256)

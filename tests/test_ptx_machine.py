@@ -395,7 +395,7 @@ def compared(instruction: str, a: int, b: int, combined: bool | None = None) -> 
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparisons(name):
-    for kind, bits in (("f32", f), ("f64", d)):
+    for kind, bits in (("f32", f), ("f64", d), ("f16", h), ("bf16", b)):
         for (x, y), expected in zip([(1, 2), (2, 2), (2, 1), (NAN, 1)], COMPARISONS[name], strict=True):
             assert compared(f"setp.{name}.{kind}", bits(x), bits(y)) == (int(expected), 1 - int(expected))
     if name in ("eq", "ne", "lt", "le", "gt", "ge"):
@@ -412,6 +412,10 @@ def test_comparisons_with_a_predicate():
     assert compared("setp.hi.u32", MASK, 1)[0] == compared("setp.lo.u32", 1, 2)[0] == 1
     assert compared("setp.eq.ftz.f32", f(TINY), f(0))[0] == 1
     assert compared("setp.eq.f32", f(TINY), f(0))[0] == 0
+    assert compared("setp.nan.or.f16", NAN16, h(1), False) == (1, 0)
+    assert compared("setp.num.and.f16", h(INF), h(-2), True) == (1, 0)
+    assert compared("setp.lt.f16", h(-2), h(-1)) == (1, 0)  # as integers, the other way round
+    assert compared("setp.eq.bf16", b(0.0), b(-0.0)) == (1, 0)
 
 
 def test_predicates():

@@ -25,10 +25,12 @@ def samples(
     from fusedpo.triton_kernels import advantages
 
     rewards, kept = torch.zeros(count), torch.ones(count, dtype=torch.bool) if mask else None
-    other = rewards if name in ("opo", "remax", "order_statistic") else None
-    ids = torch.zeros(count, dtype=torch.int64) if group_size is None else None
+    other = torch.zeros(k) if name == "order_statistic" else rewards if name in ("opo", "remax") else None
+    ids = order = None
+    if group_size is None:
+        ids, order = torch.zeros(count, dtype=torch.int64), torch.arange(count)
     numbers = (ESTIMATORS.index(name), k, k > 3, 0.1 * k, wide)
-    advantages.group_advantages(rewards, ids, ids, group_size or 1, other, kept, *numbers)
+    advantages.group_advantages(rewards, ids, order, group_size or 1, other, kept, *numbers)
 
 
 def tokens(name: str, rewards: Tensor, *, mask: bool = False, packed: bool = False, gamma: float = 0.9) -> None:

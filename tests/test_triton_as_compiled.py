@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import ptx
 import pytest
@@ -18,6 +19,7 @@ from test_policy_loss import name_of, random_batch
 
 import fusedpo
 from fusedpo import objectives as O
+from fusedpo.ops.policy_loss import AGGREGATION_NUMBERS
 from fusedpo.reference import advantages as reference_advantages
 
 triton = pytest.importorskip("triton")
@@ -69,6 +71,36 @@ def scaled(size: int, dtype: torch.dtype) -> None:
     expected = (gradient.float() * 0.3).to(dtype)
     torch.ops.fusedpo.scale_.triton(gradient, torch.tensor(0.3))
     assert torch.equal(gradient, expected)
+
+
+def token_scales(aggregation: str) -> None:
+    """Over several tiles per sequence."""
+    mask = torch.rand(3, 1300) < 0.7
+    number = AGGREGATION_NUMBERS[aggregation]
+    results = (
+        getattr(torch.ops.fusedpo.token_scale, kind)(mask.float(), mask, None, None, torch.tensor(1.5), number, 50.0)
+        for kind in ("native", "triton")
+    )
+    torch.testing.assert_close(*results)
+
+
+def divergences(size: int, dtype: torch.dtype, direction: Literal["reverse", "forward"]) -> None:
+    """Of 2 rows that are kept and one that is not, with the gradient."""
+    logits, ref = torch.randn(3, size).to(dtype), torch.randn(3, size).to(dtype)
+    mask = torch.tensor([True, False, True])
+    results = []
+    for x, backend in ((logits, "triton"), (logits.double(), "reference")):
+        x = x.detach().requires_grad_()
+        with fusedpo.backend(backend):
+            out = fusedpo.exact_kl(x[None], ref[None].to(x.dtype), mask=mask[None], direction=direction)
+        out.loss.backward()
+        results.append((out.kl.detach().double(), x.grad.double()))
+    (kl, gradient), (expected_kl, expected) = results
+    torch.testing.assert_close(kl, expected_kl, rtol=1e-5, atol=1e-6)
+    info = torch.finfo(dtype)
+    # differences of probabilities, in float32; then one rounding, of what is subnormal to a multiple of the smallest
+    atol = 1e-6 * expected.abs().max().item() + info.smallest_normal * info.eps
+    torch.testing.assert_close(gradient, expected, rtol=info.eps, atol=atol)
 
 
 def groups(name: str, **layout: int) -> None:
@@ -125,6 +157,11 @@ WORKLOADS: dict[str, Callable[[], None]] = {
     "one pass, float32, in place": functools.partial(fused, 40_000, FP32, O.grpo(), inplace=True),
     "one pass, long windows": functools.partial(fused, 130, FP32, O.nfpo(150), (2, 200)),
     "one pass, many rows": functools.partial(fused, 100, BF16, O.grpo(), (5, 700)),
+    "token scale, token-mean": functools.partial(token_scales, "token-mean"),
+    "token scale, means of sequences": functools.partial(token_scales, "seq-mean-token-mean"),
+    "divergence, bfloat16": functools.partial(divergences, 151_936, BF16, "reverse"),
+    "divergence, float16, unaligned": functools.partial(divergences, 50_257, FP16, "forward"),
+    "divergence, float32": functools.partial(divergences, 1000, FP32, "forward"),
     "scale": functools.partial(scaled, 50_257, BF16),
     "groups of 8": functools.partial(groups, "grpo", group_size=8),
     "groups of 1,100": functools.partial(groups, "rloo", group_size=1100),
@@ -165,11 +202,12 @@ def test_other_architectures(name, architecture):
 
 def test_every_kernel_is_among_the_workloads():
     from fusedpo.triton_kernels import advantages as a
+    from fusedpo.triton_kernels import exact_kl as e
     from fusedpo.triton_kernels import logprobs as b
     from fusedpo.triton_kernels import one_pass as c
     from fusedpo.triton_kernels import policy_loss as d
 
-    kernels = {name for module in (a, b, c, d) for name in vars(module) if name.endswith("_kernel")}
+    kernels = {name for module in (a, b, c, d, e) for name in vars(module) if name.endswith("_kernel")}
     with ptx.recorded() as launches:
         for workload in WORKLOADS.values():
             workload()

@@ -184,7 +184,7 @@ def count_variants() -> dict[str, int]:
         from fusedpo.triton_kernels import logprobs
 
         for view in (torch.zeros(4, 9, 1000)[:, 1:], torch.zeros(9, 4, 1000).transpose(0, 1), torch.zeros(4, 8, 1000)):
-            logprobs.token_logprobs(view, torch.zeros(4, 8, dtype=torch.int64), torch.ones(()), None, False)
+            logprobs.token_logprobs(view, torch.zeros(view.shape[:-1], dtype=torch.int64), torch.ones(()), None, False)
 
     launches = (many_lengths_and_temperatures, vocabularies, strided)
     return {launch.__name__: len(triton_aot.variants(launch)) for launch in launches}

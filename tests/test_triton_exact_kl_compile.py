@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-triton_aot = pytest.importorskip("triton_aot")
+triton_aot = pytest.importorskip("support.triton_aot")
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 

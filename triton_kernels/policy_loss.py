@@ -566,16 +566,16 @@ def _finish_kernel(
         i = tl.arange(0, TILE)
         inside = i < tile.left
         gradient = _load(grad_logprobs, tile, i, inside)
-        if (differentiate != 0) & (per_token == 0):
+        if per_token != 0:
+            _scale(loss + tile.first + i, scale, inside)
+            if differentiate != 0:
+                _scale(grad_log_trace + tile.first + i, scale, inside)
+        elif differentiate != 0:
             traced = Traced(Tokens(logprobs, old_logprobs, mask), grad_log_trace, None)
             gradient += _through_traces(traced, tile, back, ahead, TILE, CHUNK)
         tl.store(grad_logprobs + tile.first + i, scale * gradient, mask=inside)
         if has_entropy_gradient != 0:
             _scale(grad_entropy + tile.first + i, scale, inside)
-        if per_token != 0:
-            _scale(loss + tile.first + i, scale, inside)
-            if differentiate != 0:
-                _scale(grad_log_trace + tile.first + i, scale, inside)
 
 
 @triton.jit

@@ -143,6 +143,17 @@ void Machine::mixed(Warp& w, const Instruction& i, u32 mask) {
   });
 }
 
+// Floats of 16 bits are compared; there is no arithmetic on them.
+void Machine::halves(Warp& w, const Instruction& i, u32 mask) {
+  if (i.op != Op::kSetp) unknown();
+  const u64 *const x = operand(w, i, 0), *const y = operand(w, i, 1);
+  u32 true_of = 0;
+  each(mask, [&](int lane) {
+    true_of |= (u32)compared(i.compare, widened(i.type, x[lane]), widened(i.type, y[lane])) << lane;
+  });
+  compare(w, i, mask, true_of);
+}
+
 // ----------------------------------------------------------------------------------------------------------
 // conversions
 

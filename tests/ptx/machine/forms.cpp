@@ -76,6 +76,8 @@ const Pattern kPatterns[] = {
     {Op::kXor, "xor\\.pred", "pPP"},
     {Op::kSetp, "setp" COMPARE FTZ "\\.(b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64)", "qss"},
     {Op::kSetp, "setp" COMPARE "\\.(and|or|xor)" FTZ "\\.(b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64)", "qssP"},
+    {Op::kSetp, "setp" COMPARE "\\.(f16|bf16)", "qss"},
+    {Op::kSetp, "setp" COMPARE "\\.(and|or|xor)\\.(f16|bf16)", "qssP"},
     // floats
     {Op::kAdd, "add" ROUND FTZ SAT "\\.f32", "dss"},
     {Op::kSub, "sub" ROUND FTZ SAT "\\.f32", "dss"},

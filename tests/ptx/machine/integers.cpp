@@ -51,6 +51,9 @@ void Machine::execute(Warp& w, const Instruction& i, u32 mask) {
       return floats<float>(w, i, mask);
     case Type::F64:
       return floats<double>(w, i, mask);
+    case Type::F16:
+    case Type::BF16:
+      return halves(w, i, mask);
     case Type::S16:
       return integers<s16>(w, i, mask);
     case Type::U16:

@@ -148,6 +148,7 @@ class Machine {
   void floats(Warp&, const Instruction&, u32 mask);
   void pairs(Warp&, const Instruction&, u32 mask);
   void mixed(Warp&, const Instruction&, u32 mask);
+  void halves(Warp&, const Instruction&, u32 mask);
   void compare(Warp&, const Instruction&, u32 mask, u32 result);
   float approximate(double exact, u64 operand) const;
 
