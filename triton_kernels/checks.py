@@ -59,10 +59,12 @@ class Arguments:
     """Tensors on the device of the first one."""
 
     def __init__(self, name: str, first: Tensor) -> None:
+        expect(first is not None, f"{name} must be a tensor, got None")  # PyTorch lets None through for any tensor
         self._name, self._device = name, first.device
 
     def check(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *shapes: Sequence[int]) -> None:
         """``shapes``: the tensor must have one of them."""
+        expect(tensor is not None, f"{name} must be a tensor, got None")
         if tensor.dtype not in dtypes:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(f"{name} must have dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")

@@ -64,6 +64,8 @@ define(
 
 def _token_logprobs_backward(backend: str, *args: Any) -> Tensor:
     logits = args[2]
+    if logits is None:  # PyTorch lets None through for any tensor
+        raise ValueError("logits must be a tensor, got None")
     out = logits.new_empty(logits.shape)
     getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)(*args, out)
     return out
