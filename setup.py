@@ -165,7 +165,7 @@ class SourceDistribution(sdist):
     def make_distribution(self) -> None:
         for directory in (".ci", ".github", "bench", "csrc", "docs", "examples", "tests"):
             self.filelist.graft(directory)
-        for file in ("CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "Makefile", "RELEASE.md"):
+        for file in ("CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "CONTRIBUTING.md", "Makefile", "RELEASE.md"):
             self.filelist.include(file)
         for generated in ("_build.py", "*.so", "*.pyc", ".*_cache/**"):
             self.filelist.global_exclude(generated)
