@@ -31,6 +31,7 @@ def main() -> None:
             print(broken.describe(call), flush=True)
         counts["broken"] += 1
         counts["refused"] += broken.run(call, options.backend) is not None
+    rng = random.Random(f"oracles {options.seed}")  # the same calls however many came before
     end += options.seconds / 2
     while time.monotonic() < end:
         oracles.check(rng, options.backend)
