@@ -70,7 +70,7 @@ def test_wrong_functions_do_not(monkeypatch, oracle, owner, name):
 
     monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(AssertionError):
-        tries(oracle)
+        tries(oracle, 60)
 
 
 @native

@@ -271,7 +271,7 @@ def presets(rng: random.Random) -> None:
     total = float(advantages_.abs().max()) * (1 + largest)
     _close(got.loss, want.loss, eps, total * (kept.sum() if "sum" in objective.aggregation else 1))
     # Where the terms of a coefficient cancel (a KL of almost equal policies), float32's roundings of the terms remain.
-    rounded = 4 * torch.finfo(torch.float32).eps * total * (1 + summed)
+    rounded = torch.finfo(torch.float32).eps * total
     for leaf, x in zip(leaves, wide, strict=True):
         tolerance = eps + 2 * torch.finfo(leaf.dtype).eps
         _close(leaf.grad, x.grad, tolerance, x.grad.abs().max() + rounded / tolerance)
