@@ -273,3 +273,22 @@ def test_errors(change):
         given["ref_logits"] = change["logits"]
     with pytest.raises(ValueError, match="|".join(change)):
         fusedpo.exact_kl(given.pop("logits"), given.pop("ref_logits"), **given)
+
+
+@pytest.mark.parametrize("way", ["grad", "backward"])
+def test_second_derivatives_raise(way):
+    """Of the losses whose gradients are computed with them: a second backward would lose terms."""
+    ids, ref = torch.randint(9, (4, 5)), -torch.rand(4, 5)
+    dpo = fusedpo.objectives.dpo()
+    losses = {
+        "exact_kl": lambda x: fusedpo.exact_kl(x, torch.randn(4, 5, 9)).loss,
+        "preference": lambda x: fusedpo.preference_loss_from_hidden(x, torch.randn(9, 9), ids, ref, objective=dpo).loss,
+    }
+    with fusedpo.backend("native" if fusedpo.backends.NATIVE_MISSING is None else "auto"):
+        for loss in losses.values():
+            leaf = torch.randn(4, 5, 9, requires_grad=True)
+            (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+            penalty = (gradient**2).sum() + (leaf**2).sum()
+            if fusedpo.backends.NATIVE_MISSING is None:
+                with pytest.raises(RuntimeError, match="double backward"):
+                    torch.autograd.grad(penalty, leaf) if way == "grad" else penalty.backward()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import apply, define
+from . import apply, define, edge_to
 from .hidden import (
     Options,
     _Gradients,
@@ -147,7 +147,7 @@ class _FromLogits(torch.autograd.Function):
         kl, gradient = kl_rows(logits.detach(), ref_logits.detach(), rows, direction, how)
         if how == "in place":
             torch.autograd.graph.increment_version(logits)
-        ctx.taken = False
+        ctx.taken, ctx.sources = False, [edge_to(logits)]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(kl)
         return (kl * rows.scale).sum(), kl
@@ -194,7 +194,7 @@ class _FromHidden(torch.autograd.Function):
                 if grad_logits is not None:
                     gradients.add(of_chunk, states, grad_logits)
             results = gradients.rounded() if any(needed) else [None, None, None]
-        ctx.taken = False
+        ctx.taken, ctx.sources = False, [edge_to(x) for x in (hidden, weight)]
         ctx.save_for_backward(*results)
         kl = kl.reshape(leading)
         ctx.mark_non_differentiable(kl)
@@ -221,7 +221,7 @@ def _scaled_once(ctx: Any, name: str, grad_loss: Tensor) -> list[Tensor | None]:
             gradient.mul_(grad_loss)
         else:  # which does nothing for a factor of 1
             getattr(torch.ops.fusedpo.scale_, backend)(gradient, grad_loss.float())
-    return _once_differentiable(name, results, grad_loss.detach().requires_grad_())
+    return _once_differentiable(name, results, *ctx.sources, grad_loss)
 
 
 def from_logits(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import apply
+from . import apply, edge_to
 from .hidden import (
     OTHER_WORKSPACE_BYTES,
     WORKSPACE_BYTES,
@@ -25,6 +25,7 @@ from .hidden import (
     _select,
     _uncapped_temperature,
 )
+from .one_pass import scaled
 
 
 def chunks_of_units(
@@ -93,7 +94,7 @@ class _ByUnits(torch.autograd.Function):
                 gradients.add(at, states, logits)
             results = gradients.rounded()
         loss = loss_of(logprobs)
-        ctx.backend, ctx.taken = backend, False
+        ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(x) for x in (hidden, weight, bias)]
         ctx.save_for_backward(*results)
         ctx.mark_non_differentiable(logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -110,12 +111,8 @@ class _ByUnits(torch.autograd.Function):
                 "taken them; a second one needs a second call"
             )
         ctx.taken = True
-        results = [None if gradient is None else gradient.detach() for gradient in ctx.saved_tensors]
-        for gradient in results:
-            if gradient is not None:
-                getattr(torch.ops.fusedpo.scale_, ctx.backend)(gradient, grad_loss.float())
-        source = grad_loss.detach().requires_grad_()  # hidden and weight are not kept for it
-        return *_once_differentiable("preference_loss_from_hidden", results, source), *none
+        results = [None if x is None else scaled(x.detach(), grad_loss.float(), ctx.backend) for x in ctx.saved_tensors]
+        return *_once_differentiable("preference_loss_from_hidden", results, *ctx.sources, grad_loss), *none
 
 
 def loss_from_hidden(
