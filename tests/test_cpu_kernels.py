@@ -45,7 +45,7 @@ def test_each_build_is_right(build):
     show = "import json; from fusedpo import _C; print(json.dumps(_C.build_info()['cpu_capability']))"
     used = subprocess.run([sys.executable, "-c", show], env=environment, check=True, capture_output=True, text=True)
     assert json.loads(used.stdout) == build
-    chosen = "(values and (1000 or 4099)) or extremes or several or minus or subnormal or depend"
+    chosen = "(values and (1000 or 4099)) or extremes or several or minus or subnormal or depend or long_rows"
     chosen += " or (against_the_reference and packed)"
     files = [str(TESTS / "test_token_logprobs.py"), str(TESTS / "test_one_pass.py")]
     pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", chosen]

@@ -147,6 +147,30 @@ assert x.grad[mask].all() and not x.grad[~mask].any()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect by its Linux constants")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("upstream", [0.7, -1.3, 2.0**-70, -(2.0**60), 2.0**70])
+def test_long_rows_in_memory_of_their_own_and_in_place(dtype, upstream):
+    """Long rows go past the cache, from where their memory is aligned on; scaled by any size, also in the exponents."""
+    size = 20_001  # every row starts at another place within a vector
+    logits = (2 * torch.randn(3 * size + 1)).to(dtype)[1:].view(3, size)
+    ids = torch.tensor([0, 777, size - 1])
+
+    def gradient(x, *, inplace):
+        x = x.detach().requires_grad_()
+        lp = fusedpo.token_logprobs(x, ids, inplace_backward=inplace)
+        lp.backward(torch.full_like(lp, upstream))
+        return x.grad
+
+    result = gradient(logits, inplace=False)
+    assert torch.equal(result, gradient(logits.clone(), inplace=True))
+    exact = upstream * (torch.nn.functional.one_hot(ids, size) - logits.double().softmax(-1))
+    normal, limits = 2.0 * torch.finfo(dtype).smallest_normal, torch.finfo(dtype)
+    allowed = (exact.abs() * (limits.eps / 2 + 2.0**-17)).clamp(min=normal)  # half a unit, and the exponential's share
+    fits = exact.abs() < limits.max
+    assert ((result.double() - exact).abs() <= allowed)[fits].all()
+    assert result[~fits].isinf().all()
+
+
 def test_masked_rows_are_not_touched():
     """Their pages may not be read or written: the process would die."""
     result = subprocess.run([sys.executable, "-c", LOCKED_ROWS], capture_output=True, text=True)

@@ -44,8 +44,8 @@ Tensor divergences(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   const auto is_kept = [&](int64_t r) { return !kept || kept[r] != 0; };
   for_each_row(rows_where(xs.count, is_kept), 2 * xs.size, [&](int64_t r) {
     const float T = temperatures[r], ref_T = ref_temperatures[r];
-    const LogProbs p = logprobs_of(row.reduce(xs[r], xs.size, T, false), T),
-                   q = logprobs_of(row.reduce(ys[r], ys.size, ref_T, false), ref_T);
+    const LogProbs p = logprobs_of(row.reduce(xs[r], xs.size, T, false, nullptr), T),
+                   q = logprobs_of(row.reduce(ys[r], ys.size, ref_T, false, nullptr), ref_T);
     const double divergence =
         forward ? pair.divergence(ys[r], xs[r], xs.size, q, p) : pair.divergence(xs[r], ys[r], xs.size, p, q);
     out[r] = (float)(divergence * kLn2);
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> exact_kl(Tensor logits, Tensor ref_logits, Tensor tem
                                     OptionalTensor mask, Tensor scale, bool forward, bool gradient) {
   const Tensor grad_logits =
       gradient ? torch::stable::new_empty(logits, logits.sizes()) : torch::stable::new_empty(logits, {0});
-  if (gradient) ask_for_huge_pages(grad_logits);
+  if (gradient) prepare_to_overwrite(grad_logits);
   const Tensor kl = divergences(logits, ref_logits, temperature, ref_temperature, mask, scale, forward,
                                 gradient ? OptionalTensor(grad_logits) : std::nullopt);
   return {kl, grad_logits};

@@ -20,12 +20,21 @@ const RowKernels& row_kernels_for(const char* name, const Tensor& tensor) {
   return table.float16;
 }
 
-void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
+void prepare_to_overwrite([[maybe_unused]] const Tensor& tensor) {
 #if defined(__linux__)
-  const uintptr_t page = 2 << 20, begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + tensor.numel() * tensor.element_size()) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, of Linux 5.14; refused before, and that is fine
+  constexpr uintptr_t kSmall = 4096, kHuge = 2 << 20;
+  const auto advise = [](uintptr_t begin, uintptr_t end, int advice) {
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+  };
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t end = begin + tensor.numel() * tensor.element_size();
+  if (end - begin < kHuge) return;
+  advise((begin + kHuge - 1) / kHuge * kHuge, end / kHuge * kHuge, MADV_HUGEPAGE);
+  parallel_for(begin / kHuge, (end - 1) / kHuge + 1, 1, [&](int64_t first, int64_t last) {
+    advise(std::max(first * kHuge, begin / kSmall * kSmall),
+           std::min(last * kHuge, (end + kSmall - 1) / kSmall * kSmall), kPopulateWrite);
+  });
 #endif
 }
 

@@ -14,8 +14,10 @@ namespace fusedpo::cpu {
 // The row kernels for the dtype of `tensor`, the argument `name`, of the best instruction set.
 const RowKernels& row_kernels_for(const char* name, const Tensor& tensor);
 
-// A fresh buffer of hundreds of megabytes costs more in page faults than in arithmetic, with pages of 4 KiB.
-void ask_for_huge_pages(const Tensor& tensor);
+// Makes the memory of a tensor that is about to be overwritten ready for it. A fresh one of hundreds of megabytes costs
+// more in page faults than in arithmetic, with pages of 4 KiB; and the pages that the kernel clears in the middle of a
+// row take the place of that row in the cache.
+void prepare_to_overwrite(const Tensor& tensor);
 
 // Zeros in a row that is not in the cache. Those of a long row go past it: no line is read only to be overwritten.
 void clear(char* row, size_t bytes);
@@ -63,7 +65,7 @@ inline Rows output_rows(const Arguments& arguments, const Tensor& logits, const 
   expect(out.scalar_type() == logits.scalar_type(), "out must have dtype ", logits.scalar_type(), ", got ",
          out.scalar_type());
   expect_shape("out", out, shape_of(logits));
-  if (out.data_ptr() != logits.data_ptr()) ask_for_huge_pages(out);
+  if (out.data_ptr() != logits.data_ptr()) prepare_to_overwrite(out);
   return {"out", out};
 }
 

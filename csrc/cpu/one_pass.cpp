@@ -49,14 +49,15 @@ struct Walk : BatchArguments {
     for (const Segment& segment : segments) add_rows_after(segment, after);
     std::vector<char> known(from.count, 0);
     for_each_row(after, from.size, [&](int64_t row) {
-      reduce(row);
+      reduce(row, nullptr);
       known[row] = 1;
     });
     parallel_for(0, (int64_t)segments.size(), 1, [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) {
         for (int64_t i = segments[s].end - 1; i >= segments[s].begin; --i) {
-          if (!known[evaluated[i]]) reduce(evaluated[i]);
-          write_gradient(evaluated[i]);
+          const char* next = i > segments[s].begin ? from[evaluated[i - 1]] : nullptr;
+          if (!known[evaluated[i]]) reduce(evaluated[i], next);
+          write_gradient(evaluated[i], next);
         }
       }
     });
@@ -116,17 +117,17 @@ struct Walk : BatchArguments {
     }
   }
 
-  void reduce(int64_t row) {
+  void reduce(int64_t row, const char* next) {
     const int64_t t = token(row);
     const char* x = from[row];
-    stats[row] = kernels.reduce(x, from.size, temperatures[t], true);
+    stats[row] = kernels.reduce(x, from.size, temperatures[t], true, next);
     const RowSummary summary(stats[row], temperatures[t]);
     logprobs[t] = summary.logprob(kernels.value(x, token_ids[t]));
     entropy[t] = summary.entropy();
     if (!log_ratios.empty()) log_ratios[t] = log_ratio_at(t);
   }
 
-  void write_gradient(int64_t row) {
+  void write_gradient(int64_t row, const char* next) {
     const int64_t t = token(row), sequence = sequence_of(t), end = offsets[sequence + 1];
     if (!log_ratios.empty()) {
       double sum = 0;
@@ -142,7 +143,7 @@ struct Walk : BatchArguments {
       std::memset(to[row], 0, to.bytes_per_row());  // in the cache, where the row was just read
     else
       kernels.gradient(from[row], to[row], from.size, stats[row],
-                       {token_ids + t, &grad_logprobs[t], &at_id, &scratch, 1, grad_entropy[t], temperatures[t]});
+                       {token_ids + t, &grad_logprobs[t], &at_id, &scratch, 1, grad_entropy[t], temperatures[t]}, next);
   }
 
   // A window too long for the token kernels is summed here, from log-ratios that are kept.

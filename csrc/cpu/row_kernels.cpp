@@ -8,6 +8,7 @@
 #include "row_kernels.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -27,7 +28,12 @@ constexpr int kDegreeOfSum = sizeof(T) == 4 ? 6 : 5;
 template <class T>
 constexpr int kDegreeOfGradient = sizeof(T) == 4 ? 6 : 4;
 
-// A copy of the last, incomplete chunk of a row; the missing elements are -inf and contribute exactly nothing.
+// Rows that are as long go past the cache where they are written into memory of their own.
+constexpr size_t kLong = 32768;
+using InCache = std::integral_constant<Target, Target::kCache>;
+using InMemory = std::integral_constant<Target, Target::kMemory>;
+
+// A copy of an incomplete chunk of a row; the missing elements are -inf and contribute exactly nothing.
 template <class T>
 struct Tail {
   T element[kChunk];
@@ -38,34 +44,51 @@ struct Tail {
   }
 };
 
-// Calls visit(chunk) for every chunk of row[0, size).
+// Calls visit(chunk) for every chunk of row[0, size). Meanwhile half as much of `next` is fetched, unless it is null.
 template <class T, class Visit>
-FUSEDPO_INLINE void for_each_chunk(const T* row, int64_t size, Visit visit) {
+FUSEDPO_INLINE void for_each_chunk(const T* row, const T* next, int64_t size, Visit visit) {
   int64_t i = 0;
-  for (; i + kChunk <= size; i += kChunk) visit(row + i);
+  for (; i + kChunk <= size; i += kChunk) {
+    if (next != nullptr) fetch<kChunk / 2>(next + i / 2);
+    visit(row + i);
+  }
   if (i < size) {
     const Tail<T> tail(row + i, size - i);
     visit(tail.element);
   }
 }
 
-// Calls step(chunk, result) for every chunk of from[0, size), to write the result into to[0, size), which may be
-// `from`.
+// Calls step(chunk, result, target) for every chunk of from[0, size), to write the result into to[0, size), which may
+// be `from`: then the result stays in the cache. Meanwhile half as much of `next` is fetched, unless it is null.
 template <class T, class Step>
-FUSEDPO_INLINE void map_chunks(const T* from, T* to, int64_t size, Step step) {
+FUSEDPO_INLINE void map_chunks(const T* from, T* to, const T* next, int64_t size, Step step) {
+  const auto part = [&](int64_t i, int64_t count) {
+    Tail<T> tail(from + i, count);
+    step(tail.element, tail.element, InCache());
+    std::memcpy(to + i, tail.element, count * sizeof(T));
+  };
   int64_t i = 0;
-  for (; i + kChunk <= size; i += kChunk) step(from + i, to + i);
-  if (i < size) {
-    Tail<T> tail(from + i, size - i);
-    step(tail.element, tail.element);
-    std::memcpy(to + i, tail.element, (size - i) * sizeof(T));
+  const auto whole = [&](auto target) {
+    for (; i + kChunk <= size; i += kChunk) {
+      if (next != nullptr) fetch<kChunk / 2>(next + i / 2);
+      step(from + i, to + i, target);
+    }
+  };
+  if (kStreams && from != to && size * sizeof(T) >= kLong) {
+    i = -reinterpret_cast<uintptr_t>(to) % kBytes / sizeof(T);
+    if (i > 0) part(0, i);
+    whole(InMemory());
+    store_fence();
+  } else {
+    whole(InCache());
   }
+  if (i < size) part(i, size - i);
 }
 
 template <class T>
 float maximum(const T* row, int64_t size) {
   Vec top = splat(-kInfinity);
-  for_each_chunk(row, size, [&](const T* chunk) {
+  for_each_chunk<T>(row, nullptr, size, [&](const T* chunk) {
     Vecs x;
     load(chunk, x);
     for (const Vec& v : x) top = max(v, top);
@@ -104,11 +127,11 @@ struct BlockSums {
 // Sums 2^t, and 2^t t. In the block that holds the reference, elements equal to it are counted apart: what lies beside
 // a dominant logit keeps its digits. Exponents are moved up to kLowest where kClamp.
 template <bool kEntropy, bool kHoldsReference, bool kClamp, bool kFused, class T>
-BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFused> exponents) {
+BlockSums sum_block(const T* row, const T* next, int64_t size, float reference, Exponents<kFused> exponents) {
   Vec sum[2]{}, weighted[2]{}, at_reference{}, top = splat(-kInfinity);
   const Exp2Polynomial<kDegreeOfSum<T>> polynomial(1.0f);
   const Vec itself = exponents(splat(reference)), lowest = splat(kLowest), zero{}, one = splat(1.0f);
-  for_each_chunk(row, size, [&](const T* chunk) {
+  for_each_chunk(row, next, size, [&](const T* chunk) {
     Vecs t, e;
     load(chunk, t);
     for (Vec& x : t) {
@@ -132,13 +155,14 @@ BlockSums sum_block(const T* row, int64_t size, float reference, Exponents<kFuse
 
 // Clamps where that is needed: 0 * -inf is NaN, and once a block has shown that, the rest of the row is clamped.
 template <bool kEntropy, bool kHoldsReference, bool kFused, class T>
-BlockSums sums_of(const T* block, int64_t size, float reference, Exponents<kFused> exponents, bool& clamp) {
+BlockSums sums_of(const T* block, const T* next, int64_t size, float reference, Exponents<kFused> exponents,
+                  bool& clamp) {
   if (kExp2TakesInfinity && !clamp) {
-    const BlockSums sums = sum_block<kEntropy, kHoldsReference, false>(block, size, reference, exponents);
+    const BlockSums sums = sum_block<kEntropy, kHoldsReference, false>(block, next, size, reference, exponents);
     clamp = sums.weighted != sums.weighted;
     if (!clamp) return sums;
   }
-  return sum_block<kEntropy, kHoldsReference, true>(block, size, reference, exponents);
+  return sum_block<kEntropy, kHoldsReference, true>(block, next, size, reference, exponents);
 }
 
 // The reference of a block: its maximum, or 0 where that is -inf (then every exponential is 0, and a NaN still shows).
@@ -149,22 +173,22 @@ float block_reference(const T* row, int64_t size) {
 }
 
 template <bool kEntropy, bool kFused, class T>
-RowStats reduce_row(const T* row, int64_t size, float temperature) {
+RowStats reduce_row(const T* row, const T* next, int64_t size, float temperature) {
   float reference = 0;
   Exponents<kFused> exponents(reference, temperature);
   bool clamp = false;
   double at_reference = 0, sum = 0, weighted = 0;  // of blocks: their order of summation costs no accuracy
   for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const T* block = row + begin;
+    const T *block = row + begin, *ahead = next == nullptr ? nullptr : next + begin / 2;
     const int64_t count = size - begin < kBlock ? size - begin : kBlock;
     const bool nothing_yet = at_reference + sum == 0;
     BlockSums sums{};
-    if (!nothing_yet) sums = sums_of<kEntropy, false>(block, count, reference, exponents, clamp);
+    if (!nothing_yet) sums = sums_of<kEntropy, false>(block, ahead, count, reference, exponents, clamp);
     if (nothing_yet || sums.top > kMove) {
       const Exponents<kFused> before = exponents;
       reference = block_reference(block, count);
       exponents = Exponents<kFused>(reference, temperature);
-      if (!exponents.serves()) return reduce_row<kEntropy, false>(row, size, temperature);
+      if (!exponents.serves()) return reduce_row<kEntropy, false>(row, next, size, temperature);
       if (!nothing_yet) {
         sum += at_reference * std::exp2(before.shift);
         weighted += at_reference * before.shift;
@@ -173,7 +197,7 @@ RowStats reduce_row(const T* row, int64_t size, float temperature) {
         sum *= factor;
         at_reference = 0;
       }
-      sums = sums_of<kEntropy, true>(block, count, reference, exponents, clamp);
+      sums = sums_of<kEntropy, true>(block, ahead, count, reference, exponents, clamp);
     }
     at_reference += sums.at_reference;
     sum += sums.sum;
@@ -185,22 +209,48 @@ RowStats reduce_row(const T* row, int64_t size, float temperature) {
 }
 
 template <class T>
-RowStats reduce(const void* logits, int64_t size, float temperature, bool entropy) {
-  const T* row = static_cast<const T*>(logits);
-  return entropy ? reduce_row<true, kFmaRoundsOnce>(row, size, temperature)
-                 : reduce_row<false, kFmaRoundsOnce>(row, size, temperature);
+RowStats reduce(const void* logits, int64_t size, float temperature, bool entropy, const void* next) {
+  const T *row = static_cast<const T*>(logits), *ahead = static_cast<const T*>(next);
+  return entropy ? reduce_row<true, kFmaRoundsOnce>(row, ahead, size, temperature)
+                 : reduce_row<false, kFmaRoundsOnce>(row, ahead, size, temperature);
+}
+
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+// Writes constant * 2^t in bfloat16 with fewer instructions: the constant is moved into the exponents. False, and
+// nothing is written, where they do not take it: where it costs digits, or exponents up to 64 more leave the range.
+bool gradient_sweep_by_exponents(const BFloat16* row, BFloat16* grad, const BFloat16* next, int64_t size,
+                                 Exponents<true> exponents, float constant) {
+  const double power = std::log2(std::fabs((double)constant)), exact = power - exponents.origin;
+  const float minus = (float)exact;
+  if (!(power > -62 && power < 62 && std::fabs(exact - minus) < 0x1p-17)) return false;
+  exponents.minus = splat(minus);
+  const Exp2ToBFloat16 exp2_to(constant < 0);
+  map_chunks(row, grad, next, size, [&](const BFloat16* from, BFloat16* to, auto target) {
+    Vecs t;
+    load(from, t);
+    for (Vec& x : t) x = exponents(x);
+    exp2_to.template store<target()>(to, t);
+  });
+  return true;
+}
+#endif
+
+template <bool kFused, class T>
+bool gradient_sweep_by_exponents(const T*, T*, const T*, int64_t, Exponents<kFused>, float) {
+  return false;
 }
 
 // Writes constant * 2^t; nan everywhere if the constant is (AVX-512 makes nan * 2^-inf 0).
 template <bool kFused, class T>
-void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> exponents, float constant) {
+void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float constant) {
   if (constant != constant) {
     for (int64_t i = 0; i < size; ++i) grad[i] = from_float<T>(constant);
     return;
   }
+  if (gradient_sweep_by_exponents(row, grad, next, size, exponents, constant)) return;
   const Exp2Polynomial<kDegreeOfGradient<T>> times_constant(constant);
   const Vec lowest = splat(kLowest);
-  map_chunks(row, grad, size, [&](const T* from, T* to) {
+  map_chunks(row, grad, next, size, [&](const T* from, T* to, auto target) {
     Vecs t, e;
     load(from, t);
     for (Vec& x : t) {
@@ -208,22 +258,23 @@ void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> expon
       if constexpr (!kExp2TakesInfinity) x = max(lowest, x);
     }
     exp2(t, times_constant, e);
-    store(to, e);
+    store<target()>(to, e);
   });
 }
 
 // Writes (constant + slope * t) * 2^t.
 template <bool kFused, class T>
-void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> exponents, float constant_, float slope_) {
+void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float constant_,
+                    float slope_) {
   const Exp2Polynomial<kDegreeOfGradient<T>> polynomial(1.0f);
   const Vec constant = splat(constant_), slope = splat(slope_), lowest = splat(kLowest);
-  map_chunks(row, grad, size, [&](const T* from, T* to) {
+  map_chunks(row, grad, next, size, [&](const T* from, T* to, auto target) {
     Vecs t, e;
     load(from, t);
     for (Vec& x : t) x = max(lowest, exponents(x));
     exp2(t, polynomial, e);
     for (int k = 0; k < kVecs; ++k) e[k] *= fma(slope, t[k], constant);
-    store(to, e);
+    store<target()>(to, e);
   });
 }
 
@@ -232,9 +283,9 @@ void gradient_sweep(const T* row, T* grad, int64_t size, Exponents<kFused> expon
 // where the last two terms are e_j * (constant + slope * t_j) over the whole row. Columns whose log-prob was taken are
 // computed apart, with 1 - p taken through expm1, and rounded once.
 template <bool kEntropy, bool kFused, class T>
-void gradient_row(const T* row, T* grad, int64_t size, const RowStats& stats, const RowGradient& up) {
+void gradient_row(const T* row, T* grad, const T* next, int64_t size, const RowStats& stats, const RowGradient& up) {
   const Exponents<kFused> exponents(stats.reference, up.temperature);
-  if (!exponents.serves()) return gradient_row<kEntropy, false>(row, grad, size, stats, up);
+  if (!exponents.serves()) return gradient_row<kEntropy, false>(row, grad, next, size, stats, up);
   const double log_sum = std::log1p((double)stats.rest);
   const double entropy = kEntropy ? log_sum - stats.weighted / (1.0 + stats.rest) : 0.0;
   double total = 0;
@@ -253,21 +304,23 @@ void gradient_row(const T* row, T* grad, int64_t size, const RowStats& stats, co
   if constexpr (kEntropy) {
     const double slope = -up.grad_entropy * kLn2;
     const double constant = -total - up.grad_entropy * (entropy - log_sum) - slope * exponents.shift;
-    gradient_sweep(row, grad, size, exponents, (float)(normaliser * constant), (float)(normaliser * slope));
+    gradient_sweep(row, grad, next, size, exponents, (float)(normaliser * constant), (float)(normaliser * slope));
   } else {
-    gradient_sweep(row, grad, size, exponents, (float)(normaliser * -total));
+    gradient_sweep(row, grad, next, size, exponents, (float)(normaliser * -total));
   }
   for (int64_t k = 0; k < up.num_ids; ++k) grad[up.token_ids[k]] = from_float<T>(up.scratch[k]);
 }
 
 template <class T>
-void gradient(const void* logits, void* grad, int64_t size, const RowStats& stats, const RowGradient& up) {
+void gradient(const void* logits, void* grad, int64_t size, const RowStats& stats, const RowGradient& up,
+              const void* next) {
   const T* row = static_cast<const T*>(logits);
+  const T* ahead = next == nullptr ? nullptr : static_cast<const T*>(next) + size / 2;
   T* out = static_cast<T*>(grad);
   if (up.grad_entropy != 0)
-    gradient_row<true, kFmaRoundsOnce>(row, out, size, stats, up);
+    gradient_row<true, kFmaRoundsOnce>(row, out, ahead, size, stats, up);
   else
-    gradient_row<false, kFmaRoundsOnce>(row, out, size, stats, up);
+    gradient_row<false, kFmaRoundsOnce>(row, out, ahead, size, stats, up);
 }
 
 template <class T>
@@ -278,11 +331,11 @@ float value(const void* logits, int64_t index) {
 template <class T>
 void scale(void* elements, int64_t size, float factor) {
   T* row = static_cast<T*>(elements);
-  map_chunks(row, row, size, [&](const T* from, T* to) {
+  map_chunks<T>(row, row, nullptr, size, [&](const T* from, T* to, auto target) {
     Vecs x;
     load(from, x);
     for (Vec& v : x) v *= factor;
-    store(to, x);
+    store<target()>(to, x);
   });
 }
 

@@ -28,12 +28,13 @@ struct RowGradient {
   float temperature;
 };
 
-// The kernels of one dtype. Pointers are to elements of that dtype; `size` is V.
+// The kernels of one dtype. Pointers are to elements of that dtype; `size` is V. A reduction and a gradient each fetch
+// half of `next`, the row that is read after this one: memory is never idle while a core computes. It may be null.
 struct RowKernels {
   // Reads the row once.
-  RowStats (*reduce)(const void* logits, int64_t size, float temperature, bool entropy);
+  RowStats (*reduce)(const void* logits, int64_t size, float temperature, bool entropy, const void* next);
   // Reads `logits` once and writes `grad` once; the two may be the same memory.
-  void (*gradient)(const void* logits, void* grad, int64_t size, const RowStats&, const RowGradient&);
+  void (*gradient)(const void* logits, void* grad, int64_t size, const RowStats&, const RowGradient&, const void* next);
   float (*value)(const void* logits, int64_t index);
   // Multiplies a row.
   void (*scale)(void* row, int64_t size, float factor);

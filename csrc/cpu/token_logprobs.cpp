@@ -74,7 +74,8 @@ void token_logprobs_backward_out(OptionalTensor grad_logprobs, OptionalTensor gr
     sum_over_equal(ids[row], upstream(row), ids.count, scratch.order.data(), scratch.grad_at_ids.data());
     kernels.gradient(from[row], to[row], from.size, row_stats,
                      {ids[row], upstream(row), scratch.grad_at_ids.data(), scratch.at_ids.data(), ids.count,
-                      upstream_entropy(row), temperatures[row]});
+                      upstream_entropy(row), temperatures[row]},
+                     nullptr);
   });
   const auto skipped = rows_where(from.count, [&](int64_t row) { return !is_evaluated(row); });
   for_each_row(skipped, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor token_id
                  const float temperature = temperatures[row];
                  if (!(temperature > 0 && temperature < INFINITY)) bad_row = row;
                  const char* x = rows[row];
-                 const RowStats row_stats = kernels.reduce(x, rows.size, temperature, return_entropy);
+                 const RowStats row_stats = kernels.reduce(x, rows.size, temperature, return_entropy, nullptr);
                  const RowSummary summary(row_stats, temperature);
                  for (int64_t k = row * ids.count; k < (row + 1) * ids.count; ++k) {
                    const int64_t id = ids.data[k];

@@ -72,6 +72,17 @@ FUSEDPO_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+#if defined(__AVX2__)
+// t - floor(t); 0 for -inf where kExp2TakesInfinity.
+FUSEDPO_INLINE Vec above_floor(Vec t) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  return t - (Vec)_mm256_round_ps((__m256)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#endif
+}
+#endif
+
 FUSEDPO_INLINE float reduce_add(Vec v) {
   // A tree of fixed shape: the order of the sum depends on the instruction set alone.
   float lane[kLanes];
@@ -115,8 +126,7 @@ template <int kDegree>
 FUSEDPO_INLINE void exp2(const Vecs& t, const Exp2Polynomial<kDegree>& polynomial, Vecs& result) {
   Vecs f, p;
 #if defined(__AVX512F__)
-  for (int k = 0; k < kVecs; ++k)  // t - floor(t); 0 for -inf
-    f[k] = (Vec)_mm512_reduce_ps((__m512)t[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  for (int k = 0; k < kVecs; ++k) f[k] = above_floor(t[k]);
 #else
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   Int biased[kVecs];
@@ -204,9 +214,40 @@ FUSEDPO_INLINE void load2(const float* p, Vec& a, Vec& b) {
   std::memcpy(&b, p + kLanes, kBytes);
 }
 
+// Where a store goes: into the cache, or past it to memory, aligned and without reading the line that it overwrites.
+enum class Target { kCache, kMemory };
+
+#if defined(__AVX2__)
+inline constexpr bool kStreams = true;
+FUSEDPO_INLINE void store_fence() { _mm_sfence(); }  // before another thread may see what went to memory
+#else
+inline constexpr bool kStreams = false;
+FUSEDPO_INLINE void store_fence() {}
+#endif
+
+template <Target kTarget, class V>
+FUSEDPO_INLINE void put(void* p, V v) {
+#if defined(__AVX2__)
+  if constexpr (kTarget == Target::kMemory) {
+    if constexpr (sizeof v == 64)
+#if defined(__AVX512F__)
+      return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#else
+      static_assert(sizeof v < 64);
+#endif
+    else if constexpr (sizeof v == 32)
+      return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+    else
+      return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+  }
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <Target kTarget>
 FUSEDPO_INLINE void store2(float* p, Vec a, Vec b) {
-  std::memcpy(p, &a, kBytes);
-  std::memcpy(p + kLanes, &b, kBytes);
+  put<kTarget>(p, a);
+  put<kTarget>(p + kLanes, b);
 }
 
 // A 32-bit word holds two bfloat16: the even element moved up, the odd one with its neighbour masked off.
@@ -223,6 +264,7 @@ FUSEDPO_INLINE UInt round_to_bfloat16(Vec x) {
   return x == x ? rounded : (bits | 0x400000u);
 }
 
+template <Target kTarget>
 FUSEDPO_INLINE void store2(BFloat16* p, Vec a, Vec b) {
 #if defined(__AVX512BF16__)
   // One instruction rounds both (subnormal results to 0) and puts b behind a; the permutation brings them together.
@@ -233,7 +275,7 @@ FUSEDPO_INLINE void store2(BFloat16* p, Vec a, Vec b) {
 #else
   const UInt words = round_to_bfloat16(a) >> 16 | (round_to_bfloat16(b) & 0xffff0000u);
 #endif
-  std::memcpy(p, &words, kBytes);
+  put<kTarget>(p, words);
 }
 
 FUSEDPO_INLINE void load2(const Half* p, Vec& a, Vec& b) {
@@ -244,20 +286,63 @@ FUSEDPO_INLINE void load2(const Half* p, Vec& a, Vec& b) {
   a = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
   b = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + kLanes)));
 #else
-  for (int i = 0; i < kLanes; ++i) a[i] = to_float(p[i]), b[i] = to_float(p[kLanes + i]);
+  float lanes[2 * kLanes];
+  for (int i = 0; i < 2 * kLanes; ++i) lanes[i] = to_float(p[i]);
+  load2(lanes, a, b);
 #endif
 }
 
+template <Target kTarget>
 FUSEDPO_INLINE void store2(Half* p, Vec a, Vec b) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
-  _mm256_storeu_si256((__m256i*)(p + kLanes), _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT));
+  put<kTarget>(p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
+  put<kTarget>(p + kLanes, _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128((__m128i*)(p + kLanes), _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
+  put<kTarget>(p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+  put<kTarget>(p + kLanes, _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<Half>(a[i]), p[kLanes + i] = from_float<Half>(b[i]);
 #endif
+}
+
+#if defined(__AVX2__)
+// Stores +-2^t in bfloat16, rounded to the nearest, for t < 128; 0 from t = -127 down.
+//
+// The exponent and the seven digits of a bfloat16 lie side by side: with t = n + f, 0 <= f < 1, its word is the number
+// 127 + n + (2^f - 1) in units of 2^-7. Here it is 127 + (t + (2^f - 1 - f)), as the last bits of a float between 2^16
+// and 2^17, so that the addition of 127 both rounds and puts the word together.
+struct Exp2ToBFloat16 {
+  explicit Exp2ToBFloat16(bool negative) : polynomial(1.0f), bias(splat(98304.0f + (negative ? 256 + 127 : 127))) {
+    polynomial.c[1] -= 1.0f;
+  }
+
+  template <Target kTarget>
+  inline __attribute__((always_inline)) void store(BFloat16* result, const Vecs& exponents) const {
+    Vecs t, f, p;
+    for (int k = 0; k < kVecs; ++k) {
+      t[k] = max(lowest, exponents[k]);
+      f[k] = above_floor(t[k]);
+      p[k] = polynomial.c[4];
+    }
+    for (int i = 3; i > 0; --i)
+      for (int k = 0; k < kVecs; ++k) p[k] = fma(p[k], f[k], polynomial.c[i]);
+    for (int k = 0; k < kVecs; ++k) p[k] = fma(p[k], f[k], t[k]) + bias;
+    for (int k = 0; k < kVecs; k += 2) {
+      const UInt words = ((UInt)p[k] & 0xffffu) | (UInt)p[k + 1] << 16;
+      put<kTarget>(result + k * kLanes, words);
+    }
+  }
+
+  Exp2Polynomial<4> polynomial;
+  const Vec bias, lowest = splat(-127.0f);
+};
+#endif
+
+// Fetches [p, p + kCount) into the L2.
+template <int kCount, class T>
+FUSEDPO_INLINE void fetch(const T* p) {
+  for (int byte = 0; byte < kCount * (int)sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
 }
 
 template <class T>
@@ -265,9 +350,9 @@ FUSEDPO_INLINE void load(const T* p, Vecs& x) {
   for (int k = 0; k < kVecs; k += 2) load2(p + k * kLanes, x[k], x[k + 1]);
 }
 
-template <class T>
+template <Target kTarget = Target::kCache, class T>
 FUSEDPO_INLINE void store(T* p, const Vecs& x) {
-  for (int k = 0; k < kVecs; k += 2) store2(p + k * kLanes, x[k], x[k + 1]);
+  for (int k = 0; k < kVecs; k += 2) store2<kTarget>(p + k * kLanes, x[k], x[k + 1]);
 }
 
 }  // namespace fusedpo::FUSEDPO_ISA
