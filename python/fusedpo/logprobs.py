@@ -250,8 +250,7 @@ def _check_rows(
     shape = token_ids.shape
     if shape != rows and (shape[: len(rows)] != rows or len(shape) > len(rows) + 1):
         raise ValueError(
-            f"token_ids must have shape {list(rows)} or {[*rows, 'K']} (the rows of {name}), "
-            f"got {list(shape)}"
+            f"token_ids must have shape {list(rows)} or {[*rows, 'K']} (the rows of {name}), got {list(shape)}"
         )
     _checks.same_device("token_ids", token_ids, name, source)
     _checks.mask(mask, rows, f"the rows of {name}", name, source)
