@@ -1,7 +1,12 @@
-"""What the host does before the first kernel: ``python bench/overhead.py``, medians in microseconds."""
+"""What the host does before the first kernel: ``python bench/overhead.py``.
+
+Medians in microseconds; for the import, after that of torch, the least of some processes in milliseconds.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -66,9 +71,17 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
     }
 
 
+def import_seconds(processes: int = 5) -> float:
+    """``import fusedpo`` where torch has been imported."""
+    code = "import time, torch; start = time.perf_counter(); import fusedpo; print(time.perf_counter() - start)"
+    command = [sys.executable, "-c", code]
+    return min(float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(processes))
+
+
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if backends.why_not("native", "policy_loss", device, torch.float32) is None or device == "cuda":
         for name, call in cases(device).items():
             call()
             print(f"{name}: {before_the_first_kernel(call) * 1e6:.1f}")
+    print(f"import fusedpo: {import_seconds() * 1e3:.1f}")

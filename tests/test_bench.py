@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fusedpo.bench import OPERATORS, arguments, batch, cli, compare, harness, launch, plots, record, report
+from fusedpo.bench import OPERATORS, arguments, batch, cli, compare, harness, launch, overhead, plots, record, report
 from fusedpo.bench.harness import Case, Effort, Provider, compiled, measure, peak_extra_bytes, relative_error
 from fusedpo.bench.record import Row
 from rich.console import Console
@@ -541,3 +541,22 @@ def test_on_gpu_is_a_valid_script(tmp_path: Path) -> None:
         ["bash", script, "--only", "everything", "--out", tmp_path], capture_output=True, check=False
     )
     assert usage.returncode == 2
+
+
+def test_few_calls_of_the_dispatcher_come_before_the_first_kernel() -> None:
+    """As long as each takes as all checks of a tensor: arguments that kernels take as they are cost none."""
+    expected = {
+        "token_logprobs": [],
+        "policy_loss": ["aten::reshape"],  # advantages of sequences
+        "policy_loss_from_logits": ["aten::reshape", "aten::new_zeros", "aten::unbind"],  # log-probs and entropy
+    }
+    found = {}
+    for name, call in overhead.cases("cpu").items():
+        call()  # loads
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            call()
+        events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+        first = next(event for event in events if event.name.startswith("fusedpo::")).time_range.start
+        called = [event for event in events if event.time_range.start < first and event.name.startswith("aten::")]
+        found[name] = [e.name for e in called if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
+    assert found == expected

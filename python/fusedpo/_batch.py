@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,46 +28,55 @@ class Batch(NamedTuple):
         """Without the numbers of the aggregation."""
         return self[:6]
 
-    def checked(self, name: str, source: Tensor, objective: Objective, *, features: int = 0) -> Batch:
-        """For the tokens of ``source``, the argument ``name``, which has ``features`` dimensions beyond theirs."""
-        batch = Batch(*_checks.taken(*self))
-        _checks.floating(name, source)
-        shape = source.shape[: source.dim() - features]
-        if not isinstance(objective, Objective):
-            raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
-        num_sequences = _tokens.check_layout(name, source, batch.mask, batch.cu_seqlens, shape)
-        for argument, tensor in (("old_logprobs", batch.old_logprobs), ("ref_logprobs", batch.ref_logprobs)):
-            if tensor is not None:
-                _tokens.check_per_token(argument, tensor, name, source, shape)
-        if objective.kl is not None and batch.ref_logprobs is None:
-            raise ValueError(f"ref_logprobs is needed by objective.kl={objective.kl}, got None")
-        _tokens.check_weights("advantages", batch.advantages, name, source, num_sequences, shape)
-        if batch.is_weights is not None:
-            _tokens.check_weights("is_weights", batch.is_weights, name, source, num_sequences, shape)
-        _tokens.check_number("loss_scale", batch.loss_scale, name, source)
-        _tokens.check_denominator(batch.denominator, objective.aggregation, name, source)
-        return batch
-
     def as_kernels_take_it(self, tokens: Tensor) -> Batch:
         """As the schemas have it: dtypes, shapes and numbers as tensors, for ``tokens`` of any dtype."""
-
-        def per_token_or_sequence(x: Tensor) -> Tensor:
-            per_token = x.shape[-1:] == tokens.shape[-1:] and x.numel() == tokens.numel()
-            return x.float().reshape(tokens.shape if per_token else (-1, 1))
-
-        def number(x: float | Tensor) -> Tensor:
-            return x.float() if isinstance(x, Tensor) else ops.scalar(x, tokens.device)
-
-        return self._replace(
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs.float(),
-            advantages=per_token_or_sequence(self.advantages),
-            mask=as_bool(self.mask),
-            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(torch.int64),
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs.float(),
-            is_weights=None if self.is_weights is None else per_token_or_sequence(self.is_weights),
-            denominator=None if self.denominator is None else number(self.denominator),
-            loss_scale=number(self.loss_scale),
+        old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale = self
+        return Batch(
+            None if old_logprobs is None else as_float(old_logprobs),
+            _per_token_or_sequence(advantages, tokens),
+            as_bool(mask),
+            None if cu_seqlens is None else cu_seqlens.to(torch.int64),
+            None if ref_logprobs is None else as_float(ref_logprobs),
+            None if is_weights is None else _per_token_or_sequence(is_weights, tokens),
+            None if denominator is None else ops.as_scalar(denominator, tokens.device),
+            ops.as_scalar(loss_scale, tokens.device),
         )
+
+
+def checked(batch: tuple[Any, ...], name: str, source: Tensor, objective: Objective, *, features: int = 0) -> Batch:
+    """The fields ``batch``, for the tokens of ``source``, the argument ``name``, which has ``features`` dimensions
+    beyond theirs.
+    """
+    old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale = batch = (
+        _checks.taken(*batch)
+    )
+    _checks.floating(name, source)
+    shape = source.shape[:-features] if features else source.shape
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
+    num_sequences = _tokens.check_layout(name, source, mask, cu_seqlens, shape)
+    if old_logprobs is not None:
+        _tokens.check_per_token("old_logprobs", old_logprobs, name, source, shape)
+    if ref_logprobs is not None:
+        _tokens.check_per_token("ref_logprobs", ref_logprobs, name, source, shape)
+    elif objective.kl is not None:
+        raise ValueError(f"ref_logprobs is needed by objective.kl={objective.kl}, got None")
+    _tokens.check_weights("advantages", advantages, name, source, num_sequences, shape)
+    if is_weights is not None:
+        _tokens.check_weights("is_weights", is_weights, name, source, num_sequences, shape)
+    _tokens.check_number("loss_scale", loss_scale, name, source)
+    _tokens.check_denominator(denominator, objective.aggregation, name, source)
+    return Batch(*batch)
+
+
+def _per_token_or_sequence(x: Tensor, tokens: Tensor) -> Tensor:
+    per_token = x.numel() == tokens.numel() and x.shape[-1:] == tokens.shape[-1:]
+    return as_float(x).reshape(tokens.shape if per_token else (-1, 1))
+
+
+def as_float(x: Tensor) -> Tensor:
+    """``x.float()``, which asks the dispatcher only where there is something to do."""
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def as_bool(mask: Tensor | None) -> Tensor | None:

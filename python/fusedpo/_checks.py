@@ -16,6 +16,8 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_NUMBERS = (*FLOATS, *INTEGERS)
+_INDICES = (torch.int32, torch.int64)
 
 # Numbers reach the kernels as float32: another magnitude would become 0 or infinite there. Below the smallest normal
 # number, it would where subnormal ones are flushed to 0.
@@ -25,6 +27,7 @@ _brief = Repr()
 _brief.maxother = _brief.maxstring = _brief.maxlong = 200
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_OTHERS = (type(None), float, int, bool, str)  # what arguments mostly are beside tensors
 
 DEBUG = os.environ.get("FUSEDPO_DEBUG", "0") not in ("", "0")
 
@@ -48,7 +51,7 @@ def brief(value: object) -> str:
 
 def plain(value: Any) -> Any:
     """A NumPy number, or array of one, as the Python number that it holds; everything else as it is."""
-    if isinstance(value, bool | int | float | str | Tensor) and type(value).__module__ != "numpy":
+    if type(value) in _OTHERS or isinstance(value, Tensor):
         return value
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
@@ -58,7 +61,13 @@ def taken(*values: Any) -> tuple[Any, ...]:
 
     Those made under ``torch.inference_mode`` may not, outside of it: they are copied.
     """
-    copied = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    for x in values:  # as a rule, there is nothing to do
+        if type(x) not in _OTHERS and (type(x) is not Tensor or compiling or x.is_inference()):
+            break
+    else:
+        return values
+    copied = torch.is_grad_enabled() and not compiling
     return tuple(
         (x.clone() if copied and x.is_inference() else x) if isinstance(x, Tensor) else plain(x) for x in values
     )
@@ -89,20 +98,20 @@ def floating(name: str, tensor: Tensor) -> None:
 
 def real(name: str, tensor: Tensor, *, boolean: bool = True) -> None:
     is_tensor(name, tensor)
-    if tensor.dtype not in (*FLOATS, *INTEGERS) and not (boolean and tensor.dtype == torch.bool):
+    if tensor.dtype not in _NUMBERS and not (boolean and tensor.dtype == torch.bool):
         kinds = "bool, integer or floating-point" if boolean else "integer or floating-point"
         raise TypeError(f"{name} must be {kinds}, got {tensor.dtype}")
 
 
 def integer(name: str, tensor: Tensor) -> None:
     is_tensor(name, tensor)
-    if tensor.dtype not in (torch.int32, torch.int64):
+    if tensor.dtype not in _INDICES:
         raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {tensor.dtype}")
 
 
 def number(name: str, value: Any, expected: str = "a float") -> None:
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, float | int):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, float | int)):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
 
@@ -135,7 +144,7 @@ def same_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
-    if tuple(tensor.shape) != tuple(expected):
+    if tensor.shape != expected:
         raise ValueError(f"{name} must have shape {list(expected)} ({why}), got {list(tensor.shape)}")
 
 

@@ -45,10 +45,10 @@ def check_weights(
     """One value per token, or one per sequence."""
     _checks.floating(argument, tensor)
     shape = source.shape if shape is None else shape
-    expected = [tuple(shape), (num_sequences,), (num_sequences, 1)]
+    expected: tuple[tuple[int, ...], ...] = (shape, (num_sequences,), (num_sequences, 1))
     if len(shape) == 1 or shape[0] == 1:
-        expected += [(shape[-1],), (1, shape[-1])]
-    if tuple(tensor.shape) not in expected:
+        expected += ((shape[-1],), (1, shape[-1]))
+    if tensor.shape not in expected:
         shapes = [list(s) for s in dict.fromkeys(expected)]
         raise ValueError(
             f"{argument} must have one of the shapes {shapes} (a value per token or per sequence of {name}), "

@@ -191,11 +191,12 @@ def kernel_for(operator: str, device: str, dtype: torch.dtype = torch.float32) -
 
     A kernel that spares work of others may be missing from the backend that was forced: then they do the work.
     """
-    choice = _forced
-    names: tuple[str, ...] = (choice,) if choice is not None else _ORDER.get(device, ("triton",))
-    if choice is None:
-        names = tuple(name for name in names if (operator, name, device) not in _UNPROVEN)
-    return next((n for n in names if n != "reference" and why_not(n, operator, device, dtype) is None), None)
+    if _forced is not None:
+        return _forced if _forced != "reference" and why_not(_forced, operator, device, dtype) is None else None
+    for name in _ORDER.get(device, ("triton",)):
+        if (operator, name, device) not in _UNPROVEN and why_not(name, operator, device, dtype) is None:
+            return name
+    return None
 
 
 def choose(operator: str, device: str, dtype: torch.dtype = torch.float32) -> str:

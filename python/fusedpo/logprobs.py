@@ -72,16 +72,30 @@ def token_logprobs(
     """
     token_ids, temperature, mask = _checks.taken(token_ids, temperature, mask)
     check_token_logprobs(logits, token_ids, temperature, mask)
+    logprobs, entropy = checked_token_logprobs(logits, token_ids, temperature, mask, return_entropy, inplace_backward)
+    return logprobs if entropy is None else (logprobs, entropy)
+
+
+def checked_token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    return_entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`token_logprobs` of arguments that were checked; without ``return_entropy``, None is the entropy."""
     backend = backends.choose("token_logprobs", logits.device.type, logits.dtype)
     if backend == "reference":
         _check_values(token_ids, logits.shape[-1], temperature, mask)
-        return reference.token_logprobs(
+        results = reference.token_logprobs(
             logits, token_ids, temperature=temperature, mask=mask, return_entropy=return_entropy
         )
+        return results if isinstance(results, tuple) else (results, None)
     logprobs, entropy = ops_token_logprobs.token_logprobs(
         *as_kernels_take_them(logits, token_ids, temperature), as_bool(mask), return_entropy, inplace_backward, backend
     )
-    return (logprobs, entropy) if return_entropy else logprobs
+    return logprobs, entropy if return_entropy else None
 
 
 def linear_token_logprobs(
@@ -189,9 +203,8 @@ def next_tokens(
 
 def ids_and_temperature(token_ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """As kernels take them."""
-    if not isinstance(temperature, Tensor):
-        temperature = ops.scalar(temperature, token_ids.device)
-    return token_ids.to(torch.int64), temperature.to(torch.float32)
+    ids = token_ids if token_ids.dtype == torch.int64 else token_ids.to(torch.int64)
+    return ids, ops.as_scalar(temperature, token_ids.device)
 
 
 def as_kernels_take_them(
@@ -216,9 +229,13 @@ def taken_if_differentiated(
 
 def check_token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None) -> None:
     _checks.floating("logits", logits)
+    check_vocabulary(logits)
+    _check_rows(logits.shape[:-1], logits, "logits", token_ids, temperature, mask)
+
+
+def check_vocabulary(logits: Tensor) -> None:
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
-    _check_rows(logits.shape[:-1], logits, "logits", token_ids, temperature, mask)
 
 
 def _check_rows(
@@ -230,17 +247,22 @@ def _check_rows(
     mask: Tensor | None,
 ) -> None:
     _checks.integer("token_ids", token_ids)
-    if token_ids.shape[: len(rows)] != rows or token_ids.dim() > len(rows) + 1:
+    shape = token_ids.shape
+    if shape != rows and (shape[: len(rows)] != rows or len(shape) > len(rows) + 1):
         raise ValueError(
-            f"token_ids must have shape {list(rows)} or {[*rows, 'K']} (the rows of {name}), "
-            f"got {list(token_ids.shape)}"
+            f"token_ids must have shape {list(rows)} or {[*rows, 'K']} (the rows of {name}), got {list(shape)}"
         )
     _checks.same_device("token_ids", token_ids, name, source)
-    _checks.mask(mask, tuple(rows), f"the rows of {name}", name, source)
+    _checks.mask(mask, rows, f"the rows of {name}", name, source)
+    check_temperature(temperature, rows, name, source)
+
+
+def check_temperature(temperature: float | Tensor, rows: torch.Size, name: str, source: Tensor) -> None:
+    """One number, or one per row of ``source``, the argument ``name``."""
     if isinstance(temperature, Tensor):
         _checks.floating("temperature", temperature)
         if temperature.dim() > 0:
-            _checks.shape("temperature", temperature, tuple(rows), f"one value per row of {name}")
+            _checks.shape("temperature", temperature, rows, f"one value per row of {name}")
         _checks.same_device("temperature", temperature, name, source)
     else:
         _check_positive("temperature", temperature, "a float or a torch.Tensor")

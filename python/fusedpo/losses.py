@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from . import _checks, _tokens, backends, ops, reference
-from ._batch import Batch, as_bool
+from ._batch import Batch, as_bool, as_float, checked
 from .logprobs import (
     as_kernels_take_them,
     check_linear_token_logprobs,
-    check_token_logprobs,
+    check_temperature,
+    check_vocabulary,
+    checked_token_logprobs,
     ids_and_temperature,
     linear_token_logprobs,
     taken_if_differentiated,
-    token_logprobs,
 )
 from .objectives import Objective
 from .ops import hidden as ops_hidden
@@ -81,10 +82,10 @@ def policy_loss(
         TypeError: types and dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets, an argument that a
             part of ``objective`` needs and that is None, ``denominator`` where nothing is divided.
     """
-    batch = Batch(old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
-    batch = batch.checked("logprobs", logprobs, objective)
-    entropy = _checks.taken(entropy)[0]
+    given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    batch = checked(given, "logprobs", logprobs, objective)
     if entropy is not None:
+        (entropy,) = _checks.taken(entropy)
         _tokens.check_per_token("entropy", entropy, "logprobs", logprobs)
     elif objective.entropy_coef != 0:
         raise ValueError(f"entropy is needed by objective.entropy_coef={objective.entropy_coef}, got None")
@@ -137,13 +138,17 @@ def policy_loss_from_logits(
     Raises:
         As :func:`policy_loss` and :func:`fusedpo.token_logprobs`.
     """
-    batch = Batch(old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
-    batch = batch.checked("logits", logits, objective, features=1)
+    given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    batch = checked(given, "logits", logits, objective, features=1)
     token_ids, temperature = _checks.taken(token_ids, temperature)
     _check_token_ids(token_ids, "logits", logits)
-    backend = _one_pass_backend((logits,), logits.dtype, batch, objective)
+    check_vocabulary(logits)
+    _checks.same_device("token_ids", token_ids, "logits", logits)
+    check_temperature(temperature, token_ids.shape, "logits", logits)
+    backend = None
+    if ops.require_grad(logits):
+        backend = _one_pass_backend(logits.device, (logits.dtype,), batch, objective)
     if backend is not None:
-        check_token_logprobs(logits, token_ids, temperature, batch.mask)
         results = ops_one_pass.policy_loss_from_logits(
             *as_kernels_take_them(logits, token_ids, temperature),
             batch.as_kernels_take_it(token_ids),
@@ -152,9 +157,7 @@ def policy_loss_from_logits(
             backend=backend,
         )
         return _output(*results)
-    logprobs, entropy = token_logprobs(
-        logits, token_ids, temperature=temperature, mask=batch.mask, return_entropy=True, inplace_backward=inplace
-    )
+    logprobs, entropy = checked_token_logprobs(logits, token_ids, temperature, batch.mask, True, inplace)
     return _policy_loss(logprobs, entropy, batch, objective)
 
 
@@ -210,8 +213,8 @@ def policy_loss_from_hidden(
     Raises:
         As :func:`policy_loss_from_logits` and :func:`fusedpo.linear_token_logprobs`.
     """
-    batch = Batch(old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
-    batch = batch.checked("hidden", hidden, objective, features=1)
+    given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    batch = checked(given, "hidden", hidden, objective, features=1)
     token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live = _checks.taken(
         token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live
     )
@@ -254,7 +257,9 @@ def policy_loss_from_hidden(
         hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
         rows = ops_hidden.rows_where(as_bool(evaluated), token_ids.numel(), hidden.device, num_live)
         inputs = ops_hidden.Inputs(hidden, weight, bias, *ids_and_temperature(token_ids, temperature), rows)
-        one_pass = _one_pass_backend((hidden, weight, bias), head.dtype, batch, objective)
+        if ops.require_grad(hidden, weight, bias):
+            dtypes = (head.dtype, *(x.dtype for x in (hidden, weight, bias) if x is not None))
+            one_pass = _one_pass_backend(hidden.device, dtypes, batch, objective)
         if one_pass is None:
             logprobs, entropy = ops_hidden.linear_token_logprobs(
                 inputs, options=head, return_entropy=True, backend=backend
@@ -286,8 +291,8 @@ def _policy_loss(
         )
     used_entropy = entropy if entropy is None or objective.entropy_coef != 0 else entropy.detach()
     loss, metrics = ops_policy_loss.policy_loss(
-        logprobs.float(),
-        None if used_entropy is None else used_entropy.float(),
+        as_float(logprobs),
+        None if used_entropy is None else as_float(used_entropy),
         batch.as_kernels_take_it(logprobs),
         objective=objective,
         per_token=reduction == "none",
@@ -297,21 +302,17 @@ def _policy_loss(
 
 
 def _one_pass_backend(
-    sources: tuple[Tensor | None, ...], dtype: torch.dtype, batch: Batch, objective: Objective
+    device: torch.device, dtypes: tuple[torch.dtype, ...], batch: Batch, objective: Objective
 ) -> str | None:
-    """Who computes the gradients of ``sources`` together with the loss; None: forward alone, or two passes.
+    """Who computes gradients together with the loss; None: two passes.
 
-    ``dtype`` is that of the logits.
+    ``dtypes`` are that of the logits, and those of what they are computed from.
     """
-    tensors = [x for x in sources if x is not None]
-    if not any(x.requires_grad for x in tensors) or not torch.is_grad_enabled():
-        return None
     if not ops_one_pass.is_possible(objective) or ops.must_be_functional():
         return None
-    small = not isinstance(batch.loss_scale, Tensor) and batch.loss_scale <= 1
-    if small and torch.float16 in (dtype, *(x.dtype for x in tensors)):
+    if torch.float16 in dtypes and not isinstance(batch.loss_scale, Tensor) and batch.loss_scale <= 1:
         return None  # a GradScaler's factor comes with the upstream gradient: before it, gradients may be too small
-    return backends.kernel_for("one_pass", tensors[0].device.type, dtype)
+    return backends.kernel_for("one_pass", device.type, dtypes[0])
 
 
 def _output(loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor | None) -> PolicyLossOutput:

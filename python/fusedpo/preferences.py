@@ -234,7 +234,7 @@ def preference_loss_from_hidden(
             weight,
             bias,
             token_ids.to(torch.int64),
-            temperature.float() if isinstance(temperature, Tensor) else ops.scalar(temperature, hidden.device),
+            ops.as_scalar(temperature, hidden.device),
             [rows[chunk] for chunk in chunks],
             loss,
             options=head,

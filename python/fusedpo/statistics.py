@@ -56,7 +56,7 @@ def token_statistics(
     else:
         if logits.stride(-1) != 1 and logits.shape[-1] > 1:
             logits = logits.contiguous()
-        t = temperature.float() if isinstance(temperature, Tensor) else ops.scalar(temperature, logits.device)
+        t = ops.as_scalar(temperature, logits.device)
         kept = None if mask is None else mask != 0
         _, _, stats = getattr(torch.ops.fusedpo.token_logprobs, backend)(logits, ids, t, kept, False)
         found = of_rows(logits, ids, t, stats, NAMES, backend, kept)

@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from statistics import fmean
+from math import fsum
 from typing import Any, NamedTuple
 
 import torch
@@ -196,7 +196,7 @@ def pool_rollouts(
         raise ValueError(
             f"rollouts must start from a state in states, got {len(unknown) + 1} that do not, as {example}"
         )
-    means = {key: fmean(returns[state]) for key, state in by_key.items()}
+    means = {key: fsum(returns[state]) / len(returns[state]) for key, state in by_key.items()}
     steps = max(map(len, keys), default=0)
     rows = [[means.get(key, torch.nan) for key in row] + [torch.nan] * (steps + 1 - len(row)) for row in keys]
     return torch.tensor(rows, dtype=dtype).view(len(states), steps + 1)

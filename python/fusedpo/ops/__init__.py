@@ -8,6 +8,7 @@ has shape and dtype of the logits and memory of its own, or is the logits themse
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,24 @@ def scalar(value: float, device: torch.device) -> Tensor:
     """A number as a float32 0-d tensor; while tracing, in the one form that does not recompile for every value."""
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float32, device=device) * value
+    # on accelerators one tensor for all calls would have to wait for the stream, or the graph, in which it was made
+    if value == 1 and device == _CPU and torch._C._len_torch_dispatch_stack() == 0:
+        return _one()
     return torch.full((), value, dtype=torch.float32, device=device)
+
+
+_CPU = torch.device("cpu")
+
+
+@functools.cache
+def _one() -> Tensor:
+    with torch.inference_mode(False):  # whose tensors are not saved for a backward
+        return torch.ones((), dtype=torch.float32, device=_CPU)
+
+
+def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """:func:`scalar`, or the 0-d tensor that ``value`` is, in float32."""
+    return value.float() if isinstance(value, Tensor) else scalar(value, device)
 
 
 def must_be_functional(*tensors: Tensor) -> bool:
@@ -42,7 +60,7 @@ def must_be_functional(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    return any(isinstance(x, torch._subclasses.FakeTensor) for x in tensors)
+    return bool(tensors) and any(isinstance(x, torch._subclasses.FakeTensor) for x in tensors)
 
 
 def are_batched(*gradients: Tensor | None) -> bool:
@@ -76,12 +94,21 @@ def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any
         raise NotImplementedError(_NO_FORWARD_MODE.format(name)) from error
 
 
+def require_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward could ask for the gradient of one of them."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
 def is_differentiated(*tensors: Tensor | None) -> bool:
     """Whether a call has to go through :func:`apply`, without which derivatives would be lost: they could be asked for.
 
     Tangents of forward mode need neither ``requires_grad`` nor grad mode.
     """
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if require_grad(*tensors):
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

@@ -28,12 +28,12 @@ from .hidden import (
     Options,
     _Gradients,
     _Head,
-    _once_differentiable,
     _per_row,
     _plain,
     _select,
     _uncapped_temperature,
 )
+from .one_pass import scaled_once
 
 # Two float32 blocks: in a core's cache on the CPU, few launches elsewhere.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
@@ -147,14 +147,14 @@ class _FromLogits(torch.autograd.Function):
         kl, gradient = kl_rows(logits.detach(), ref_logits.detach(), rows, direction, how)
         if how == "in place":
             torch.autograd.graph.increment_version(logits)
-        ctx.taken, ctx.sources = False, [edge_to(logits)]
+        ctx.backend, ctx.taken, ctx.sources = None, False, [edge_to(logits)]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(kl)
         return (kl * rows.scale).sum(), kl
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
-        return *_scaled_once(ctx, "exact_kl", grad_loss), None, None, None, None
+        return *scaled_once(ctx, "exact_kl", grad_loss), None, None, None, None
 
 
 class _FromHidden(torch.autograd.Function):
@@ -194,7 +194,7 @@ class _FromHidden(torch.autograd.Function):
                 if grad_logits is not None:
                     gradients.add(of_chunk, states, grad_logits)
             results = gradients.rounded() if any(needed) else [None, None, None]
-        ctx.taken, ctx.sources = False, [edge_to(x) for x in (hidden, weight)]
+        ctx.backend, ctx.taken, ctx.sources = None, False, [edge_to(x) for x in (hidden, weight)]
         ctx.save_for_backward(*results)
         kl = kl.reshape(leading)
         ctx.mark_non_differentiable(kl)
@@ -202,26 +202,7 @@ class _FromHidden(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
-        return *_scaled_once(ctx, "exact_kl_from_hidden", grad_loss), *(None,) * 6
-
-
-def _scaled_once(ctx: Any, name: str, grad_loss: Tensor) -> list[Tensor | None]:
-    if ctx.taken:
-        raise RuntimeError(
-            f"{name}: the gradients were computed with the loss and the first backward has taken them; a second one "
-            "needs a second call"
-        )
-    ctx.taken = True
-    results = [None if gradient is None else gradient.detach() for gradient in ctx.saved_tensors]
-    for gradient in results:
-        if gradient is None:
-            continue
-        backend = backends.kernel_for("one_pass", gradient.device.type, gradient.dtype)
-        if backend is None:
-            gradient.mul_(grad_loss)
-        else:  # which does nothing for a factor of 1
-            getattr(torch.ops.fusedpo.scale_, backend)(gradient, grad_loss.float())
-    return _once_differentiable(name, results, *ctx.sources, grad_loss)
+        return *scaled_once(ctx, "exact_kl_from_hidden", grad_loss), *(None,) * 6
 
 
 def from_logits(

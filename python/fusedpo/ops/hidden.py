@@ -21,7 +21,7 @@ from ..objectives import Objective
 from ..reference.layout import layout
 from . import apply, are_batched, edge_to, must_be_functional, once_differentiable
 from . import policy_loss as ops_policy_loss
-from .one_pass import scaled
+from .one_pass import scaled_once
 
 # Every chunk streams the weight and its gradient once: against that its products must be large.
 WORKSPACE_BYTES = {"cpu": 1 << 28}
@@ -361,14 +361,7 @@ class _OnePass(torch.autograd.Function):
         none = (None,) * 7
         if grad_loss is None:
             return None, None, None, *none
-        if ctx.taken:
-            raise RuntimeError(
-                "policy_loss_from_hidden: the gradients were computed with the loss and the first backward has taken "
-                "them; a second one needs a second call"
-            )
-        ctx.taken = True
-        results = [None if x is None else scaled(x.detach(), grad_loss, ctx.backend) for x in ctx.saved_tensors]
-        return *_once_differentiable("policy_loss_from_hidden", results, *ctx.sources, grad_loss), *none
+        return *scaled_once(ctx, "policy_loss_from_hidden", grad_loss), *none
 
 
 def _per_row(x: Tensor, leading: torch.Size) -> Tensor:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import objectives
+from .. import backends, objectives
 from .._batch import Batch
 from ..objectives import Objective
 from . import apply, are_batched, define, edge_to, may_overlap, once_differentiable
@@ -60,11 +60,29 @@ def is_possible(objective: Objective) -> bool:
     )
 
 
-def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """``gradient``, which is overwritten, times the 0-d ``factor``."""
+def scaled_once(ctx: Any, name: str, grad_loss: Tensor, *, one: bool = False) -> list[Any]:
+    """The gradients that ``ctx`` saved, of which there may be ``one``, times ``grad_loss``. They are overwritten: a
+    second backward raises.
+    """
+    if ctx.taken:
+        gradients, them = ("gradient was", "it") if one else ("gradients were", "them")
+        raise RuntimeError(
+            f"{name}: the {gradients} computed with the loss and the first backward has taken {them}; a second one "
+            "needs a second call"
+        )
+    ctx.taken = True
+    saved = [None if x is None else _scaled(x.detach(), grad_loss, ctx.backend) for x in ctx.saved_tensors]
+    return [None if x is None else once_differentiable(name, x, *ctx.sources, grad_loss) for x in saved]
+
+
+def _scaled(gradient: Tensor, factor: Tensor, backend: str | None) -> Tensor:
     if are_batched(factor):
         return gradient * factor
-    getattr(torch.ops.fusedpo.scale_, backend)(gradient, factor.detach())
+    if backend is None:
+        backend = backends.kernel_for("one_pass", gradient.device.type, gradient.dtype)
+    if backend is None:
+        return gradient.mul_(factor)
+    getattr(torch.ops.fusedpo.scale_, backend)(gradient, factor.detach().float())  # does nothing for a factor of 1
     return gradient
 
 
@@ -94,7 +112,7 @@ class _OnePass(torch.autograd.Function):
         loss, metrics = ops_policy_loss.policy_loss(
             logprobs, entropy, batch, objective=objective, per_token=False, backend=backend
         )
-        ctx.backend, ctx.taken, ctx.source = backend, False, edge_to(logits)
+        ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(logits)]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(metrics, logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -105,14 +123,7 @@ class _OnePass(torch.autograd.Function):
         none = (None,) * 6
         if grad_loss is None:
             return None, *none
-        if ctx.taken:
-            raise RuntimeError(
-                "policy_loss_from_logits: the gradient was computed with the loss and the first backward has taken it; "
-                "a second one needs a second call"
-            )
-        ctx.taken = True
-        gradient = scaled(ctx.saved_tensors[0].detach(), grad_loss, ctx.backend)
-        return once_differentiable("policy_loss_from_logits", gradient, ctx.source, grad_loss), *none
+        return *scaled_once(ctx, "policy_loss_from_logits", grad_loss, one=True), *none
 
 
 def policy_loss_from_logits(

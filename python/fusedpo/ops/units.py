@@ -19,13 +19,12 @@ from .hidden import (
     Options,
     _Gradients,
     _Head,
-    _once_differentiable,
     _per_row,
     _plain,
     _select,
     _uncapped_temperature,
 )
-from .one_pass import scaled
+from .one_pass import scaled_once
 
 
 def chunks_of_units(
@@ -105,14 +104,7 @@ class _ByUnits(torch.autograd.Function):
         none = (None,) * 6
         if grad_loss is None:
             return None, None, None, *none
-        if ctx.taken:
-            raise RuntimeError(
-                "preference_loss_from_hidden: the gradients were computed with the loss and the first backward has "
-                "taken them; a second one needs a second call"
-            )
-        ctx.taken = True
-        results = [None if x is None else scaled(x.detach(), grad_loss.float(), ctx.backend) for x in ctx.saved_tensors]
-        return *_once_differentiable("preference_loss_from_hidden", results, *ctx.sources, grad_loss), *none
+        return *scaled_once(ctx, "preference_loss_from_hidden", grad_loss), *none
 
 
 def loss_from_hidden(
