@@ -10,9 +10,10 @@ from fusedpo._cli import VERSION  # first: the help of the command line does not
 from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
 from .aggregation import aggregate, global_denominator
+from .alignment import cu_seqlens, next_tokens, shift
 from .backends import BackendUnavailable, backend
 from .divergence import ExactKLOutput, exact_kl, exact_kl_from_hidden
-from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
+from .logprobs import linear_token_logprobs, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
 from .oreo import OREOLossOutput, oreo_loss
@@ -42,6 +43,7 @@ __all__ = [
     "backend",
     "corrections",
     "covariance",
+    "cu_seqlens",
     "exact_kl",
     "exact_kl_from_hidden",
     "global_denominator",
@@ -60,6 +62,7 @@ __all__ = [
     "reference",
     "regression_loss",
     "sequence_logprobs",
+    "shift",
     "token_logprobs",
     "token_statistics",
     "value_loss",
