@@ -9,7 +9,7 @@ from fusedpo._cli import VERSION  # first: the help of the command line does not
 
 from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
-from .aggregation import aggregate, global_denominator
+from .aggregation import aggregate, global_denominator, to_floats
 from .alignment import cu_seqlens, next_tokens, shift
 from .backends import BackendUnavailable, backend
 from .divergence import ExactKLOutput, exact_kl, exact_kl_from_hidden
@@ -63,6 +63,7 @@ __all__ = [
     "regression_loss",
     "sequence_logprobs",
     "shift",
+    "to_floats",
     "token_logprobs",
     "token_statistics",
     "value_loss",

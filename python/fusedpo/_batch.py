@@ -33,8 +33,6 @@ class Batch(NamedTuple):
         batch = Batch(*_checks.taken(*self))
         _checks.floating(name, source)
         shape = source.shape[: source.dim() - features]
-        if not isinstance(objective, Objective):
-            raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
         num_sequences = _tokens.check_layout(name, source, batch.mask, batch.cu_seqlens, shape)
         for argument, tensor in (("old_logprobs", batch.old_logprobs), ("ref_logprobs", batch.ref_logprobs)):
             if tensor is not None:

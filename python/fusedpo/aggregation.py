@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from . import _checks, _tokens
-from .objectives import Aggregation, Objective
+from .objectives import Aggregation, Objective, as_objective
 from .reference import aggregation as reference
 from .reference.advantages.segments import result_dtype
 from .reference.layout import layout
 
-__all__ = ["aggregate", "global_denominator"]
+__all__ = ["aggregate", "global_denominator", "to_floats"]
 
 
 def aggregate(
@@ -52,7 +54,7 @@ def aggregate(
 
 def global_denominator(
     mask: Tensor,
-    objective: Objective,
+    objective: Objective | str,
     group: dist.ProcessGroup | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
@@ -75,8 +77,7 @@ def global_denominator(
     Raises:
         TypeError: types. ValueError: shapes, ``cu_seqlens`` that are no offsets, an objective that divides by nothing.
     """
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
+    objective = as_objective(objective)
     if objective.aggregation == "token-sum":
         raise ValueError("objective must average over something, got aggregation='token-sum'")
     _checks.is_tensor("mask", mask)
@@ -91,3 +92,22 @@ def global_denominator(
         dist.all_reduce(count, group=group)
         ranks = dist.get_world_size(group)
     return count.to(torch.float32) / ranks
+
+
+def to_floats(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The metrics of a loss as Python numbers, for a logger: one wait for the device, not one for each.
+
+    Args:
+        metrics: 0-d tensors on one device, or numbers, by name: ``out.metrics``, or those of several losses in one.
+
+    Raises:
+        ValueError: a tensor that holds more than a number.
+    """
+    tensors = {name: x for name, x in metrics.items() if isinstance(x, Tensor)}
+    for name, x in tensors.items():
+        _checks.shape(f"metrics[{name!r}]", x, (), "a number")
+    if not tensors:
+        return {name: float(x) for name, x in metrics.items()}
+    dtype = result_dtype(*tensors.values())
+    numbers = iter(torch.stack([x.detach().to(dtype) for x in tensors.values()]).tolist())
+    return {name: next(numbers) if name in tensors else float(x) for name, x in metrics.items()}

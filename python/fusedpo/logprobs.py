@@ -84,6 +84,34 @@ def token_logprobs(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+    chunk_tokens: int | None = ...,
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+    chunk_tokens: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -94,7 +122,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
-    return_entropy: bool = True,
+    return_entropy: bool = False,
     chunk_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.

@@ -54,7 +54,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
-    return_entropy: bool = True,
+    return_entropy: bool = False,
     chunk_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``.
