@@ -9,7 +9,7 @@ from fusedpo._cli import VERSION  # first: the help of the command line does not
 
 from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
-from .aggregation import aggregate, global_denominator, to_floats
+from .aggregation import aggregate, global_denominator, prompt_weights, to_floats
 from .alignment import cu_seqlens, next_tokens, shift
 from .backends import BackendUnavailable, backend
 from .divergence import ExactKLOutput, exact_kl, exact_kl_from_hidden
@@ -25,6 +25,7 @@ from .preferences import (
     regression_loss,
 )
 from .segments import sequence_logprobs
+from .selection import top_entropy_mask
 from .statistics import TokenStatistics, token_statistics
 from .values import ValueLossOutput, value_loss
 
@@ -59,6 +60,7 @@ __all__ = [
     "preference_loss",
     "preference_loss_from_hidden",
     "preference_loss_from_logits",
+    "prompt_weights",
     "reference",
     "regression_loss",
     "sequence_logprobs",
@@ -66,6 +68,7 @@ __all__ = [
     "to_floats",
     "token_logprobs",
     "token_statistics",
+    "top_entropy_mask",
     "value_loss",
     "warmup",
 ]

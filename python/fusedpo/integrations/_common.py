@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import advantages
+from ..advantages.samples import as_labels
 from ..logprobs import token_logprobs
 from ..objectives import KL, OLD_NAMES, PRESETS, Aggregation, Objective, PPOClip, with_new_names
 
@@ -149,12 +150,10 @@ def estimate(
 
 def group_ids(index: Any, device: torch.device) -> Tensor:
     """int64 ``[B]`` from labels of any kind: an array or a list of strings or numbers, or a tensor."""
-    import numpy as np  # every trainer has it
-
     if index is None:
         raise ValueError("index (the prompt of each response) is needed by an estimator that compares within groups")
-    labels = index.cpu() if isinstance(index, Tensor) else index
-    return torch.from_numpy(np.unique(np.asarray(labels), return_inverse=True)[1]).to(device)
+    labels = index.tolist() if isinstance(index, Tensor) else index
+    return as_labels("index", labels, torch.empty(0, device=device))
 
 
 # ------------------------------------------------------------------------------------------------------------ log-probs
