@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import advantages
+from .. import _names, advantages
 from ..advantages.samples import as_labels
 from ..logprobs import token_logprobs
 from ..objectives import KL, OLD_NAMES, PRESETS, Aggregation, Objective, PPOClip, with_new_names
@@ -92,7 +92,7 @@ def check_options(name: str, options: Iterable[str], *functions: Callable[..., A
     known_before = {old for function in functions for old in OLD_NAMES.get(function.__name__, ())}
     for option in options:
         if option not in known | known_before:
-            raise ValueError(f"{name} has no option {option!r}; it has {sorted(known)}")
+            raise ValueError(f"{name} has no option {option!r}; it has {sorted(known)}{_names.hint(option, known)}")
 
 
 def for_function(options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
