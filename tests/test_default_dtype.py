@@ -66,7 +66,7 @@ def results():
     differentiable = [
         *(out.loss for out in outputs),
         *fusedpo.token_logprobs(logits, ids, temperature=0.7, return_entropy=True),
-        *fusedpo.linear_token_logprobs(hidden, x["weight"], ids, temperature=0.7, softcap=5.0),
+        *fusedpo.linear_token_logprobs(hidden, x["weight"], ids, temperature=0.7, softcap=5.0, return_entropy=True),
         *fusedpo.value_loss(logprobs, old, x["values"], clip=0.2, **tokens)[:1],
         fusedpo.aggregate(logprobs, "seq-mean-token-mean", mask=mask, denominator=7.5),
         covariance.kl_cov_penalty(logprobs, old, x["advantages"], mask=mask, fraction=0.3),

@@ -55,7 +55,7 @@ FUNCTIONS = {
     ),
     "token_logprobs": (lambda **x: fusedpo.token_logprobs(**x), ("logits", "token_ids", "temperature", "mask")),
     "linear_token_logprobs": (
-        lambda **x: fusedpo.linear_token_logprobs(**x)[0],
+        lambda **x: fusedpo.linear_token_logprobs(**x),
         ("hidden", "weight", "bias", "token_ids", "temperature", "mask"),
     ),
     "value_loss": (
@@ -180,10 +180,8 @@ def test_numpy_numbers_are_numbers(number):
     assert all(type(value) is float for value in encode(parts)[1])
     hidden = {name: TENSORS[name] for name in ("hidden", "weight", "token_ids")}
     equal(
-        fusedpo.linear_token_logprobs(**hidden, softcap=number(4), logit_scale=number(0.5), chunk_tokens=np.int64(3))[
-            0
-        ],
-        fusedpo.linear_token_logprobs(**hidden, softcap=4.0, logit_scale=0.5, chunk_tokens=3)[0],
+        fusedpo.linear_token_logprobs(**hidden, softcap=number(4), logit_scale=number(0.5), chunk_tokens=np.int64(3)),
+        fusedpo.linear_token_logprobs(**hidden, softcap=4.0, logit_scale=0.5, chunk_tokens=3),
     )
     old, rollout, a = TENSORS["old_logprobs"], TENSORS["rollout_logprobs"], TENSORS["advantages"]
     equal(

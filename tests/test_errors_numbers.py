@@ -113,7 +113,7 @@ def test_options(function, option, value, error, message):
             "two_sided_grpo: clip_high must be a float, got NoneType",
         ),
         (lambda: O.nfpo(2.5), ValueError, "ForwardTrace: n must be an integer >= 1, got 2.5"),
-        (lambda: O.grpo(kl=0.1), TypeError, "Objective: kl must be a KL or None, got 0.1"),
+        (lambda: O.grpo(kl="k3"), TypeError, "Objective: kl must be a KL, a float or None, got 'k3'"),
         (lambda: O.Objective("token"), TypeError, "Objective: ratio must be one of .*TokenRatio.*, got 'token'"),
         (lambda: O.nfpo(trust_region=0.2), TypeError, "Objective: trust_region must be one of .*PPOClip.*, got 0.2"),
     ],

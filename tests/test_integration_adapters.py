@@ -120,9 +120,9 @@ def skyrl_config(**settings):
 
 def skyrl_formula(name, x):
     log_ratio = x.logprobs - x.old
-    if name == "ppo":
+    if name == "dual_clip":
         return clipped(log_ratio, x.advantages, 0.15, 0.3, dual=1.8)
-    if name == "grpo":
+    if name in ("ppo", "grpo", "dapo"):
         return clipped(log_ratio, x.advantages, 0.15, 0.3)
     if name == "gspo":
         mean = sequence_log_ratio(log_ratio, MASK).detach()
@@ -136,7 +136,7 @@ def skyrl_formula(name, x):
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
-@pytest.mark.parametrize("name", ["ppo", "grpo", "gspo", "cispo", "sapo", "nfpo"])
+@pytest.mark.parametrize("name", ["ppo", "dual_clip", "dapo", "grpo", "gspo", "cispo", "sapo", "nfpo"])
 def test_skyrl_losses(batch, name, mask_dtype):
     """A sum: SkyRL has divided the advantages by what it averages over."""
     loss_fn = skyrl.policy_loss_fn(name, **({"n": 3} if name == "nfpo" else {}))
@@ -178,6 +178,13 @@ def test_skyrl_refuses_corrections(batch, option, value):
     loss_fn(batch.logprobs, batch.old, batch.advantages, config, MASK, None)  # SkyRL corrects nothing then
     with pytest.raises(NotImplementedError, match=f"off_policy_correction.{option}={value!r}"):
         loss_fn(batch.logprobs, batch.old, batch.advantages, config, MASK, batch.rollout)
+
+
+def test_skyrl_refuses_the_ratio_to_the_rollout(batch):
+    config = skyrl_config()
+    config.cispo.cispo_anchor = "rollout"
+    with pytest.raises(NotImplementedError, match="cispo.cispo_anchor='rollout'"):
+        skyrl.policy_loss_fn("cispo")(batch.logprobs, batch.old, batch.advantages, config, MASK)
 
 
 def test_skyrl_advantages():
@@ -245,7 +252,7 @@ def test_skyrl_registration(monkeypatch):
         register_advantage_estimator=decorator("advantage_estimator"),
     )
     skyrl.register(maxpo={"k": 2}, grpo={"clip_low": 0.4, "std": False})
-    assert set(registries["policy_loss"]) == {"fusedpo_" + n for n in _common.PRESETS if n != "dro"}
+    assert set(registries["policy_loss"]) == {"fusedpo_" + n for n in (*_common.PRESETS, "dual_clip") if n != "dro"}
     assert "fusedpo_maxpo" in registries["advantage_estimator"]
     rewards = torch.tensor([[0.0, 1.0], [0.0, 0.5], [0.0, 0.0], [0.0, 3.0]])
     got, _ = registries["advantage_estimator"]["fusedpo_maxpo"](
@@ -571,7 +578,7 @@ def test_slime_a_trajectory_counts_once(mpu):
         want = rewards - (weights * rewards).sum() / weights.sum()
         torch.testing.assert_close(torch.tensor(got), torch.tensor([*want[list(rollouts)], 0.5, -0.5]))
     fan[2].reward = {"score": 0.0}
-    with pytest.raises(ValueError, match=r"one trajectory must have one reward, got 1.0 and 0.0 for rollout_id 0"):
+    with pytest.raises(ValueError, match=r"samples of one trajectory must have one reward and one group"):
         slime.post_process_rewards(slime_args(), fan)
 
 
@@ -932,6 +939,70 @@ def test_nemo_rl_truncates_nothing_in_silence(interfaces, kind, correct, bound, 
         nemo_rl.ClippedPGLossFn({**NEMO, **flags})
 
 
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ({}, lambda w: w),
+        ({"truncated_importance_sampling_type": "tis"}, lambda w: w.clamp(0, 1.2)),
+        (
+            {"truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio_min": 0.8},
+            lambda w: torch.where((w >= 0.8) & (w <= 1.2), w, 0),
+        ),
+        ({"sequence_level_importance_ratios": True}, None),
+    ],
+    ids=["plain", "tis", "icepop", "sequence"],
+)
+def test_nemo_rl_metric_of_importance_weights(batch, interfaces, flags, weight):
+    """As NeMo-RL has it: after truncation, infinite ones 0, and of whole sequences where the ratio is."""
+    cfg = {**NEMO, **flags, "token_level_loss": not flags.get("sequence_level_importance_ratios", False)}
+    if weight is not None and flags:
+        cfg |= {"use_importance_sampling_correction": True, "truncated_importance_sampling_ratio": 1.2}
+    data = nemo_data(batch)
+    data["generation_logprobs"][0, 3] = -200.0  # its weight overflows
+    _, metrics = nemo_rl.ClippedPGLossFn(cfg)(batch.logprobs, data, torch.tensor(10.0), torch.tensor(40.0))
+    shift, keep = batch.old - data["generation_logprobs"][:, 1:], MASK * SAMPLE_MASK[:, None]
+    if weight is None:
+        w = (shift * keep).sum(1).exp()
+        want = (torch.where(w.isinf(), 0, w) * SAMPLE_MASK).sum() / 10
+    else:
+        w = shift.exp()
+        w = torch.where(w.isinf(), 0, w)
+        want = (weight(w) * keep).sum() / 40
+    assert metrics["sampling_importance_ratio"] == pytest.approx(want.item(), rel=1e-5)
+    if weight is not None and flags:
+        low = flags.get("truncated_importance_sampling_ratio_min", 0)
+        assert metrics["is_oob_ratio"] == pytest.approx((((w < low) | (w > 1.2)) * keep).sum().item() / 40, rel=1e-5)
+    else:
+        assert "is_oob_ratio" not in metrics
+
+
+def test_nemo_rl_patch_reaches_all_that_build_the_loss(interfaces, monkeypatch):
+    class Theirs:
+        pass
+
+    places = ("loss", "loss.loss_functions", "grpo", "ppo", "single_controller_utils.setup")
+    modules = [stand_in(monkeypatch, f"nemo_rl.algorithms.{x}", ClippedPGLossFn=Theirs) for x in places]
+    monkeypatch.setattr(sys.modules["nemo_rl.algorithms"], "loss", modules[0], raising=False)
+    try:
+        nemo_rl.patch(objective="nfpo", n=3)
+        assert all(module.ClippedPGLossFn is nemo_rl.ClippedPGLossFn for module in modules)
+        by_patch = modules[2].ClippedPGLossFn(NEMO)
+        assert by_patch.objective == nemo_rl.ClippedPGLossFn(NEMO, objective="nfpo", n=3).objective
+        own = modules[2].ClippedPGLossFn(NEMO, objective="gspo")
+        assert isinstance(own.objective.ratio, fusedpo.objectives.SequenceRatio)
+        nemo_rl.patch()
+        assert isinstance(
+            modules[3].ClippedPGLossFn({**NEMO, "use_cispo": True}).objective.trust_region, fusedpo.objectives.CISPO
+        )
+        with pytest.raises(ValueError, match="nfpo has no option 'window'"):
+            nemo_rl.patch(objective="nfpo", window=3)
+    finally:
+        nemo_rl.unpatch()
+    assert all(module.ClippedPGLossFn is Theirs for module in modules)
+    nemo_rl.unpatch()
+    assert isinstance(nemo_rl.ClippedPGLossFn(NEMO).objective.ratio, fusedpo.objectives.TokenRatio)
+
+
 def test_nemo_rl_refuses_filtered_logprobs(batch, interfaces):
     data = {**nemo_data(batch), "curr_logprobs_keep_mask": MASK}
     with pytest.raises(NotImplementedError, match="curr_logprobs_keep_mask"):
@@ -1052,13 +1123,14 @@ def test_areal_itself(batch, kind, layout):
         torch.testing.assert_close(got[1][name][kept], value[kept], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "sapo"])
+@pytest.mark.parametrize("name", ["ppo", "dual_clip", "gspo", "cispo", "sapo"])
 def test_skyrl_itself(batch, name):
     theirs = pytest.importorskip(
         "skyrl.backends.skyrl_train.utils.ppo_utils", reason="skyrl is not installed", exc_type=Exception
     )
     function, kind = {
-        "ppo": (theirs.ppo_policy_loss, "dual_clip"),
+        "ppo": (theirs.ppo_policy_loss, "regular"),
+        "dual_clip": (theirs.ppo_policy_loss, "dual_clip"),
         "gspo": (theirs.gspo_policy_loss, "gspo"),
         "cispo": (theirs.compute_policy_loss_cispo, "cispo"),
         "sapo": (theirs.sapo_policy_loss, "sapo"),

@@ -46,7 +46,7 @@ def as_models_do(hidden, weight, ids, *, bias=None, softcap=None, logit_scale=1.
     logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    return reference.token_logprobs(logits, ids, return_entropy=True, **options)
+    return reference.token_logprobs(logits, ids, **options)
 
 
 def assert_accurate(sources: list[Tensor], ids: Tensor, *, chunk_tokens: int | None = None, **options) -> None:
@@ -55,6 +55,7 @@ def assert_accurate(sources: list[Tensor], ids: Tensor, *, chunk_tokens: int | N
     Both round logits and their gradients, not at the same places: the errors are of one size, not equal.
     """
     upstream = torch.randn(ids.shape), torch.randn(sources[0].shape[:-1])
+    options["return_entropy"] = True
     truth = run(reference.linear_token_logprobs, sources, ids, upstream, torch.float64, **options)
     torchs = run(as_models_do, sources, ids, upstream, **options)
     results = run(fusedpo.linear_token_logprobs, sources, ids, upstream, chunk_tokens=chunk_tokens, **options)
@@ -128,21 +129,25 @@ def test_masked_rows_are_not_read(mask_dtype):
     (hidden, weight, bias), ids = inputs(), torch.randint(0, V, (T,))
     mask, temperature = torch.rand(T) > 0.4, torch.rand(T) + 0.5
     upstream = torch.randn(T), torch.randn(T)
-    want = run(reference.linear_token_logprobs, (hidden, weight, bias), ids, upstream, mask=mask)
+    want = run(reference.linear_token_logprobs, (hidden, weight, bias), ids, upstream, mask=mask, return_entropy=True)
     hidden[~mask], ids[~mask] = torch.nan, -100
-    options = {"mask": mask.to(mask_dtype), "chunk_tokens": 2}
+    options = {"mask": mask.to(mask_dtype), "chunk_tokens": 2, "return_entropy": True}
     got = run(fusedpo.linear_token_logprobs, (hidden, weight, bias), ids, upstream, **options)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
     for g in got[:3]:
         assert (g[~mask] == 0).all()
     temperature[~mask] = torch.nan
-    assert fusedpo.linear_token_logprobs(hidden, weight, ids, mask=mask, temperature=temperature)[0].isfinite().all()
+    assert (
+        fusedpo.linear_token_logprobs(hidden, weight, ids, mask=mask, temperature=temperature, return_entropy=True)[0]
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 3])
 def test_all_masked(chunk_tokens):
-    options = {"mask": torch.zeros(T), "chunk_tokens": chunk_tokens}
+    options = {"mask": torch.zeros(T), "chunk_tokens": chunk_tokens, "return_entropy": True}
     results = run(
         fusedpo.linear_token_logprobs, inputs(), torch.full((T,), -100), (torch.randn(T), torch.randn(T)), **options
     )
@@ -159,7 +164,7 @@ def test_only_what_needs_a_gradient_is_computed(needed, use):
     gradients = []
     for function in (fusedpo.linear_token_logprobs, reference.linear_token_logprobs):
         leaves = [x.clone().requires_grad_(n) for x, n in zip((hidden, weight, bias), needed, strict=True)]
-        outputs = function(*leaves[:2], ids, bias=leaves[2], chunk_tokens=7)
+        outputs = function(*leaves[:2], ids, bias=leaves[2], return_entropy=True, chunk_tokens=7)
         outputs = outputs if use == "both" else outputs[use == "entropy"]
         with Products() as products:
             if any(needed):
@@ -177,7 +182,9 @@ def test_cost_follows_the_rows_that_are_kept():
     (hidden, weight, _), ids = inputs(), torch.randint(0, V, (T,))
     hidden.requires_grad_()
     with Products() as products:
-        logprobs, _ = fusedpo.linear_token_logprobs(hidden, weight, ids, mask=torch.arange(T) < 5, chunk_tokens=3)
+        logprobs, _ = fusedpo.linear_token_logprobs(
+            hidden, weight, ids, mask=torch.arange(T) < 5, chunk_tokens=3, return_entropy=True
+        )
         logprobs.sum().backward()
     assert products.shapes == [(3, H, V), (2, H, V), (3, H, V), (3, V, H), (2, H, V), (2, V, H)]
 
@@ -187,18 +194,20 @@ def test_workspace_budget(monkeypatch):
     monkeypatch.setitem(ops_hidden.WORKSPACE_BYTES, "cpu", 6 * V * 4)
     (hidden, weight, _), ids = inputs(), torch.randint(0, V, (T,))
     with Products() as products:
-        fusedpo.linear_token_logprobs(hidden, weight, ids)
+        fusedpo.linear_token_logprobs(hidden, weight, ids, return_entropy=True)
     assert [rows for rows, *_ in products.shapes] == [5, 5, 4]
     with Products() as products:
-        fusedpo.linear_token_logprobs(hidden[:6], weight, ids[:6])
+        fusedpo.linear_token_logprobs(hidden[:6], weight, ids[:6], return_entropy=True)
     assert [rows for rows, *_ in products.shapes] == [6]
     with Products() as products:  # two buffers in the backward
-        logprobs, _ = fusedpo.linear_token_logprobs(hidden[:6].requires_grad_(), weight, ids[:6], softcap=3.0)
+        logprobs, _ = fusedpo.linear_token_logprobs(
+            hidden[:6].requires_grad_(), weight, ids[:6], softcap=3.0, return_entropy=True
+        )
         logprobs.sum().backward()
     assert products.shapes == [(6, H, V), (3, H, V), (3, V, H), (3, H, V), (3, V, H)]
     monkeypatch.setitem(ops_hidden.WORKSPACE_BYTES, "cpu", 1)
     with Products() as products:
-        fusedpo.linear_token_logprobs(hidden[:2], weight, ids[:2])
+        fusedpo.linear_token_logprobs(hidden[:2], weight, ids[:2], return_entropy=True)
     assert [rows for rows, *_ in products.shapes] == [1, 1]
 
 
@@ -212,7 +221,9 @@ def test_memory(dtype):
     hidden.requires_grad_()
     outputs = []
     forward = peak_extra_bytes(
-        lambda: outputs.extend(fusedpo.linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk))
+        lambda: outputs.extend(
+            fusedpo.linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk, return_entropy=True)
+        )
     )
     # PyTorch's product in bfloat16 may have a float32 copy of its result, on processors without such instructions
     logits = torch.empty(chunk, vocab, dtype=dtype)
@@ -231,7 +242,7 @@ def test_memory(dtype):
 
 def expected_gradients(hidden: Tensor, weight: Tensor, ids: Tensor) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
-    total(reference.linear_token_logprobs(*leaves, ids)).backward()
+    total(reference.linear_token_logprobs(*leaves, ids, return_entropy=True)).backward()
     return [x.grad for x in leaves]
 
 
@@ -246,7 +257,7 @@ def ids() -> Tensor:
 
 
 def call(hidden: Tensor, weight: Tensor, ids: Tensor, chunk_tokens: int | None = 5) -> Tensor:
-    return total(fusedpo.linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens))
+    return total(fusedpo.linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens, return_entropy=True))
 
 
 def assert_gradients(leaves: list[Tensor], wanted: list[Tensor]) -> None:
@@ -291,7 +302,7 @@ def test_no_graph_where_none_is_wanted(leaves, ids):
     with torch.no_grad():
         assert not call(*leaves, ids).requires_grad
     only_logprobs = fusedpo.linear_token_logprobs(*leaves, ids, return_entropy=False)
-    torch.testing.assert_close(only_logprobs, reference.linear_token_logprobs(*leaves, ids)[0])
+    torch.testing.assert_close(only_logprobs, reference.linear_token_logprobs(*leaves, ids, return_entropy=True)[0])
     only_logprobs.sum().backward()
     assert all(x.grad is not None for x in leaves)
 
@@ -328,10 +339,10 @@ def test_compile_without_graph_break(monkeypatch):
 def test_autocast_is_that_of_linear(leaves, ids):
     """The products are of bfloat16 matrices; the gradient of a float32 weight is not rounded to bfloat16."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = fusedpo.linear_token_logprobs(*leaves, ids, chunk_tokens=5)
-        mixed = fusedpo.linear_token_logprobs(leaves[0].bfloat16(), leaves[1], ids, chunk_tokens=5)
+        outputs = fusedpo.linear_token_logprobs(*leaves, ids, chunk_tokens=5, return_entropy=True)
+        mixed = fusedpo.linear_token_logprobs(leaves[0].bfloat16(), leaves[1], ids, chunk_tokens=5, return_entropy=True)
     rounded = [x.detach().bfloat16().requires_grad_() for x in leaves]
-    plain = fusedpo.linear_token_logprobs(*rounded, ids, chunk_tokens=5)
+    plain = fusedpo.linear_token_logprobs(*rounded, ids, chunk_tokens=5, return_entropy=True)
     for got, other, want in zip(outputs, mixed, plain, strict=True):
         assert torch.equal(got, want)
         assert torch.equal(other, want)
@@ -346,8 +357,8 @@ def test_float16_products_on_the_cpu_are_of_float32_copies(leaves, ids):
     """Where float16 ones take a hundred times as long; the results are still those of the float16 inputs."""
     assert ops_hidden.compute_dtype(leaves[0].half()) == torch.float32
     rounded = [x.detach().half() for x in leaves]
-    got = fusedpo.linear_token_logprobs(*rounded, ids)
-    want = fusedpo.linear_token_logprobs(*map(Tensor.float, rounded), ids)
+    got = fusedpo.linear_token_logprobs(*rounded, ids, return_entropy=True)
+    want = fusedpo.linear_token_logprobs(*map(Tensor.float, rounded), ids, return_entropy=True)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
@@ -361,10 +372,10 @@ def test_backward_under_autocast(leaves, ids):
 def test_float64_runs_on_the_reference(leaves, ids):
     doubles = [x.double() for x in leaves]
     with fusedpo.backend("auto"):
-        logprobs, _ = fusedpo.linear_token_logprobs(*doubles, ids)
+        logprobs, _ = fusedpo.linear_token_logprobs(*doubles, ids, return_entropy=True)
     assert logprobs.dtype == torch.float64
     with pytest.raises(fusedpo.BackendUnavailable, match="float64"):
-        fusedpo.linear_token_logprobs(*doubles, ids)
+        fusedpo.linear_token_logprobs(*doubles, ids, return_entropy=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -388,7 +399,7 @@ def test_shards_raise(sharded, ids):
     for shard, message in ((sharded, r"DTensor.*{}\.full_tensor"), (zero3, r"empty.*GatheredParameters")):
         for name, (weight, bias) in (("weight", (shard, None)), ("bias", (inputs()[1], shard))):
             with pytest.raises(TypeError, match=f"^{name} must be a whole.*{message.format(name)}"):
-                fusedpo.linear_token_logprobs(hidden, weight, ids, bias=bias)
+                fusedpo.linear_token_logprobs(hidden, weight, ids, bias=bias, return_entropy=True)
             with pytest.raises(TypeError, match=f"^{name} must be a whole.*{message.format(name)}"):
                 fusedpo.policy_loss_from_hidden(hidden, weight, ids, bias=bias, **arguments)
 
@@ -412,4 +423,4 @@ def test_errors(error, argument, given):
     hidden, weight, _ = inputs()
     right = {"hidden": hidden, "weight": weight, "token_ids": torch.zeros(T, dtype=torch.int64)}
     with pytest.raises(error, match=rf"^{argument}"):
-        fusedpo.linear_token_logprobs(**right | given)
+        fusedpo.linear_token_logprobs(**right | given, return_entropy=True)

@@ -87,8 +87,8 @@ def test_it_is_a_module():
 
 
 def test_errors(tokens):
-    with pytest.raises(TypeError, match="objective must be a fusedpo.Objective, got str"):
-        PolicyLoss("nfpo")
+    with pytest.raises(TypeError, match="objective must be a fusedpo.Objective or a preset's name, got dict"):
+        PolicyLoss({"preset": "nfpo"})
     with pytest.raises(TypeError, match="got 'mask'"):
         PolicyLoss(OBJECTIVE, mask=tokens["mask"])
     with pytest.raises(TypeError, match="temperature"):

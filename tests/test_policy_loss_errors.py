@@ -56,7 +56,7 @@ WRONG = [
     (ValueError, "advantages", {"advantages": zeros(1, 3)}),
     (ValueError, "advantages", {"advantages": zeros()}),
     (ValueError, "advantages", {"advantages": zeros(2, device="meta")}),
-    (TypeError, "objective", {"objective": "ppo"}),
+    (TypeError, "objective", {"objective": 0.2}),
     (TypeError, "objective", {"objective": O.PPOClip()}),
     (TypeError, "mask", {"mask": [True]}),
     (TypeError, "mask", {"mask": zeros(2, 3, dtype=torch.complex64)}),

@@ -197,7 +197,14 @@ def test_linear_values(bias, softcap, logit_scale, temperature):
     per_row = torch.linspace(0.5, 2.0, 6, dtype=torch.float64).reshape(2, 3)
     temperature = per_row if temperature == "per row" else temperature
     logp, entropy = reference.linear_token_logprobs(
-        hidden, weight, ids, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature
+        hidden,
+        weight,
+        ids,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        return_entropy=True,
     )
     for b in range(2):
         for t in range(3):
@@ -247,7 +254,7 @@ def test_chunks_keep_no_logits():
     def largest_saved(chunk_tokens):
         sizes = [0]
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            reference.linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens)
+            reference.linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens, return_entropy=True)
         return max(sizes)
 
     assert largest_saved(None) == 12 * 50
@@ -257,7 +264,7 @@ def test_chunks_keep_no_logits():
 def test_product_is_in_the_dtype_of_the_weight():
     hidden, weight = random_logits(3, 64, dtype=torch.bfloat16), random_logits(7, 64, dtype=torch.bfloat16, scale=0.2)
     ids = random_ids(3, vocab=7)
-    logp, entropy = reference.linear_token_logprobs(hidden, weight, ids)
+    logp, entropy = reference.linear_token_logprobs(hidden, weight, ids, return_entropy=True)
     assert logp.dtype == entropy.dtype == torch.float32
     assert torch.equal(logp, reference.token_logprobs(hidden @ weight.T, ids))
 
@@ -266,9 +273,11 @@ def test_masked_hidden_states_reach_no_gradient():
     hidden, weight, ids = random_logits(4, 3), random_logits(5, 3, seed=2), random_ids(4, vocab=5)
     mask = torch.tensor([True, False, True, False])
 
+    both = {"return_entropy": True}
+
     def gradients(hidden):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        logp, entropy = reference.linear_token_logprobs(*leaves, ids.masked_fill(~mask, -100), mask=mask)
+        logp, entropy = reference.linear_token_logprobs(*leaves, ids.masked_fill(~mask, -100), mask=mask, **both)
         assert not logp[~mask].any()
         assert not entropy[~mask].any()
         (logp.sum() + entropy.sum()).backward()
@@ -286,7 +295,15 @@ def test_linear_gradcheck():
 
     def logprobs(hidden, weight, bias):
         return reference.linear_token_logprobs(
-            hidden, weight, ids, bias=bias, softcap=4.0, logit_scale=0.5, temperature=0.7, chunk_tokens=2
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            softcap=4.0,
+            logit_scale=0.5,
+            temperature=0.7,
+            chunk_tokens=2,
+            return_entropy=True,
         )
 
     assert gradcheck(logprobs, inputs)
@@ -296,7 +313,11 @@ def test_linear_gradcheck():
 def test_linear_without_rows(chunk_tokens):
     hidden, weight = torch.zeros(0, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     logp, entropy = reference.linear_token_logprobs(
-        hidden, weight, torch.zeros(0, dtype=torch.int64), chunk_tokens=chunk_tokens
+        hidden,
+        weight,
+        torch.zeros(0, dtype=torch.int64),
+        chunk_tokens=chunk_tokens,
+        return_entropy=True,
     )
     (logp.sum() + entropy.sum()).backward()
     assert hidden.grad.shape == (0, 3)
@@ -366,7 +387,9 @@ def test_next_tokens_never_reads_another_sequence():
 def test_compiles_without_a_break():
     def logprobs(hidden, weight, ids, mask, cu_seqlens):
         ids, mask = reference.next_tokens(ids, mask, cu_seqlens)
-        from_hidden = reference.linear_token_logprobs(hidden, weight, ids, mask=mask, temperature=0.5)
+        from_hidden = reference.linear_token_logprobs(
+            hidden, weight, ids, mask=mask, temperature=0.5, return_entropy=True
+        )
         from_logits = reference.token_logprobs(hidden @ weight.T, ids, mask=mask, temperature=0.5, return_entropy=True)
         return *from_hidden, *from_logits
 

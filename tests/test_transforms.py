@@ -36,8 +36,8 @@ FUNCTIONS = {
     "token_logprobs": (lambda x: fusedpo.token_logprobs(x, IDS, mask=MASK).square().sum(), X),
     "entropy": (lambda x: fusedpo.token_logprobs(x, IDS, return_entropy=True)[1].square().sum(), X),
     "from_logits": (lambda x: fusedpo.policy_loss_from_logits(x, IDS, OLD, ADVANTAGES, **TOKENS).loss.square(), X),
-    "linear_hidden": (lambda x: fusedpo.linear_token_logprobs(x, WEIGHT, IDS, mask=MASK)[0].square().sum(), HIDDEN),
-    "linear_weight": (lambda x: fusedpo.linear_token_logprobs(HIDDEN, x, IDS, mask=MASK)[0].square().sum(), WEIGHT),
+    "linear_hidden": (lambda x: fusedpo.linear_token_logprobs(x, WEIGHT, IDS, mask=MASK).square().sum(), HIDDEN),
+    "linear_weight": (lambda x: fusedpo.linear_token_logprobs(HIDDEN, x, IDS, mask=MASK).square().sum(), WEIGHT),
     "from_hidden": (
         lambda x: fusedpo.policy_loss_from_hidden(x, WEIGHT, IDS, OLD, ADVANTAGES, **TOKENS).loss.square(),
         HIDDEN,
@@ -174,7 +174,7 @@ def test_second_derivatives_by_another_source_raise():
     hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
     for function in (
         lambda: fusedpo.policy_loss_from_hidden(hidden, weight, IDS, OLD, ADVANTAGES, **TOKENS).loss,
-        lambda: fusedpo.linear_token_logprobs(hidden, weight, IDS)[0].sum(),
+        lambda: fusedpo.linear_token_logprobs(hidden, weight, IDS).sum(),
     ):
         first = torch.autograd.grad(function(), hidden, create_graph=True)[0]
         with pytest.raises(RuntimeError, match="double backward is not supported"):
@@ -214,7 +214,7 @@ def calls(make):
     tokens = {"objective": OBJECTIVE, "mask": mask, "denominator": denominator}
     rows = {"mask": mask, "temperature": temperature}
     yield fusedpo.token_logprobs(logits, ids, **rows).sum()
-    yield fusedpo.linear_token_logprobs(hidden, weight, ids, **rows)[0].sum()
+    yield fusedpo.linear_token_logprobs(hidden, weight, ids, **rows).sum()
     yield fusedpo.policy_loss_from_logits(logits, ids, old, adv, temperature=temperature, **tokens).loss
     yield fusedpo.policy_loss_from_hidden(hidden, weight, ids, old, adv, temperature=temperature, **tokens).loss
     yield fusedpo.policy_loss_from_hidden(hidden, weight, ids, old, adv, num_live=6, **tokens).loss

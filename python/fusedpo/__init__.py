@@ -9,10 +9,11 @@ from fusedpo._cli import VERSION  # first: the help of the command line does not
 
 from . import advantages, corrections, covariance, nn, objectives, reference
 from ._warmup import warmup
-from .aggregation import aggregate, global_denominator
+from .aggregation import aggregate, global_denominator, prompt_weights, to_floats
+from .alignment import cu_seqlens, next_tokens, shift
 from .backends import BackendUnavailable, backend
 from .divergence import ExactKLOutput, exact_kl, exact_kl_from_hidden
-from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
+from .logprobs import linear_token_logprobs, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective
 from .oreo import OREOLossOutput, oreo_loss
@@ -24,6 +25,7 @@ from .preferences import (
     regression_loss,
 )
 from .segments import sequence_logprobs
+from .selection import top_entropy_mask
 from .statistics import TokenStatistics, token_statistics
 from .values import ValueLossOutput, value_loss
 
@@ -42,6 +44,7 @@ __all__ = [
     "backend",
     "corrections",
     "covariance",
+    "cu_seqlens",
     "exact_kl",
     "exact_kl_from_hidden",
     "global_denominator",
@@ -57,11 +60,15 @@ __all__ = [
     "preference_loss",
     "preference_loss_from_hidden",
     "preference_loss_from_logits",
+    "prompt_weights",
     "reference",
     "regression_loss",
     "sequence_logprobs",
+    "shift",
+    "to_floats",
     "token_logprobs",
     "token_statistics",
+    "top_entropy_mask",
     "value_loss",
     "warmup",
 ]

@@ -52,8 +52,6 @@ def checked(batch: tuple[Any, ...], name: str, source: Tensor, objective: Object
     )
     _checks.floating(name, source)
     shape = source.shape[:-features] if features else source.shape
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
     num_sequences = _tokens.check_layout(name, source, mask, cu_seqlens, shape)
     if old_logprobs is not None:
         _tokens.check_per_token("old_logprobs", old_logprobs, name, source, shape)

@@ -137,8 +137,8 @@ class backend(ContextDecorator):
     It holds for all threads of the process while it is open: of several, the one entered last. The environment variable
     ``FUSEDPO_BACKEND`` does the same for a whole process. Raises ``ValueError`` for an unknown name; an operator that
     the forced backend cannot run raises :class:`BackendUnavailable`. There is one implementation, which runs whatever
-    is forced, of ``next_tokens``, ``aggregate``, ``global_denominator``, ``value_loss``, ``importance_weights``,
-    ``rejection_mask``, ``clip_cov_weights``, ``kl_cov_penalty`` and ``rewards_on_kept``.
+    is forced, of ``next_tokens``, ``shift``, ``aggregate``, ``global_denominator``, ``value_loss``,
+    ``importance_weights``, ``rejection_mask``, ``clip_cov_weights``, ``kl_cov_penalty`` and ``rewards_on_kept``.
     """
 
     def __init__(self, name: str) -> None:

@@ -13,7 +13,7 @@ from ._batch import as_bool
 from .ops import hidden as ops_hidden
 from .ops import token_logprobs as ops_token_logprobs
 
-__all__ = ["linear_token_logprobs", "next_tokens", "token_logprobs"]
+__all__ = ["linear_token_logprobs", "token_logprobs"]
 
 
 @overload
@@ -98,6 +98,34 @@ def checked_token_logprobs(
     return logprobs, entropy if return_entropy else None
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+    chunk_tokens: int | None = ...,
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+    chunk_tokens: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -108,7 +136,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
-    return_entropy: bool = True,
+    return_entropy: bool = False,
     chunk_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.
@@ -167,38 +195,6 @@ def linear_token_logprobs(
         backend=backend,
     )
     return (logprobs, entropy) if return_entropy else logprobs
-
-
-def next_tokens(
-    input_ids: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The token that each position predicts, and which positions predict a kept one.
-
-    Position t predicts token t+1. Rolling the ids costs nothing; slicing the logits instead, ``logits[:, :-1]``, makes
-    autograd write a tensor of their size once more in the backward.
-
-    Args:
-        input_ids: int32 or int64, padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; ``[T]``
-            without ``cu_seqlens`` is one sequence.
-        mask: like ``input_ids``, bool, integer or floating-point; nonzero keeps a token.
-        cu_seqlens: ``[num_sequences + 1]``, int32 or int64: where each packed sequence starts, and their number.
-
-    Returns:
-        ``token_ids`` and a bool ``mask``, shaped like ``input_ids``: at t, id and mask of t+1. The last position
-        of a sequence predicts nothing: id 0, mask False.
-
-    Raises:
-        TypeError: dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets.
-    """
-    _checks.integer("input_ids", input_ids)
-    packed = cu_seqlens is not None
-    if input_ids.dim() not in (1, 2) or (packed and input_ids.dim() == 2 and input_ids.shape[0] != 1):
-        layouts = "[T] or [1, T] with cu_seqlens" if packed else "[T] or [B, T] without cu_seqlens"
-        raise ValueError(f"input_ids must have shape {layouts}, got {list(input_ids.shape)}")
-    _checks.mask(mask, tuple(input_ids.shape), "like input_ids", "input_ids", input_ids)
-    if cu_seqlens is not None:
-        _checks.cu_seqlens(cu_seqlens, input_ids.numel(), "input_ids", input_ids)
-    return reference.next_tokens(input_ids, mask, cu_seqlens)
 
 
 def ids_and_temperature(token_ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:

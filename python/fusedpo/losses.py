@@ -19,7 +19,7 @@ from .logprobs import (
     linear_token_logprobs,
     taken_if_differentiated,
 )
-from .objectives import Objective
+from .objectives import Objective, as_objective
 from .ops import hidden as ops_hidden
 from .ops import one_pass as ops_one_pass
 from .ops import policy_loss as ops_policy_loss
@@ -33,7 +33,7 @@ def policy_loss(
     old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | str,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -52,6 +52,8 @@ def policy_loss(
         old_logprobs: per token, under the policy that sampled. None: ``logprobs.detach()``.
         advantages: per token, or per sequence: ``[B]`` or ``[B, 1]``, packed ``[num_sequences]``. A packed batch with
             as many tokens as sequences takes them per token.
+        objective: what is computed; a string is the name of a preset with its defaults
+            (:func:`fusedpo.objectives.make`).
         mask: per token, bool, integer or floating-point; nonzero keeps a token. What the other arrays hold at masked
             tokens (nan, inf) reaches neither the loss nor a gradient nor a metric.
         cu_seqlens: ``[num_sequences + 1]``, int32 or int64: where each packed sequence starts, and the number of
@@ -82,6 +84,7 @@ def policy_loss(
         TypeError: types and dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets, an argument that a
             part of ``objective`` needs and that is None, ``denominator`` where nothing is divided.
     """
+    objective = as_objective(objective)
     given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
     batch = checked(given, "logprobs", logprobs, objective)
     if entropy is not None:
@@ -102,7 +105,7 @@ def policy_loss_from_logits(
     old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | str,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -138,6 +141,7 @@ def policy_loss_from_logits(
     Raises:
         As :func:`policy_loss` and :func:`fusedpo.token_logprobs`.
     """
+    objective = as_objective(objective)
     given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
     batch = checked(given, "logits", logits, objective, features=1)
     token_ids, temperature = _checks.taken(token_ids, temperature)
@@ -168,7 +172,7 @@ def policy_loss_from_hidden(
     old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | str,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -213,6 +217,7 @@ def policy_loss_from_hidden(
     Raises:
         As :func:`policy_loss_from_logits` and :func:`fusedpo.linear_token_logprobs`.
     """
+    objective = as_objective(objective)
     given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
     batch = checked(given, "hidden", hidden, objective, features=1)
     token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live = _checks.taken(
@@ -241,6 +246,7 @@ def policy_loss_from_hidden(
             temperature=temperature,
             mask=evaluated,
             chunk_tokens=chunk_tokens,
+            return_entropy=True,
         )
     else:
         check_linear_token_logprobs(

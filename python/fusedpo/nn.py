@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _names
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
-from .objectives import Objective
+from .objectives import Objective, as_objective
 
 __all__ = ["PolicyLoss"]
+
+
+class _Shared(TypedDict, total=False):
+    """Keyword arguments of a call; the functions say what they mean."""
+
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    ref_logprobs: Tensor | None
+    is_weights: Tensor | None
+    denominator: float | Tensor | None
+    loss_scale: float | Tensor
+
+
+class _FromLogprobs(_Shared, total=False):
+    entropy: Tensor | None
+    reduction: Literal["mean", "none"]
+
+
+class _FromLogits(_Shared, total=False):
+    temperature: float | Tensor
+    inplace: bool
+
+
+class _FromHidden(_Shared, total=False):
+    temperature: float | Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    chunk_tokens: int | None
+    num_live: int | None
+    skip_zero_advantages: bool
 
 
 class PolicyLoss(nn.Module):
@@ -25,13 +56,14 @@ class PolicyLoss(nn.Module):
         out.loss.backward()
 
     Args:
-        objective: what is computed.
+        objective: what is computed; a string is the name of a preset with its defaults.
         defaults: keyword arguments that all of those functions, or some of them, take: ``temperature``, ``inplace``,
             ``softcap``, ``logit_scale``, ``chunk_tokens``, ``skip_zero_advantages``, ``loss_scale``, ``reduction``. A
             call may give another value.
 
     Raises:
-        TypeError: ``objective`` is no ``Objective``, or a default has another name.
+        TypeError: ``objective`` is neither an ``Objective`` nor a string, or a default has another name. ValueError: no
+            preset has the name.
     """
 
     DEFAULTS = (
@@ -39,24 +71,38 @@ class PolicyLoss(nn.Module):
         *("loss_scale", "reduction"),
     )
 
-    def __init__(self, objective: Objective, **defaults: Any) -> None:
+    def __init__(self, objective: Objective | str, **defaults: Any) -> None:
         super().__init__()
-        if not isinstance(objective, Objective):
-            raise TypeError(f"objective must be a fusedpo.Objective, got {type(objective).__name__}")
-        unknown = [name for name in defaults if name not in self.DEFAULTS]
-        if unknown:
-            raise TypeError(f"defaults must be among {self.DEFAULTS}, got {_checks.brief(unknown[0])}")
-        self.objective = objective
+        self.objective = as_objective(objective)
+        for name in defaults:
+            if name not in self.DEFAULTS:
+                hint = _names.hint(name, self.DEFAULTS)
+                raise TypeError(f"defaults must be among {self.DEFAULTS}, got {_checks.brief(name)}{hint}")
         self.defaults = defaults
 
+    if TYPE_CHECKING:  # that of a Module returns Any
+
+        def __call__(
+            self,
+            logprobs: Tensor,
+            old_logprobs: Tensor | None,
+            advantages: Tensor,
+            **arguments: Unpack[_FromLogprobs],
+        ) -> PolicyLossOutput: ...
+
     def forward(
-        self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **arguments: Any
+        self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **arguments: Unpack[_FromLogprobs]
     ) -> PolicyLossOutput:
         """:func:`fusedpo.policy_loss` with this objective."""
         return policy_loss(logprobs, old_logprobs, advantages, **self._with("loss_scale", "reduction", **arguments))
 
     def from_logits(
-        self, logits: Tensor, token_ids: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **arguments: Any
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        **arguments: Unpack[_FromLogits],
     ) -> PolicyLossOutput:
         """:func:`fusedpo.policy_loss_from_logits` with this objective."""
         given = self._with("loss_scale", "temperature", "inplace", **arguments)
@@ -69,7 +115,7 @@ class PolicyLoss(nn.Module):
         token_ids: Tensor,
         old_logprobs: Tensor | None,
         advantages: Tensor,
-        **arguments: Any,
+        **arguments: Unpack[_FromHidden],
     ) -> PolicyLossOutput:
         """:func:`fusedpo.policy_loss_from_hidden` with this objective."""
         names = ("loss_scale", "temperature", "softcap", "logit_scale", "chunk_tokens", "skip_zero_advantages")

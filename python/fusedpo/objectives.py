@@ -12,14 +12,15 @@ before an error needs it would break the graph.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, ParamSpec, cast, get_args
 
 import torch
 
-from . import _checks
+from . import _checks, _names
 from .preference_objectives import Preference, cpo, dpo, ipo, kto, orpo, rebel, robust_dpo, simpo, slic
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "TokenRatio",
     "Trace",
     "TrustRegion",
+    "available",
     "cispo",
     "cpo",
     "cppo",
@@ -62,6 +64,7 @@ __all__ = [
     "ipo",
     "kto",
     "luspo",
+    "make",
     "nfpo",
     "opo",
     "orpo",
@@ -484,6 +487,16 @@ class KL(_Part):
         _check("KL", ">", 0, or_none=True, clamp=self.clamp)
 
 
+def _as_kl(kl: KL | float | None) -> KL | None:
+    """A number is the coefficient of k3; 0 is no KL."""
+    kl = _checks.plain(kl)
+    if isinstance(kl, float | int) and not isinstance(kl, bool):
+        return KL("k3", kl) if kl != 0 else None
+    if kl is not None and not isinstance(kl, KL):
+        raise TypeError(f"Objective: kl must be a KL, a float or None, got {_checks.brief(kl)}")
+    return kl
+
+
 # ------------------------------------------------------------------------------------------------------------ objective
 
 
@@ -503,7 +516,8 @@ class Objective(_Part):
                                  limit)
     ===========================  ====================================================================================
 
-    Raises ``ValueError`` where two parts disagree.
+    A number as ``kl`` is the coefficient of ``KL("k3", ...)``, 0 is None. :meth:`to_dict` and :meth:`from_dict` are for
+    configuration files. Raises ``ValueError`` where two parts disagree.
     """
 
     ratio: Ratio = TokenRatio()
@@ -521,8 +535,7 @@ class Objective(_Part):
             raise TypeError(
                 f"Objective: trust_region must be one of {TrustRegion}, got {_checks.brief(self.trust_region)}"
             )
-        if self.kl is not None and not isinstance(self.kl, KL):
-            raise TypeError(f"Objective: kl must be a KL or None, got {_checks.brief(self.kl)}")
+        object.__setattr__(self, "kl", _as_kl(self.kl))
         _finite("Objective", entropy_coef=self.entropy_coef)
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(
@@ -533,6 +546,29 @@ class Objective(_Part):
                 raise ValueError(f"Objective: length_norm has no meaning with aggregation={self.aggregation!r}")
             _check("Objective", ">", 0, finite=True, length_norm=self.length_norm)
         self._check_ratio_and_trust_region()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names, numbers and dicts of them, as JSON and YAML have it; :meth:`from_dict` is the inverse."""
+        parts = {
+            name: {"type": type(part).__name__, **{x.name: getattr(part, x.name) for x in fields(part) if x.init}}
+            for name, part in (("ratio", self.ratio), ("trust_region", self.trust_region))
+        }
+        own = {x.name: getattr(self, x.name) for x in fields(self)}
+        return {**own, **parts, "kl": None if self.kl is None else asdict(self.kl)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Objective:
+        """The objective of :meth:`to_dict`; what is left out has its default, and ``kl`` may be a number.
+
+        Raises ``TypeError`` and ``ValueError`` as the parts do, and for names that do not exist.
+        """
+        given = _named("Objective", values, cls)
+        for name, kinds in (("ratio", RATIOS), ("trust_region", TRUST_REGIONS)):
+            if name in given:
+                given[name] = _part_of(name, given[name], kinds)
+        if isinstance(given.get("kl"), Mapping):
+            given["kl"] = KL(**_named("KL", given["kl"], KL))
+        return cls(**given)
 
     def _check_ratio_and_trust_region(self) -> None:
         ratio, region = self.ratio, self.trust_region
@@ -565,6 +601,29 @@ class Objective(_Part):
                     f"Objective: {region_name}(cap=...) truncates a detached weight; "
                     f"{ratio_name}(differentiate=True) has none (pass cap=None)"
                 )
+
+
+def _named(what: str, values: Mapping[str, Any], part: type[_Part]) -> dict[str, Any]:
+    """``values``, whose names are fields of ``part``."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} must be given as a dict, got {_checks.brief(values)}")
+    known = [x.name for x in fields(part) if x.init]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise TypeError(f"{what} has no {_checks.brief(name)}, it has {known}{_names.hint(name, known)}")
+    return dict(values)
+
+
+def _part_of(name: str, values: Mapping[str, Any], kinds: Iterable[type[_Part]]) -> _Part:
+    by_name = {kind.__name__: kind for kind in kinds}
+    kind = values.get("type") if isinstance(values, Mapping) else None
+    if kind not in by_name:
+        raise ValueError(
+            f"{name} must be a dict with a type among {sorted(by_name)}, got {_checks.brief(values)}"
+            f"{_names.hint(kind, by_name)}"
+        )
+    options = {key: value for key, value in values.items() if key != "type"}
+    return by_name[kind](**_named(kind, options, by_name[kind]))
 
 
 PARTS: list[type[_Part]] = [*get_args(Ratio), *get_args(TrustRegion), KL, Objective]
@@ -625,56 +684,77 @@ def with_new_names(preset: str, arguments: Mapping[str, Any], stacklevel: int = 
     return found
 
 
-def _takes_old_names(preset: Callable[P, Objective]) -> Callable[P, Objective]:
-    @functools.wraps(preset)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Objective:
-        if kwargs.keys() & OLD_NAMES[preset.__name__].keys():
-            kwargs = cast(Any, with_new_names(preset.__name__, kwargs))
-        return preset(*args, **kwargs)
+PRESETS: dict[str, Callable[..., Objective]] = {}
 
+
+def _preset(function: Callable[P, Objective]) -> Callable[P, Objective]:
+    """Enters ``function`` into :data:`PRESETS`, and tells what a name that it does not have may stand for."""
+    name, known = function.__name__, tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Objective:
+        for argument in kwargs:
+            if argument not in known:
+                kwargs = cast(Any, _with_known_names(name, kwargs, known))
+                break
+        return function(*args, **kwargs)
+
+    PRESETS[name] = call
     return call
 
 
+def _with_known_names(preset: str, arguments: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    found = with_new_names(preset, arguments, stacklevel=3)
+    for argument in found:
+        if argument not in known:
+            hint = _names.hint(argument, known)
+            raise TypeError(f"{preset} has no argument {argument!r}, it has {list(known)}{hint}")
+    return found
+
+
+@_preset
 def ppo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     *,
     dual: float | None = None,
-    kl: KL | None = None,
+    kl: KL | float | None = None,
     entropy_coef: float = 0.0,
     aggregation: Aggregation = "token-mean",
 ) -> Objective:
     """PPO's clipped surrogate (Schulman et al. 2017), optionally with dual clip."""
-    return Objective(TokenRatio(), PPOClip(clip_low, clip_high, dual), kl, entropy_coef, aggregation)
+    return Objective(TokenRatio(), PPOClip(clip_low, clip_high, dual), _as_kl(kl), entropy_coef, aggregation)
 
 
+@_preset
 def grpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     *,
-    kl: KL | None = None,
+    kl: KL | float | None = None,
     entropy_coef: float = 0.0,
     aggregation: Aggregation = "seq-mean-token-mean",
 ) -> Objective:
     """GRPO (DeepSeekMath): PPO's surrogate, averaged within each sequence and then over sequences."""
-    return Objective(TokenRatio(), PPOClip(clip_low, clip_high), kl, entropy_coef, aggregation)
+    return Objective(TokenRatio(), PPOClip(clip_low, clip_high), _as_kl(kl), entropy_coef, aggregation)
 
 
+@_preset
 def dr_grpo(
-    clip_low: float = 0.2, clip_high: float = 0.2, *, length_norm: float | None = None, kl: KL | None = None
+    clip_low: float = 0.2, clip_high: float = 0.2, *, length_norm: float | None = None, kl: KL | float | None = None
 ) -> Objective:
     """Dr. GRPO: token sums divided by one constant, ``length_norm`` (the generation limit)."""
-    return Objective(
-        TokenRatio(), PPOClip(clip_low, clip_high), kl, aggregation="seq-mean-token-sum-norm", length_norm=length_norm
-    )
+    region = PPOClip(clip_low, clip_high)
+    return Objective(TokenRatio(), region, _as_kl(kl), aggregation="seq-mean-token-sum-norm", length_norm=length_norm)
 
 
+@_preset
 def two_sided_grpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     *,
     delta: float = 4.0,
-    kl: KL | None = None,
+    kl: KL | float | None = None,
     aggregation: Aggregation = "seq-mean-token-mean",
 ) -> Objective:
     """GRPO whose ratio is bounded by ``delta`` where ``A < 0`` too (INTELLECT-2, 2505.07291; TRL's ``delta``).
@@ -687,19 +767,22 @@ def two_sided_grpo(
     _check("two_sided_grpo", ">=", 0, clip_low=clip_low, clip_high=clip_high)
     _check("two_sided_grpo", ">", 0, delta=delta)
     region = PPOClip(clip_low, min(clip_high, delta - 1), max(delta, 1 + clip_high))
-    return Objective(TokenRatio(), region, kl, aggregation=aggregation)
+    return Objective(TokenRatio(), region, _as_kl(kl), aggregation=aggregation)
 
 
+@_preset
 def dapo(clip_low: float = 0.2, clip_high: float = 0.28, *, dual: float | None = None) -> Objective:
     """DAPO (2503.14476): asymmetric clip, mean over the tokens of the batch."""
     return Objective(TokenRatio(), PPOClip(clip_low, clip_high, dual))
 
 
+@_preset
 def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
     """GSPO: PPO's clip on the length-normalised sequence ratio."""
     return Objective(SequenceRatio(), PPOClip(clip_low, clip_high), aggregation="seq-mean-token-mean")
 
 
+@_preset
 def luspo(clip_low: float = 2e-3, clip_high: float = 2.5e-3) -> Objective:
     """LUSPO (2602.05261): GSPO with each sequence weighted by its length, as TRL 1.16 computes it.
 
@@ -709,7 +792,7 @@ def luspo(clip_low: float = 2e-3, clip_high: float = 2.5e-3) -> Objective:
     return Objective(SequenceRatio(), PPOClip(clip_low, clip_high), aggregation="seq-mean-token-sum")
 
 
-@_takes_old_names
+@_preset
 def gmpo(clip_low: float = 0.4, clip_high: float = 0.4) -> Objective:
     """GMPO (2507.20673): the geometric mean of token ratios that are clipped in log space, mean over sequences.
 
@@ -718,6 +801,7 @@ def gmpo(clip_low: float = 0.4, clip_high: float = 0.4) -> Objective:
     return Objective(SequenceRatio(), GMPO(clip_low, clip_high), aggregation="seq-mean-token-mean")
 
 
+@_preset
 def vespo(k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0) -> Objective:
     """VESPO (2602.10693): a smooth weight of the whole sequence's ratio. Formula and defaults are those of TRL 1.16.
 
@@ -727,7 +811,7 @@ def vespo(k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambd
     return Objective(Trace("all", "all"), VESPO(k_pos, lambda_pos, k_neg, lambda_neg))
 
 
-@_takes_old_names
+@_preset
 def ctpo(
     clip_low: float = 0.025, clip_high: float = 0.05, *, dual: float | None = 0.05, power: float = 0.5
 ) -> Objective:
@@ -735,7 +819,7 @@ def ctpo(
     return Objective(Trace("all", 0), LogClip(clip_low, clip_high, dual, power))
 
 
-@_takes_old_names
+@_preset
 def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
     """CISPO: the clipped ratio as a detached weight; the default, of verl's example, has no lower clip.
 
@@ -744,12 +828,13 @@ def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
     return Objective(TokenRatio(), CISPO(clip_low, clip_high))
 
 
+@_preset
 def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
     """SAPO: a sigmoid gate in place of the clip."""
     return Objective(TokenRatio(), SAPO(tau_pos, tau_neg), aggregation="seq-mean-token-mean")
 
 
-@_takes_old_names
+@_preset
 def dppo_tv(
     clip_low: float = 0.15, clip_high: float = 0.15, *, cap: float | None = 20.0, length_norm: float | None = None
 ) -> Objective:
@@ -759,7 +844,7 @@ def dppo_tv(
     )
 
 
-@_takes_old_names
+@_preset
 def dppo_kl(
     clip_low: float = 0.05, clip_high: float = 0.05, *, cap: float | None = 20.0, length_norm: float | None = None
 ) -> Objective:
@@ -769,6 +854,7 @@ def dppo_kl(
     )
 
 
+@_preset
 def cppo(
     threshold: float = 0.15,
     budget: float = 0.015,
@@ -790,6 +876,7 @@ def cppo(
     )
 
 
+@_preset
 def dro(beta: float, *, aggregation: Aggregation = "token-mean") -> Objective:
     """DRO as in verl: log-likelihood weighted by the advantage, minus ``beta / 2`` times the squared log-ratio.
 
@@ -799,16 +886,19 @@ def dro(beta: float, *, aggregation: Aggregation = "token-mean") -> Objective:
     return Objective(OnPolicy(), DRO(beta), aggregation=aggregation)
 
 
-def reinforce(*, kl: KL | None = None, entropy_coef: float = 0.0) -> Objective:
+@_preset
+def reinforce(*, kl: KL | float | None = None, entropy_coef: float = 0.0) -> Objective:
     """REINFORCE, and the loss of GPG: ``-A * lp``, mean over tokens. Use ``is_weights`` for off-policy corrections."""
-    return Objective(OnPolicy(), NoTrustRegion(), kl, entropy_coef)
+    return Objective(OnPolicy(), NoTrustRegion(), _as_kl(kl), entropy_coef)
 
 
+@_preset
 def opo() -> Objective:
     """OPO (2505.23585): exact on-policy gradient, no KL, no entropy bonus; advantages from ``advantages.opo``."""
     return Objective(OnPolicy(), NoTrustRegion())
 
 
+@_preset
 def nfpo(
     n: int = 4,
     clip_low: float = 0.2,
@@ -816,7 +906,7 @@ def nfpo(
     *,
     differentiate: bool = False,
     trust_region: TrustRegion | None = None,
-    kl: KL | None = None,
+    kl: KL | float | None = None,
     entropy_coef: float = 0.0,
     aggregation: Aggregation = "token-mean",
 ) -> Objective:
@@ -826,13 +916,30 @@ def nfpo(
     choice of ``n``, thresholds and aggregation is not known to us: the defaults are PPO's.
     """
     region = PPOClip(clip_low, clip_high) if trust_region is None else trust_region
-    return Objective(ForwardTrace(n, differentiate), region, kl, entropy_coef, aggregation)
+    return Objective(ForwardTrace(n, differentiate), region, _as_kl(kl), entropy_coef, aggregation)
 
 
-PRESETS: dict[str, Callable[..., Objective]] = {
-    preset.__name__: preset
-    for preset in (
-        *(cispo, cppo, ctpo, dapo, dppo_kl, dppo_tv, dr_grpo, dro, gmpo, grpo, gspo, luspo, nfpo, opo, ppo, reinforce),
-        *(sapo, two_sided_grpo, vespo),
-    )
-}
+def available() -> tuple[str, ...]:
+    """The names of the presets, sorted."""
+    return tuple(sorted(PRESETS))
+
+
+def make(name: str, **options: Any) -> Objective:
+    """The preset of this name with its arguments, for configuration files: ``make("nfpo", n=4)``.
+
+    Raises ``ValueError`` for an unknown name, ``TypeError`` for an argument that the preset does not have.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    if name not in PRESETS:
+        raise ValueError(f"name must be one of {', '.join(available())}; got {name!r}{_names.hint(name, PRESETS)}")
+    return PRESETS[name](**options)
+
+
+def as_objective(objective: Objective | str) -> Objective:
+    """What a function takes as its ``objective``: an object, or the name of a preset whose defaults are meant."""
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, str):
+        return make(objective)
+    raise TypeError(f"objective must be a fusedpo.Objective or a preset's name, got {type(objective).__name__}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _checks, _tokens, ops
 from ._dtypes import wide
 from .advantages import arguments
+from .advantages.samples import Array, samples
 from .logprobs import check_linear_token_logprobs, linear_token_logprobs, token_logprobs
 from .ops import hidden as ops_hidden
 from .ops import units as ops_units
@@ -325,13 +326,13 @@ def regression_loss(
 
 
 def pairs_from_rewards(
-    rewards: Tensor,
+    rewards: Array,
     *,
     group_size: int | None = None,
-    group_ids: Tensor | None = None,
+    group_ids: Array | None = None,
     how: Literal["best_worst", "all"] = "best_worst",
     margin: float = 0.0,
-    mask: Tensor | None = None,
+    mask: Array | None = None,
 ) -> Tensor:
     """``[P, 2]``, int64: (chosen, rejected) samples of a group, whose rewards differ by more than ``margin``.
 
@@ -342,14 +343,14 @@ def pairs_from_rewards(
 
     Raises ``TypeError`` and ``ValueError`` as that package does, ``ValueError`` for a negative ``margin``.
     """
-    arguments.grouped(rewards, group_size, group_ids, mask)
+    flat, group_size, group_ids, mask = samples(rewards, group_size, group_ids, mask).groups
     arguments.choice("how", how, ("best_worst", "all"))
     _checks.number("margin", margin)
     if not margin >= 0:
         raise ValueError(f"margin must be >= 0, got {margin}")
-    r = rewards.detach().double()
+    r = flat.detach().double()
     alive = (kept(r, mask) & ~r.isnan()).nonzero().squeeze(1)
-    r, labels = r[alive], group_labels(rewards, group_size, group_ids)[alive]
+    r, labels = r[alive], group_labels(flat, group_size, group_ids)[alive]
     if how == "all":
         better = (r[:, None] - r[None, :] > margin) & (labels[:, None] == labels[None, :])
         return alive[better.nonzero()]

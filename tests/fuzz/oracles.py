@@ -245,7 +245,7 @@ def presets(rng: random.Random) -> None:
             now = fusedpo.token_logprobs(wide[0], ids, temperature=options["temperature"], mask=mask)
         else:
             named = {name: options[name] for name in ("softcap", "logit_scale", "temperature", "mask")}
-            now = fusedpo.linear_token_logprobs(*wide, ids, **named)[0]
+            now = fusedpo.linear_token_logprobs(*wide, ids, **named)
     old = (now + torch.randn(shape) * rng.choice((0.0, 0.01, 0.5))).float()
     options |= {"ref_logprobs": old + 0.1 * torch.randn(shape)} if objective.kl else {}
     if rng.random() < 0.3:

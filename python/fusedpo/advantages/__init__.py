@@ -1,9 +1,19 @@
 """Advantages: how good was each sample, step or token?
 
 *Groups.* Rewards ``[G]`` are compared within groups, given by exactly one of ``group_size`` (int: equal, contiguous
-groups, such as the samples of one prompt) and ``group_ids`` (int32 or int64 ``[G]``: any sizes, any order, any labels).
-``mask`` ``[G]``, 0 where a sample is left out: it gets advantage 0 and is not counted, its reward may be nan. A nan in
-a kept reward stays within its group, unless the docstring says otherwise.
+groups, such as the samples of one prompt) and ``group_ids`` (``[G]``: any sizes, any order, any labels). Rewards
+``[prompts, samples]`` have a group per row and need neither; the advantages have their shape (``.flatten()`` is what a
+loss takes).
+
+*Samples that do not count.* ``mask`` ``[G]``, 0 where a sample is left out: it gets advantage 0 and is not counted, its
+reward may be nan; so is a reward of None in a list. A nan in a kept reward stays within its group, unless the docstring
+says otherwise. ``trajectory_ids`` ``[G]``: samples of one trajectory, which was split into several (turns, a context
+that was cut), have one label. They count once, with the length of all of them, and share the advantage; their rewards
+and groups have to be the same. Where an estimator needs groups of some size, ``small_groups="zero"`` leaves out
+smaller ones, ``"error"`` raises.
+
+*Kinds.* What has a value per sample may be a tensor, an array of NumPy or a list. ``group_ids`` and ``trajectory_ids``
+may hold strings or other labels; integers are taken as they are.
 
 *Tokens.* Arrays per token are padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; ``[T]`` without
 is one sequence. Where ``mask``, of the same shape, is 0, a token is skipped: what follows token t is the next kept
@@ -33,6 +43,7 @@ from .group import (
 )
 from .order import grpo_passk, max_at_k, maxpo, order_statistic, passk, pkpo, rank_weights
 from .registry import available, compute, register
+from .shaping import overlong_penalty, token_rewards
 from .soft import interpolate, soft_value
 from .step import (
     GAE,
@@ -66,6 +77,7 @@ __all__ = [
     "opo",
     "optimal_token_baseline",
     "order_statistic",
+    "overlong_penalty",
     "passk",
     "pkpo",
     "pool_rollouts",
@@ -82,6 +94,7 @@ __all__ = [
     "segment_steps",
     "soft_value",
     "to_tokens",
+    "token_rewards",
     "vineppo",
     "vtrace",
     "whiten",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from .. import _checks, backends
 from ..ops.advantages import Groups
 from ..reference.advantages import segments
 from ..reference.advantages.segments import group_labels, kept
+
+if TYPE_CHECKING:
+    from .samples import Samples
 
 SmallGroups = Literal["error", "zero"]
 
@@ -43,16 +46,9 @@ def unit_interval(name: str, value: float) -> float:
     return result
 
 
-def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {_checks.brief(value)}")
-
-
-def rewards(tensor: Tensor, mask: Tensor | None) -> None:
-    real("rewards", tensor)
-    if tensor.dim() != 1:
-        raise ValueError(f"rewards must have shape [G], one per sample, got {list(tensor.shape)}")
-    _checks.mask(mask, tuple(tensor.shape), "one per sample", "rewards", tensor)
 
 
 def groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
@@ -72,21 +68,16 @@ def groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) ->
             raise ValueError(f"group_size must divide the number of samples, got {group_size} for {samples} samples")
 
 
-def grouped(rewards_: Tensor, group_size: int | None, group_ids: Tensor | None, mask: Tensor | None) -> Groups:
-    rewards(rewards_, mask)
-    groups(rewards_, group_size, group_ids)
-    return Groups(rewards_, group_size, group_ids, mask)
-
-
-def group_sizes(at_least: int, rule: str, groups: Groups, small_groups: SmallGroups) -> Groups:
+def group_sizes(at_least: int, rule: str, samples: Samples, small_groups: SmallGroups) -> Samples:
     """The groups that count, where one with a kept sample needs ``at_least`` of them.
 
     Smaller groups raise (``rule`` is what the message says) or, with ``small_groups="zero"``, are left out.
     """
     choice("small_groups", small_groups, ("error", "zero"))
     if small_groups == "zero":
-        return groups._replace(mask=in_large_groups(at_least, groups))
-    rewards, group_size, group_ids, mask = groups
+        groups = samples.groups._replace(mask=in_large_groups(at_least, samples.groups))
+        return samples._replace(groups=groups)
+    rewards, group_size, group_ids, mask = samples.groups
     if group_size is not None and mask is None:
         if group_size < at_least:
             raise ValueError(f"{rule}, but group_size is {group_size}")
@@ -97,7 +88,7 @@ def group_sizes(at_least: int, rule: str, groups: Groups, small_groups: SmallGro
         if small.numel():
             group, size = int(labels[small[0]]), int(sizes[small[0]])
             raise ValueError(f"{rule}, but group {group} has size {size}")
-    return groups
+    return samples
 
 
 @torch.no_grad()
@@ -113,12 +104,12 @@ def in_large_groups(at_least: int, groups: Groups) -> Tensor:
 
 
 def subset_size(
-    k: int, groups: Groups, small_groups: SmallGroups = "error", *, at_least: int = 1, spare: int = 0
-) -> Groups:
+    k: int, samples: Samples, small_groups: SmallGroups = "error", *, at_least: int = 1, spare: int = 0
+) -> Samples:
     """:func:`group_sizes` for groups of at least ``k + spare``; besides, ``at_least <= k``."""
     _checks.whole_number("k", k, at_least)
     rule = f"k must be at most the size of the group{f' - {spare}' if spare else ''}, got k={k}"
-    return group_sizes(k + spare, rule, groups, small_groups)
+    return group_sizes(k + spare, rule, samples, small_groups)
 
 
 def lengths(tensor: Tensor, rewards: Tensor, mask: Tensor | None) -> None:

@@ -11,21 +11,22 @@ from typing import Literal
 from torch import Tensor
 
 from .. import _checks
-from ..ops.advantages import estimate
 from . import arguments
 from .arguments import SmallGroups
 from .registry import register
+from .samples import Array, samples
 
 
 @register("maxpo")
 def maxpo(
-    rewards: Tensor,
+    rewards: Array,
     *,
     k: int,
     scale: Literal["mean", "unbiased"] = "mean",
     group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
+    group_ids: Array | None = None,
+    mask: Array | None = None,
+    trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
 ) -> Tensor:
     """MaxPO (2606.06080): leave-two-out advantages for the expected maximum over k samples; ``[G]`` to ``[G]``.
@@ -43,22 +44,23 @@ def maxpo(
     ``small_groups="error"``, ``ValueError``, or nan where that depends on data that is not read (see the package);
     with ``"zero"``, advantage 0. Raises as the package says besides.
     """
-    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("scale", scale, ("mean", "unbiased"))
-    groups = arguments.subset_size(k, groups, small_groups, spare=1)
-    return estimate("maxpo", groups, k=k, scale=scale)
+    given = arguments.subset_size(k, given, small_groups, spare=1)
+    return given.estimate("maxpo", k=k, scale=scale)
 
 
 @register("order_statistic")
 def order_statistic(
-    rewards: Tensor,
+    rewards: Array,
     *,
     k: int,
     weights: Sequence[float],
     scale: Literal["mean", "unbiased"] = "mean",
     group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
+    group_ids: Array | None = None,
+    mask: Array | None = None,
+    trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
 ) -> Tensor:
     """Leave-one-out advantages for ``E[sum_j weights_j r_(j)]`` of k samples, sorted by reward; ``[G]`` to ``[G]``.
@@ -75,9 +77,9 @@ def order_statistic(
     ``1 <= k <= n - 1``, as for :func:`maxpo`. Raises as the package says; ``TypeError`` if ``weights`` is not a
     sequence of numbers, ``ValueError`` if it does not have k finite ones.
     """
-    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("scale", scale, ("mean", "unbiased"))
-    groups = arguments.subset_size(k, groups, small_groups, spare=1)
+    given = arguments.subset_size(k, given, small_groups, spare=1)
     if type(weights).__module__ == "numpy" and hasattr(weights, "tolist"):
         weights = weights.tolist()
     if not isinstance(weights, Sequence) or isinstance(weights, str):
@@ -86,7 +88,7 @@ def order_statistic(
         raise ValueError(f"weights must have k={k} entries, one per rank of a subset, got {len(weights)}")
     for weight in weights:
         _checks.finite("weights", weight)
-    return estimate("order_statistic", groups, k=k, weights=weights, scale=scale)
+    return given.estimate("order_statistic", k=k, weights=weights, scale=scale)
 
 
 def rank_weights(
@@ -117,13 +119,14 @@ def rank_weights(
 
 @register("pkpo")
 def pkpo(
-    rewards: Tensor,
+    rewards: Array,
     *,
     k: int,
     variant: Literal["s", "sloo", "sloo-1"] = "sloo-1",
     group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
+    group_ids: Array | None = None,
+    mask: Array | None = None,
+    trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
 ) -> Tensor:
     """PKPO (2505.15201): the *sum* over a group of ``s_i grad log pi(y_i)`` is an unbiased gradient of ``E[max of k]``.
@@ -143,21 +146,22 @@ def pkpo(
     Unlike those of :func:`maxpo` they do not sum to 0 over a group, and with ``s`` and ``sloo`` equal rewards do not
     give 0. Raises as the package says; for ``k`` outside its domain as :func:`maxpo`.
     """
-    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("variant", variant, ("s", "sloo", "sloo-1"))
     at_least, spare = {"s": (1, 0), "sloo": (1, 1), "sloo-1": (2, 0)}[variant]
-    groups = arguments.subset_size(k, groups, small_groups, at_least=at_least, spare=spare)
-    return estimate("pkpo", groups, k=k, variant=variant)
+    given = arguments.subset_size(k, given, small_groups, at_least=at_least, spare=spare)
+    return given.estimate("pkpo", k=k, variant=variant)
 
 
 @register("passk")
 def passk(
-    rewards: Tensor,
+    rewards: Array,
     *,
     k: int,
     group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
+    group_ids: Array | None = None,
+    mask: Array | None = None,
+    trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
 ) -> Tensor:
     """Pass@k training (2508.10751): the analytic advantage for rewards 0 (wrong) and 1 (right), ``[G]`` to ``[G]``.
@@ -167,25 +171,27 @@ def passk(
     It is :func:`maxpo` times ``(n - k) / (n sigma)``.
     Raises as the package says; ``ValueError`` for other rewards; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
-    groups = arguments.grouped(rewards, group_size, group_ids, mask)
-    groups = arguments.subset_size(k, groups, small_groups)
-    if arguments.unchecked("group_advantages", rewards, mask):
-        kept = rewards if mask is None else rewards[mask != 0]
+    given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
+    given = arguments.subset_size(k, given, small_groups)
+    flat, counted = given.groups.rewards, given.groups.mask
+    if arguments.unchecked("group_advantages", flat, counted):
+        kept = flat if counted is None else flat[counted != 0]
         other = kept[(kept != 0) & (kept != 1)]
         if other.numel():
             raise ValueError(f"rewards must be 0 or 1 for passk, got {other[0].item()}")
-    return estimate("passk", groups, k=k)
+    return given.estimate("passk", k=k)
 
 
 @register("grpo_passk")
 def grpo_passk(
-    rewards: Tensor,
+    rewards: Array,
     *,
     std: bool = True,
     eps: float = 1e-6,
     group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
+    group_ids: Array | None = None,
+    mask: Array | None = None,
+    trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
 ) -> Tensor:
     """Best of n (2503.19595): the best sample gets its lead over the second best, the others 0; ``[G]`` to ``[G]``.
@@ -196,26 +202,27 @@ def grpo_passk(
     A group needs two samples; ``small_groups`` says what becomes of smaller ones, as for :func:`maxpo`. Not centred.
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
-    groups = arguments.grouped(rewards, group_size, group_ids, mask)
+    given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     eps = arguments.positive("eps", eps)
     rule = "every group must have at least 2 samples"
-    groups = arguments.group_sizes(2, rule, groups, small_groups)
-    return estimate("grpo_passk", groups, std=std, eps=eps)
+    given = arguments.group_sizes(2, rule, given, small_groups)
+    return given.estimate("grpo_passk", std=std, eps=eps)
 
 
 def max_at_k(
-    rewards: Tensor,
+    rewards: Array,
     *,
     k: int,
     group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
+    group_ids: Array | None = None,
+    mask: Array | None = None,
+    trajectory_ids: Array | None = None,
 ) -> Tensor:
     """The unbiased estimate of ``E[max of k]``, pass@k for rewards 0 and 1: a metric, not an advantage.
 
     The mean of the maximum over all subsets of k samples of a group; ``[G]`` to ``[G]``, every kept sample has the
     value of its group. Raises as the package says; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
-    groups = arguments.grouped(rewards, group_size, group_ids, mask)
-    groups = arguments.subset_size(k, groups)
-    return estimate("max_at_k", groups, k=k)
+    given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
+    given = arguments.subset_size(k, given)
+    return given.estimate("max_at_k", k=k)

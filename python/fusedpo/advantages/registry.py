@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import Tensor
+from .samples import Array
 
 Estimator = TypeVar("Estimator", bound=Callable[..., Any])
 
@@ -30,7 +30,7 @@ def register(name: str) -> Callable[[Estimator], Estimator]:
     return add
 
 
-def compute(name: str, rewards_or_values: Tensor, /, **kwargs: Any) -> Any:
+def compute(name: str, rewards_or_values: Array, /, **kwargs: Any) -> Any:
     """Calls the estimator registered under ``name``: ``compute("maxpo", rewards, group_size=16, k=4)``.
 
     Returns what the estimator returns. Raises ``ValueError`` for an unknown name.

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from .. import _checks
 from ..reference.advantages.segments import Groups, kept, per_group, result_dtype
-from . import arguments
+from .samples import Array, samples
 
 
 def soft_value(
-    rewards: Tensor,
+    rewards: Array,
     *,
     beta: float,
     group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
+    group_ids: Array | None = None,
+    mask: Array | None = None,
+    trajectory_ids: Array | None = None,
 ) -> Tensor:
     """``beta log mean exp(r / beta)`` of the group, the optimal value under a KL penalty: a baseline, not an advantage.
 
@@ -29,7 +30,7 @@ def soft_value(
 
     Raises as the package says; ``ValueError`` for a negative ``beta``.
     """
-    arguments.grouped(rewards, group_size, group_ids, mask)
+    given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     _checks.number("beta", beta)
     if not beta >= 0:
         raise ValueError(f"beta must be >= 0, got {beta}")
@@ -43,7 +44,7 @@ def soft_value(
             return highest + groups.total(below) / groups.size
         return highest + beta * torch.log1p(groups.total(torch.expm1(below / beta)) / groups.size)
 
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+    return given.returned(per_group(estimate, *given.groups))
 
 
 @torch.no_grad()

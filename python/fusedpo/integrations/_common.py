@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import advantages
+from .. import _names, advantages
+from ..advantages.samples import as_labels
 from ..logprobs import token_logprobs
 from ..objectives import KL, OLD_NAMES, PRESETS, Aggregation, Objective, PPOClip, with_new_names
 
@@ -91,7 +92,7 @@ def check_options(name: str, options: Iterable[str], *functions: Callable[..., A
     known_before = {old for function in functions for old in OLD_NAMES.get(function.__name__, ())}
     for option in options:
         if option not in known | known_before:
-            raise ValueError(f"{name} has no option {option!r}; it has {sorted(known)}")
+            raise ValueError(f"{name} has no option {option!r}; it has {sorted(known)}{_names.hint(option, known)}")
 
 
 def for_function(options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
@@ -149,12 +150,10 @@ def estimate(
 
 def group_ids(index: Any, device: torch.device) -> Tensor:
     """int64 ``[B]`` from labels of any kind: an array or a list of strings or numbers, or a tensor."""
-    import numpy as np  # every trainer has it
-
     if index is None:
         raise ValueError("index (the prompt of each response) is needed by an estimator that compares within groups")
-    labels = index.cpu() if isinstance(index, Tensor) else index
-    return torch.from_numpy(np.unique(np.asarray(labels), return_inverse=True)[1]).to(device)
+    labels = index.tolist() if isinstance(index, Tensor) else index
+    return as_labels("index", labels, torch.empty(0, device=device))
 
 
 # ------------------------------------------------------------------------------------------------------------ log-probs

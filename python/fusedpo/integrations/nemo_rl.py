@@ -1,30 +1,52 @@
 """NeMo-RL: a ``LossFunction`` in the place of ``ClippedPGLossFn``, for any objective.
 
-There is no registry: replace the name where the algorithm looks it up::
+There is no registry. :func:`patch` replaces the class wherever NeMo-RL builds its loss (GRPO, PPO and the single
+controller), before the algorithm is set up::
 
-    import functools
+    import fusedpo.integrations.nemo_rl
 
-    import nemo_rl.algorithms.grpo as grpo
-    from fusedpo.integrations.nemo_rl import ClippedPGLossFn
-
-    grpo.ClippedPGLossFn = functools.partial(ClippedPGLossFn, objective="nfpo", n=4)
+    fusedpo.integrations.nemo_rl.patch(objective="nfpo", n=4)
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..aggregation import aggregate
+from ..aggregation import aggregate, to_floats
 from ..corrections import importance_weights
 from ..losses import policy_loss
 from ..objectives import Objective
 from . import _common
 
-__all__ = ["ClippedPGLossFn"]
+__all__ = ["ClippedPGLossFn", "patch", "unpatch"]
+
+_patched: dict[str, Any] = {}  # while patched: NeMo-RL's class, and the objective and options of those that are built
+
+
+def patch(objective: str | Objective | None = None, **options: Any) -> None:
+    """Replaces ``ClippedPGLossFn`` in every imported module of NeMo-RL; those imported later import the replacement.
+
+    ``objective`` and ``options`` are those of :class:`ClippedPGLossFn`, for every loss that is built while it lasts. A
+    second call changes them; :func:`unpatch` undoes it. Raises ``ValueError`` for names that do not exist.
+    """
+    if objective is not None:
+        _common.objective(objective, options)
+    module = importlib.import_module("nemo_rl.algorithms.loss")
+    _patched.setdefault("original", module.ClippedPGLossFn)
+    _patched.update(objective=objective, options=options)
+    _common.swap("nemo_rl", {_patched["original"]: ClippedPGLossFn})
+
+
+def unpatch() -> None:
+    """Gives every module of NeMo-RL its own class back."""
+    if _patched:
+        _common.swap("nemo_rl", {ClippedPGLossFn: _patched["original"]})
+        _patched.clear()
 
 
 class ClippedPGLossFn:
@@ -35,7 +57,8 @@ class ClippedPGLossFn:
             ``ratio_clip_c``, its aggregation (``token_level_loss``), its KL term, and its importance weights per token
             (none, ``tis`` or ``icepop``) hold for any objective.
         objective: an ``Objective`` or a preset's name, with the preset's arguments in ``options``. None: PPO, CISPO
-            (``use_cispo``), GSPO (``sequence_level_importance_ratios``) or REINFORCE (``disable_ppo_ratio``).
+            (``use_cispo``), GSPO (``sequence_level_importance_ratios``) or REINFORCE (``disable_ppo_ratio``), unless
+            :func:`patch` was given one.
 
     Raises ``NotImplementedError`` for ``seq-mask-tis``, importance weights per sequence,
     ``use_on_policy_kl_approximation`` and ``positive_example_nll_weight``; ``ValueError`` for importance weights that
@@ -50,6 +73,9 @@ class ClippedPGLossFn:
         objective: str | Objective | None = None,
         **options: Any,
     ) -> None:
+        if objective is None and _patched:
+            objective, options = _patched["objective"], {**_patched["options"], **options}
+
         def get(name: str, default: Any) -> Any:
             return cfg.get(name, default) if isinstance(cfg, dict) else getattr(cfg, name, default)
 
@@ -58,7 +84,7 @@ class ClippedPGLossFn:
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.input_type = interfaces.LossInputType.LOGPROB
         self.loss_type = interfaces.LossType.TOKEN_LEVEL if token_level else interfaces.LossType.SEQUENCE_LEVEL
-        per_sequence = get("sequence_level_importance_ratios", False)
+        self.per_sequence = per_sequence = get("sequence_level_importance_ratios", False)
         self.correct = get("use_importance_sampling_correction", False)
         self.truncation = get("truncated_importance_sampling_type", None)
         _common.refuse(
@@ -137,7 +163,8 @@ class ClippedPGLossFn:
             tokens = weight * _common.kl_per_token(self.kl_kind, kept, ref, **self.kl_clamps)
             kl = aggregate(tokens, self.objective.aggregation, mask=mask, denominator=count)
             loss = loss + self.kl_coef * kl
-        return loss, self._metrics(loss, kl, out.metrics, lp, old, generation, mask, data, global_valid_toks)
+        counts = global_valid_seqs, global_valid_toks
+        return loss, self._metrics(loss, kl, out.metrics, lp, old, generation, mask, data, counts)
 
     def _weights(self, old: Tensor, generation: Tensor, mask: Tensor) -> Tensor | None:
         if not self.correct:
@@ -158,9 +185,10 @@ class ClippedPGLossFn:
         generation: Tensor,
         mask: Tensor,
         data: Any,
-        global_valid_toks: Tensor,
+        counts: tuple[Tensor, Tensor],
     ) -> dict[str, float]:
         """By NeMo-RL's names; means are sums over this micro-batch divided by the global count. One wait for them."""
+        global_valid_seqs, global_valid_toks = counts
 
         def mean(x: Tensor) -> Tensor:
             return aggregate(x, mask=mask, denominator=global_valid_toks)
@@ -179,8 +207,34 @@ class ClippedPGLossFn:
             "token_mult_prob_error": mean(shift.abs().clamp(max=20.0).exp()),
             "gen_kl_error": mean(_common.kl_per_token("k3", generation, old)),
             "policy_kl_error": mean(_common.kl_per_token("k3", old, generation)),
-            "sampling_importance_ratio": mean(shift.clamp(-20.0, 20.0).exp()),
+            "sampling_importance_ratio": self._sampling_ratio(shift, mask, mean, data, global_valid_seqs),
             "approx_entropy": mean(-(lp - generation).clamp(-20.0, 20.0).exp() * lp),
-            "num_valid_samples": data["sample_mask"].sum(),
+            "num_valid_samples": data["sample_mask"].sum().float(),
         }
-        return dict(zip(metrics, torch.stack([v.float() for v in metrics.values()]).tolist(), strict=True))
+        if self.truncation is not None:
+            ratio = shift.exp().nan_to_num(nan=0.0, posinf=0.0)
+            outside = (ratio < (self.bounds["low"] or 0.0)) | (ratio > self.bounds["high"])
+            metrics["is_oob_ratio"] = mean(outside.float())
+        return to_floats(metrics)
+
+    def _sampling_ratio(
+        self,
+        shift: Tensor,
+        mask: Tensor,
+        mean: Callable[[Tensor], Tensor],
+        data: Any,
+        global_valid_seqs: Tensor,
+    ) -> Tensor:
+        """NeMo-RL's mean of the weights: truncated as those of the loss, even where the loss takes none.
+
+        Infinite and nan weights count as 0; those of sequences are the ratio of the whole sequence.
+        """
+        if self.per_sequence:
+            ratio = shift.masked_fill(mask == 0, 0).sum(1).exp().nan_to_num(nan=0.0, posinf=0.0)
+            return (ratio * data["sample_mask"]).sum() / global_valid_seqs.masked_fill(global_valid_seqs == 0, 1)
+        ratio = shift.exp().nan_to_num(nan=0.0, posinf=0.0)
+        if self.truncation is not None:
+            low, high = self.bounds["low"] or 0.0, self.bounds["high"]
+            inside = (ratio >= low) & (ratio <= high)
+            ratio = ratio.clamp(low, high) if self.truncation == "tis" else ratio.where(inside, 0)
+        return mean(ratio)

@@ -4,6 +4,8 @@
 ``trainer.algorithm.policy_loss_type=fusedpo_nfpo`` and ``trainer.algorithm.advantage_estimator=fusedpo_maxpo`` choose
 by name.
 
+``fusedpo_ppo`` is SkyRL's ``regular``, ``fusedpo_dual_clip`` its ``dual_clip``.
+
 SkyRL divides advantages by what its ``loss_reduction`` averages over, and adds up the losses of tokens. So a loss here
 is a sum, and DRO, which has a term that no advantage multiplies, is left out. SkyRL adds the KL and entropy terms.
 """
@@ -25,7 +27,7 @@ from . import _common
 __all__ = ["advantage_estimator", "logprobs_from_logits", "policy_loss_fn", "register"]
 
 PREFIX = "fusedpo_"
-LOSSES = tuple(name for name in PRESETS if name != "dro")
+LOSSES = (*(name for name in PRESETS if name != "dro"), "dual_clip")
 ESTIMATORS = (*_common.OUTCOME_ESTIMATORS, *_common.TOKEN_ESTIMATORS)
 
 
@@ -34,7 +36,7 @@ def register(**options: Mapping[str, Any]) -> None:
 
     Raises ``ValueError`` for a loss, an estimator or an option that does not exist.
     """
-    losses = {name: PRESETS[name] for name in LOSSES}
+    losses = {name: _preset(name) for name in LOSSES}
     estimators = {name: getattr(advantages, name) for name in ESTIMATORS}
     for name, given in options.items():
         functions = [functions[name] for functions in (losses, estimators) if name in functions]
@@ -53,8 +55,9 @@ def register(**options: Mapping[str, Any]) -> None:
 def policy_loss_fn(preset: str, **options: Any) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """A loss with SkyRL's signature: ``(log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)``.
 
-    Thresholds are SkyRL's settings (``eps_clip_low``, ``eps_clip_high``, ``clip_ratio_c``, ``sapo``, ``cispo``,
-    ``dppo``) unless ``options`` say otherwise. Refuses the options of ``config.off_policy_correction``.
+    ``preset``: a preset's name, or ``"dual_clip"``, PPO with the dual clip ``clip_ratio_c``. Thresholds are SkyRL's
+    settings (``eps_clip_low``, ``eps_clip_high``, ``sapo``, ``cispo``, ``dppo``) unless ``options`` say otherwise.
+    Refuses the options of ``config.off_policy_correction``, and CISPO's ratio to the rollout.
     """
 
     def loss(
@@ -66,7 +69,11 @@ def policy_loss_fn(preset: str, **options: Any) -> Callable[..., tuple[Tensor, d
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         _refuse_correction(config.off_policy_correction, rollout_logprobs)
-        objective = _common.objective(preset, options, thresholds=_thresholds(preset, config), aggregation="token-sum")
+        if preset == "cispo":
+            anchor = getattr(config.cispo, "cispo_anchor", "old")
+            _common.refuse("skyrl", **{"cispo.cispo_anchor": None if anchor == "old" else anchor})
+        thresholds = _thresholds(preset, config)
+        objective = _common.objective(_preset(preset).__name__, options, thresholds=thresholds, aggregation="token-sum")
         out = policy_loss(log_probs, old_log_probs, advantages, objective=objective, mask=loss_mask)
         return out.loss, {"clip_ratio": out.metrics["clip_frac"].item()}
 
@@ -114,8 +121,14 @@ def _refuse_correction(correction: Any, rollout_logprobs: Tensor | None) -> None
     _common.refuse("skyrl", **given)
 
 
+def _preset(name: str) -> Callable[..., Any]:
+    return PRESETS["ppo" if name == "dual_clip" else name]
+
+
 def _thresholds(preset: str, config: Any) -> dict[str, Any]:
-    thresholds = {"clip_low": config.eps_clip_low, "clip_high": config.eps_clip_high, "dual": config.clip_ratio_c}
+    thresholds = {"clip_low": config.eps_clip_low, "clip_high": config.eps_clip_high}
+    if preset == "dual_clip":
+        thresholds["dual"] = config.clip_ratio_c
     if preset == "sapo":
         thresholds.update(tau_pos=config.sapo.tau_pos, tau_neg=config.sapo.tau_neg)
     elif preset == "cispo":

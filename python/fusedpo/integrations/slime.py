@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -121,27 +121,17 @@ def post_process_rewards(args: Any, samples: list[Any]) -> tuple[list[float], li
     None is returned as 0. Samples with the same ``rollout_id`` are one trajectory that fanned out: it counts once, with
     the length of all of them, and they share its advantage. Raises ``ValueError`` if their rewards differ.
     """
-    rewards = [_reward(args, sample) for sample in samples]
-    trajectories: dict[Hashable, list[int]] = {}  # the samples of each that count
-    for i, (reward, sample) in enumerate(zip(rewards, samples, strict=True)):
-        if math.isnan(reward) or getattr(sample, "remove_sample", False):
-            continue
-        rollout = getattr(sample, "rollout_id", None)
-        own = trajectories.setdefault(i if rollout is None else (sample.group_index, rollout), [])
-        if own and rewards[own[0]] != reward:
-            raise ValueError(
-                f"samples of one trajectory must have one reward, got {rewards[own[0]]} and {reward} for "
-                f"rollout_id {rollout!r}"
-            )
-        own.append(i)
-    groups = _common.group_ids([samples[own[0]].group_index for own in trajectories.values()], torch.device("cpu"))
-    lengths = torch.tensor([sum(samples[i].response_length for i in own) for own in trajectories.values()])
-    values = _estimate(args, torch.tensor([rewards[own[0]] for own in trajectories.values()]), groups, lengths)
-    result = [0.0] * len(samples)
-    for value, own in zip(values.tolist(), trajectories.values(), strict=True):
-        for i in own:
-            result[i] = value
-    return [0.0 if math.isnan(reward) else reward for reward in rewards], result
+    rewards = torch.tensor([_reward(args, sample) for sample in samples])
+    counted = ~rewards.isnan() & torch.tensor([not getattr(sample, "remove_sample", False) for sample in samples])
+    rollouts = [getattr(sample, "rollout_id", None) for sample in samples]
+    trajectories = [
+        i if rollout is None else (sample.group_index, rollout)
+        for i, (sample, rollout) in enumerate(zip(samples, rollouts, strict=True))
+    ]
+    groups = _common.group_ids([sample.group_index for sample in samples], rewards.device)
+    lengths = torch.tensor([sample.response_length for sample in samples])
+    values = _estimate(args, rewards, groups, lengths, counted, trajectories)
+    return rewards.nan_to_num(nan=0.0).tolist(), values.tolist()
 
 
 def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
@@ -263,13 +253,21 @@ def _reward(args: Any, sample: Any) -> float:
     return math.nan if reward is None else float(reward)
 
 
-def _estimate(args: Any, rewards: Tensor, groups: Tensor, lengths: Tensor, mask: Tensor | None = None) -> Tensor:
+def _estimate(
+    args: Any,
+    rewards: Tensor,
+    groups: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    trajectories: Sequence[Hashable] | None = None,
+) -> Tensor:
     name = getattr(args, "fusedpo_advantage", None) or "grpo"
     if name not in _common.OUTCOME_ESTIMATORS:
         raise ValueError(f"fusedpo_advantage must be one of {_common.OUTCOME_ESTIMATORS}, got {name!r}")
     function, options = getattr(estimators, name), getattr(args, "fusedpo_advantage_options", None) or {}
     _common.check_options(name, options, function)
     given = {"group_ids": groups, "lengths": lengths, "mask": mask, "small_groups": "zero"}
+    given["trajectory_ids"] = trajectories
     if options.get("scope") == "batch":
         del given["group_ids"]
     own = _common.for_function(given, function)

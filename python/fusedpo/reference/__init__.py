@@ -4,7 +4,7 @@ Results are float64 for float64 input, float32 otherwise. Arguments are not chec
 """
 
 from .divergence import exact_kl, linear_logits
-from .logprobs import linear_token_logprobs, next_tokens, token_logprobs
+from .logprobs import linear_token_logprobs, next_tokens, shift, token_logprobs
 from .losses import METRICS, PolicyLossOutput, policy_loss
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "linear_token_logprobs",
     "next_tokens",
     "policy_loss",
+    "shift",
     "token_logprobs",
 ]

@@ -54,7 +54,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
-    return_entropy: bool = True,
+    return_entropy: bool = False,
     chunk_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``.
@@ -109,10 +109,14 @@ def next_tokens(
     ``[T]`` without is one sequence. Both results have that shape: ids moved one position back, the mask bool. The last
     position of a sequence predicts nothing: id 0, mask False.
     """
-    where = layout(input_ids, cu_seqlens)
     kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
-    targets, target_kept = (where.later(x.reshape(-1), 1).reshape(input_ids.shape) for x in (input_ids, kept))
-    return targets, target_kept
+    return shift(input_ids, cu_seqlens), shift(kept, cu_seqlens)
+
+
+def shift(x: Tensor, cu_seqlens: Tensor | None = None, fill: float = 0) -> Tensor:
+    """``x`` one position back, ``fill`` at the last position of a sequence; in the layouts of :func:`next_tokens`."""
+    where = layout(x, cu_seqlens)
+    return x.reshape(-1).roll(-1).masked_fill(where.left <= 1, fill).reshape(x.shape)
 
 
 def _drop(x: Tensor, mask: Tensor | None, value: float = 0) -> Tensor:

@@ -14,7 +14,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...logprobs import next_tokens
+from ...alignment import next_tokens
 from ...losses import PolicyLossOutput
 from ...objectives import VESPO, Objective
 from .._versions import check_version

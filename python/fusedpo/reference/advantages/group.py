@@ -26,6 +26,16 @@ def unbiased_std(rewards: Tensor, groups: Groups) -> Tensor:
     return (groups.total(squares) / (groups.size - 1).clamp(min=1)).sqrt()
 
 
+@torch.no_grad()
+def batch_std(rewards: Tensor, mask: Tensor | None) -> Tensor:
+    """The unbiased standard deviation of all kept rewards, 0-d; 0 for fewer than two."""
+    counted = kept(rewards, mask)
+    number = counted.sum()
+    mean = rewards.where(counted, 0).sum() / number.clamp(min=1)
+    squares = (rewards - mean).square().where(counted, 0).sum()
+    return (squares / (number - 1).clamp(min=1)).sqrt()
+
+
 def grpo(
     rewards: Tensor,
     *,
