@@ -24,7 +24,7 @@ from .preferences import (
     regression_loss,
 )
 from .segments import sequence_logprobs
-from .statistics import TokenStatistics, token_statistics
+from .statistics import TokenStatistics, linear_token_statistics, token_statistics
 from .values import ValueLossOutput, value_loss
 
 __version__ = VERSION
@@ -46,6 +46,7 @@ __all__ = [
     "exact_kl_from_hidden",
     "global_denominator",
     "linear_token_logprobs",
+    "linear_token_statistics",
     "next_tokens",
     "nn",
     "objectives",
