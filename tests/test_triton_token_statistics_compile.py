@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -40,5 +42,6 @@ def test_it_compiles_for_every_target_without_spills_and_loads_wide_where_rows_a
     assert len(results) == len(CASES) * len(triton_aot.TARGETS)  # one variant each
     assert {(r["case"], r["target"]): r["stack"] for r in results if r["stack"]} == {}
     asm = {(r["case"], r["target"]): r["asm"] for r in results}
-    assert "ld.global.v4" in asm["bf16", "sm_90"] or "ld.global.L1::evict_first.v4" in asm["bf16", "sm_90"]
-    assert ".v4.b32" not in asm["fp16, unaligned", "sm_90"]
+    wide = re.compile(r"ld\.global\S*\.v4\.")
+    assert wide.search(asm["bf16", "sm_90"])
+    assert not wide.search(asm["fp16, unaligned", "sm_90"])

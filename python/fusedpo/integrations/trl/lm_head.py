@@ -70,12 +70,9 @@ def _forward(
 
     head = model.get_output_embeddings()  # FSDP and PEFT replace it after the model was given this forward
     weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
-    hidden, labels = (
-        hidden.to(weight.device),
-        labels.to(weight.device),
-    )  # it may be on another device than the last layer
+    hidden, labels = hidden.to(weight.device), labels.to(weight.device)  # maybe not that of the last layer
     mask = labels != -100
-    autocast = nullcontext()
+    autocast: Any = nullcontext()
     if cast_lm_head_to_fp32:
         hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
     with autocast, maybe_gather_lm_head_ctx(weight, bias):
