@@ -292,3 +292,66 @@ def test_second_derivatives_raise(way):
             if fusedpo.backends.NATIVE_MISSING is None:
                 with pytest.raises(RuntimeError, match="double backward"):
                     torch.autograd.grad(penalty, leaf) if way == "grad" else penalty.backward()
+
+
+@pytest.fixture
+def reference_raises(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(fusedpo.reference, "exact_kl", refuse)
+
+
+@native
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_float16_gradients_are_scaled_before_they_are_rounded(batch, direction, reference_raises):
+    """A GradScaler's factor comes with the backward; without it most of the gradient is below what float16 holds."""
+    factor, divisor = 2.0**20, 2.0**20
+    logits, ref = batch["logits"].half(), batch["ref"].half()
+    options = {"direction": direction, "mask": batch["mask"], "aggregation": "token-sum"}
+    exact = logits.double().requires_grad_()
+    kl = kl_of(exact, ref.double(), direction) * batch["mask"]
+    kl.sum().backward()
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        out = fusedpo.exact_kl(leaf * 1, ref, inplace=inplace, loss_scale=1 / divisor, **options)
+        (out.loss * factor).backward()
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(out.kl.double(), kl.detach(), rtol=1e-5, atol=1e-6)
+    out = fusedpo.exact_kl(leaf * 1, ref, inplace=True)
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second"):
+        out.loss.backward()
+
+
+@pytest.mark.triton
+def test_float16_from_hidden_on_kernels_that_multiply_in_float16(batch, reference_raises, monkeypatch):
+    """As on a GPU: products and logits in float16, the gradient computed in the backward, once scaled."""
+    monkeypatch.setattr("fusedpo.ops.hidden.compute_dtype", lambda hidden: hidden.dtype)
+    hidden, weight, head = torch.randn(B, T, H).half(), torch.randn(V, H).half(), torch.randn(V, H).half()
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    kl = kl_of(exact[0] @ exact[1].t(), hidden.double() @ head.double().t(), "reverse")
+    kl[batch["mask"]].sum().backward()
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    with fusedpo.backend("triton"):
+        out = fusedpo.exact_kl_from_hidden(
+            *leaves, hidden, head, mask=batch["mask"], aggregation="token-sum", loss_scale=2.0**-20, chunk_tokens=4
+        )
+        (out.loss * 2.0**20).backward()
+    for leaf, want in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), want.grad, rtol=2e-2, atol=2e-2)
+
+
+@native
+def test_compiled_graphs_hold_the_kernel(batch, reference_raises):
+    logits, mask = batch["logits"].requires_grad_(), batch["mask"]
+    hidden, weight, head = torch.randn(B, T, H, requires_grad=True), torch.randn(V, H), torch.randn(V, H)
+
+    def loss(logits, hidden):
+        options = {"mask": mask, "aggregation": "seq-mean-token-mean", "temperature": 0.8}
+        one = fusedpo.exact_kl(logits, batch["ref"], direction="forward", **options)
+        return one.loss + 2 * fusedpo.exact_kl_from_hidden(hidden, weight, hidden.detach(), head, **options).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, found = (torch.autograd.grad(f(logits, hidden), (logits, hidden)) for f in (loss, compiled))
+    torch.testing.assert_close(found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,28 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed (extra [peers])")
 pytest.importorskip("datasets", reason="datasets is not installed (it comes with trl)")
 
+import accelerate
 from datasets import Dataset
-from support.trl_training import make_tokenizer, model, one_thread  # noqa: F401
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from support.trl_training import SIZES, even_tokens, make_tokenizer, model, one_thread  # noqa: F401
+from transformers import AutoModelForCausalLM
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.kernels import ChunkedLogProbFunction as Trls
+from trl.trainer.utils import add_fused_lm_head as trls_head
 
-import fusedpo
-from fusedpo.integrations.trl import patch_trl
+from fusedpo.integrations.trl import lm_head, patch_trl
 from fusedpo.integrations.trl.lm_head import OPTIONAL, ChunkedLogProbFunction
+from fusedpo.integrations.trl.lm_head import add_fused_lm_head as fused_head
 
 N, H, V = 11, 8, 53
 
@@ -52,28 +67,89 @@ def test_no_row_is_scored():
     assert (weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_statistics(dtype):
-    logits, ids = (4 * torch.randn(3, 5, V)).to(dtype), torch.randint(0, V, (3, 5))
-    ids[0] = logits[0].argmax(-1)
-    mask, temperature = torch.rand(3, 5) > 0.3, torch.rand(3, 5) + 0.5
-    found = fusedpo.token_statistics(logits, ids, temperature=temperature, mask=mask)
-    z = logits.double() / temperature.double()[..., None]
-    expected = (
-        z.softmax(-1).square().sum(-1).log(),
-        z.mean(-1),
-        (logits.gather(-1, ids[..., None]) >= logits).all(-1),
-    )
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got.double(), want.double() * mask, rtol=1e-5, atol=2e-6)
+def tiny(**config: Any) -> Any:
+    return model(**config)
 
 
-def test_statistics_feed_the_optimal_token_baseline():
-    logits, ids, rewards = torch.randn(4, 5, V), torch.randint(0, V, (4, 5)), torch.rand(4, 5)
-    squares = fusedpo.token_statistics(logits, ids).log_sum_sq_probs.exp()
-    torch.testing.assert_close(squares, logits.softmax(-1).square().sum(-1))
-    options = {"old_logprobs": fusedpo.token_logprobs(logits, ids), "sum_pi_squared": squares, "group_size": 4}
-    assert fusedpo.advantages.optimal_token_baseline(rewards, **options).shape == rewards.shape
+LABELS = torch.tensor([[-100, -100, 5, 7, 1, 0], [-100, 3, 4, -100, 9, 2]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "options"),
+    [
+        ("qwen2", {}, {"outputs": ("log_probs", *OPTIONAL), "temperature": 0.7}),
+        ("qwen2", {"tie_word_embeddings": True}, {"cast_lm_head_to_fp32": True}),
+        ("cohere", {"logit_scale": 0.3}, {"outputs": ("entropy",)}),
+        ("gemma2", {"final_logit_softcapping": 3.0}, {"outputs": ("is_top1",)}),
+        (
+            "qwen2_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "output_router_logits": True}
+            | {"shared_expert_intermediate_size": 8},
+            {},
+        ),
+    ],
+    ids=["all outputs", "tied, in float32", "scaled", "capped", "experts"],
+)
+@pytest.mark.parametrize("labels", [{"labels": LABELS}, {"shift_labels": LABELS, "num_items_in_batch": 5}], ids=list)
+def test_the_whole_head(kind, config, options, labels):
+    """Every field of the output, and the gradients of all parameters, beside TRL's."""
+    results = []
+    for add in (fused_head, trls_head):
+        policy = tiny(kind=kind, **config).train()
+        policy.config._attn_implementation = "eager"
+        add(policy, **options)
+        out = policy(input_ids=torch.arange(12).view(2, 6), fused_lm_head=True, **labels)
+        weights = torch.linspace(-1, 1, out.log_probs.numel()).view(out.log_probs.shape)
+        total = (
+            out.loss + (out.log_probs * weights).sum() + (0 if out.entropy is None else (out.entropy * weights).sum())
+        )
+        total.backward()
+        results.append((dict(out), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}))
+        assert policy(input_ids=torch.arange(12).view(2, 6)).logits.shape[-1] == SIZES["vocab_size"]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_no_label_at_all_and_the_last_head_counts():
+    policy = tiny()
+    trls_head(policy)
+    fused_head(policy, temperature=3.0)
+    fused_head(policy, temperature=0.5, outputs=("entropy",))
+    ids = torch.arange(12).view(2, 6)
+    out = policy(input_ids=ids, labels=ids, fused_lm_head=True)
+    logits = policy(input_ids=ids).logits[:, :-1] / 0.5
+    expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(out.log_probs, expected, rtol=1e-4, atol=1e-5)
+    assert out.entropy is not None
+    out = policy(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    out.loss.backward()
+    assert out.loss == 0
+    assert all((p.grad == 0).all() for p in policy.parameters())
+
+
+def test_a_copy_has_a_head_of_its_own():
+    """A snapshot, an average of weights, and what accelerate's unwrap_model returns."""
+    policy, ids = tiny(), torch.arange(12).view(2, 6)
+    fused_head(policy, temperature=0.7)
+    before = policy(input_ids=ids).logits
+    snapshot = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(snapshot(input_ids=ids).logits, before)
+    expected = (before[:, :-1] / 0.7).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    found = snapshot(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(snapshot)
+    for keep in (True, False):
+        unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=keep)
+        found = unwrapped(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        torch.testing.assert_close(found, expected, **({"rtol": 1e-4, "atol": 1e-5} if not keep else BFLOAT16))
+    assert torch.equal(unwrapped.generate(ids, max_new_tokens=2, do_sample=False)[:, :6], ids)
+
+
+BFLOAT16 = {"rtol": 0.1, "atol": 0.1}
 
 
 PREFERENCES = {
@@ -93,6 +169,8 @@ def train(kind: str, path: Path, patched: bool, **options: Any) -> tuple[list[di
     trainers = {
         "dpo": (DPOTrainer, DPOConfig, PREFERENCES),
         "kto": (KTOTrainer, KTOConfig, LABELLED),
+        "grpo": (GRPOTrainer, GRPOConfig, {"prompt": PREFERENCES["prompt"]}),
+        "rloo": (RLOOTrainer, RLOOConfig, {"prompt": PREFERENCES["prompt"]}),
         "sft": (SFTTrainer, SFTConfig, {name: LABELLED[name] for name in ("prompt", "completion")}),
     }
     trainer_class, config_class, data = trainers[kind]
@@ -112,7 +190,13 @@ def train(kind: str, path: Path, patched: bool, **options: Any) -> tuple[list[di
         **options,
     )
     policy = model(seed=0)
-    given: dict[str, Any] = {} if kind == "sft" else {"ref_model": model(seed=1)}
+    given: dict[str, Any] = {"ref_model": model(seed=1)}
+    if kind == "sft":
+        given = {}
+    elif kind in ("grpo", "rloo"):
+        given = {"reward_funcs": even_tokens}
+        policy.save_pretrained(path / "model")  # they load the reference by the path of the policy
+        policy = AutoModelForCausalLM.from_pretrained(path / "model")
 
     def run() -> tuple[list[dict[str, float]], torch.Tensor]:
         trainer = trainer_class(
@@ -122,6 +206,7 @@ def train(kind: str, path: Path, patched: bool, **options: Any) -> tuple[list[di
             processing_class=make_tokenizer(),
             **given,
         )
+        torch.manual_seed(1)
         trainer.train()
         logs = [{k: v for k, v in log.items() if "/" in k or k in NAMES} for log in trainer.state.log_history]
         return logs, torch.cat([p.detach().flatten() for p in policy.parameters()])
@@ -132,6 +217,7 @@ def train(kind: str, path: Path, patched: bool, **options: Any) -> tuple[list[di
         return run()
 
 
+SAMPLING = {"num_generations": 4, "max_completion_length": 6, "num_iterations": 2, "temperature": 0.9}
 NAMES = ("loss", "grad_norm", "entropy", "mean_token_accuracy")
 
 
@@ -142,18 +228,22 @@ NAMES = ("loss", "grad_norm", "entropy", "mean_token_accuracy")
         ("dpo", {"loss_type": ["ipo", "sigmoid"], "loss_weights": [1.0, 0.5], "use_weighting": True}),
         ("kto", {"beta": 0.5}),
         ("sft", {}),
+        ("grpo", {"beta": 0.1, "loss_type": "dapo", "epsilon": 0.02} | SAMPLING),
+        ("grpo", {"loss_type": "bnpo", "entropy_coef": 0.02, "top_entropy_quantile": 0.5} | SAMPLING),
+        ("grpo", {"loss_type": "vespo"} | SAMPLING),
+        ("rloo", {"beta": 0.1, "epsilon": 0.02} | SAMPLING),
     ],
-    ids=["dpo", "dpo: ipo, sigmoid, WPO", "kto", "sft"],
+    ids=["dpo", "dpo: ipo, sigmoid, WPO", "kto", "sft", "grpo: dapo, KL", "grpo: entropies", "grpo: vespo", "rloo"],
 )
 def test_a_patched_trainer_trains_as_trls(kind, options, tmp_path, monkeypatch):
     calls = []
-    function = ChunkedLogProbFunction.apply
+    function = lm_head._statistics
 
     def counted(*args):
         calls.append(1)
         return function(*args)
 
-    monkeypatch.setattr(ChunkedLogProbFunction, "apply", staticmethod(counted))
+    monkeypatch.setattr(lm_head, "_statistics", counted)
     own, own_weights = train(kind, tmp_path, False, **options)
     assert not calls
     ours, our_weights = train(kind, tmp_path, True, **options)

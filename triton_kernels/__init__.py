@@ -12,6 +12,7 @@ _OPERATORS = {
     "exact_kl": ("exact_kl", "exact_kl_"),
     "logprobs": ("token_logprobs", "token_logprobs_backward_out"),
     "one_pass": ("one_pass", "scale_"),
+    "token_statistics": ("token_statistics",),
     "policy_loss": ("policy_loss", "policy_loss_backward", "token_scale"),
 }
 

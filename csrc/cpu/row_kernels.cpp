@@ -120,15 +120,15 @@ struct Exponents {
 };
 
 struct BlockSums {
-  float sum, weighted, top;
+  float sum, weighted, squares, top;
   float at_reference;
 };
 
-// Sums 2^t, and 2^t t. In the block that holds the reference, elements equal to it are counted apart: what lies beside
-// a dominant logit keeps its digits. Exponents are moved up to kLowest where kClamp.
-template <bool kEntropy, bool kHoldsReference, bool kClamp, bool kFused, class T>
+// Sums 2^t, 2^t t and 4^t. In the block that holds the reference, elements equal to it are counted apart: what lies
+// beside a dominant logit keeps its digits. Exponents are moved up to kLowest where kClamp.
+template <bool kEntropy, bool kSquares, bool kHoldsReference, bool kClamp, bool kFused, class T>
 BlockSums sum_block(const T* row, const T* next, int64_t size, float reference, Exponents<kFused> exponents) {
-  Vec sum[2]{}, weighted[2]{}, at_reference{}, top = splat(-kInfinity);
+  Vec sum[2]{}, weighted[2]{}, squares[2]{}, at_reference{}, top = splat(-kInfinity);
   const Exp2Polynomial<kDegreeOfSum<T>> polynomial(1.0f);
   const Vec itself = exponents(splat(reference)), lowest = splat(kLowest), zero{}, one = splat(1.0f);
   for_each_chunk(row, next, size, [&](const T* chunk) {
@@ -147,22 +147,25 @@ BlockSums sum_block(const T* row, const T* next, int64_t size, float reference, 
       }
       sum[k % 2] += e[k];
       if constexpr (kEntropy) weighted[k % 2] = fma(e[k], t[k], weighted[k % 2]);
+      if constexpr (kSquares) squares[k % 2] = fma(e[k], e[k], squares[k % 2]);
     }
   });
-  return {reduce_add(sum[0] + sum[1]), kEntropy ? reduce_add(weighted[0] + weighted[1]) : 0.0f, reduce_max(top),
+  return {reduce_add(sum[0] + sum[1]), kEntropy ? reduce_add(weighted[0] + weighted[1]) : 0.0f,
+          kSquares ? reduce_add(squares[0] + squares[1]) : 0.0f, reduce_max(top),
           kHoldsReference ? reduce_add(at_reference) : 0.0f};
 }
 
 // Clamps where that is needed: 0 * -inf is NaN, and once a block has shown that, the rest of the row is clamped.
-template <bool kEntropy, bool kHoldsReference, bool kFused, class T>
+template <bool kEntropy, bool kSquares, bool kHoldsReference, bool kFused, class T>
 BlockSums sums_of(const T* block, const T* next, int64_t size, float reference, Exponents<kFused> exponents,
                   bool& clamp) {
   if (kExp2TakesInfinity && !clamp) {
-    const BlockSums sums = sum_block<kEntropy, kHoldsReference, false>(block, next, size, reference, exponents);
+    const BlockSums sums =
+        sum_block<kEntropy, kSquares, kHoldsReference, false>(block, next, size, reference, exponents);
     clamp = sums.weighted != sums.weighted;
     if (!clamp) return sums;
   }
-  return sum_block<kEntropy, kHoldsReference, true>(block, next, size, reference, exponents);
+  return sum_block<kEntropy, kSquares, kHoldsReference, true>(block, next, size, reference, exponents);
 }
 
 // The reference of a block: its maximum, or 0 where that is -inf (then every exponential is 0, and a NaN still shows).
@@ -172,47 +175,86 @@ float block_reference(const T* row, int64_t size) {
   return top == -kInfinity ? 0.0f : top;
 }
 
-template <bool kEntropy, bool kFused, class T>
-RowStats reduce_row(const T* row, const T* next, int64_t size, float temperature) {
+// The sum of the logits of a block as they are, and whether the one at `id` is still the first maximum.
+template <class T>
+struct AsTheyAre {
+  double sum = 0;
+  bool is_first_maximum = true;
+
+  // While the block is in the first-level cache.
+  void add(const T* row, int64_t begin, int64_t count, int64_t id) {
+    const T* block = row + begin;
+    Vec total[2]{};
+    int64_t i = 0;
+    for (; i + kChunk <= count; i += kChunk) {
+      Vecs x;
+      load(block + i, x);
+      for (int k = 0; k < kVecs; ++k) total[k % 2] += x[k];
+    }
+    sum += reduce_add(total[0] + total[1]);
+    for (; i < count; ++i) sum += to_float(block[i]);
+
+    const int64_t before = id <= begin ? 0 : id - begin < count ? id - begin : count;
+    const float chosen = to_float(row[id]);
+    if (before > 0 && maximum(block, before) >= chosen) is_first_maximum = false;
+    if (before < count && maximum(block + before, count - before) > chosen) is_first_maximum = false;
+  }
+};
+
+// `id` matters where kStatistics.
+template <bool kEntropy, bool kStatistics, bool kFused, class T>
+RowStatistics reduce_row(const T* row, const T* next, int64_t size, float temperature, int64_t id) {
   float reference = 0;
   Exponents<kFused> exponents(reference, temperature);
   bool clamp = false;
-  double at_reference = 0, sum = 0, weighted = 0;  // of blocks: their order of summation costs no accuracy
+  AsTheyAre<T> logits;
+  double at_reference = 0, sum = 0, weighted = 0, squares = 0;  // of blocks: their order of summation costs no accuracy
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const T *block = row + begin, *ahead = next == nullptr ? nullptr : next + begin / 2;
     const int64_t count = size - begin < kBlock ? size - begin : kBlock;
     const bool nothing_yet = at_reference + sum == 0;
     BlockSums sums{};
-    if (!nothing_yet) sums = sums_of<kEntropy, false>(block, ahead, count, reference, exponents, clamp);
+    if (!nothing_yet) sums = sums_of<kEntropy, kStatistics, false>(block, ahead, count, reference, exponents, clamp);
     if (nothing_yet || sums.top > kMove) {
       const Exponents<kFused> before = exponents;
       reference = block_reference(block, count);
       exponents = Exponents<kFused>(reference, temperature);
-      if (!exponents.serves()) return reduce_row<kEntropy, false>(row, next, size, temperature);
+      if (!exponents.serves()) return reduce_row<kEntropy, kStatistics, false>(row, next, size, temperature, id);
       if (!nothing_yet) {
         sum += at_reference * std::exp2(before.shift);
         weighted += at_reference * before.shift;
+        squares += at_reference * std::exp2(2 * before.shift);
         const double step = before.origin - exponents.origin, factor = std::exp2(step);
         weighted = (weighted + step * sum) * factor;
         sum *= factor;
+        squares *= factor * factor;
         at_reference = 0;
       }
-      sums = sums_of<kEntropy, true>(block, ahead, count, reference, exponents, clamp);
+      sums = sums_of<kEntropy, kStatistics, true>(block, ahead, count, reference, exponents, clamp);
     }
     at_reference += sums.at_reference;
     sum += sums.sum;
     weighted += sums.weighted;
+    squares += sums.squares;
+    if constexpr (kStatistics) logits.add(row, begin, count, id);
   }
   const double unshift = exponents.unshift();
-  return {reference, (float)(at_reference - 1 + sum * unshift),
-          (float)((weighted - exponents.shift * sum) * unshift * kLn2)};
+  const RowStats stats{reference, (float)(at_reference - 1 + sum * unshift),
+                       (float)((weighted - exponents.shift * sum) * unshift * kLn2)};
+  return {stats, at_reference - 1 + squares * unshift * unshift, logits.sum, logits.is_first_maximum};
 }
 
 template <class T>
 RowStats reduce(const void* logits, int64_t size, float temperature, bool entropy, const void* next) {
   const T *row = static_cast<const T*>(logits), *ahead = static_cast<const T*>(next);
-  return entropy ? reduce_row<true, kFmaRoundsOnce>(row, ahead, size, temperature)
-                 : reduce_row<false, kFmaRoundsOnce>(row, ahead, size, temperature);
+  return entropy ? reduce_row<true, false, kFmaRoundsOnce>(row, ahead, size, temperature, 0).stats
+                 : reduce_row<false, false, kFmaRoundsOnce>(row, ahead, size, temperature, 0).stats;
+}
+
+template <class T>
+RowStatistics statistics(const void* logits, int64_t size, float temperature, int64_t id) {
+  const T *row = static_cast<const T*>(logits), *none = nullptr;
+  return reduce_row<true, true, kFmaRoundsOnce>(row, none, size, temperature, id);
 }
 
 #if defined(__AVX2__) && !defined(__AVX512BF16__)
@@ -341,7 +383,7 @@ void scale(void* elements, int64_t size, float factor) {
 
 template <class T>
 constexpr RowKernels kernels_for() {
-  return {reduce<T>, gradient<T>, value<T>, scale<T>};
+  return {reduce<T>, statistics<T>, gradient<T>, value<T>, scale<T>};
 }
 
 }  // namespace

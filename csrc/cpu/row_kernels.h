@@ -17,6 +17,15 @@ struct RowStats {
   float weighted;
 };
 
+// Of all kinds: 1 + squares is the sum of e_j^2, sum that of the logits as they are, and the logit of one id is the
+// first maximum or not.
+struct RowStatistics {
+  RowStats stats;
+  double squares;
+  double sum;
+  bool is_first_maximum;
+};
+
 // What reaches the log-probs and the entropy of one row from above.
 struct RowGradient {
   const int64_t* token_ids;    // [num_ids], the ids whose log-probs were taken; repeats are fine
@@ -33,6 +42,8 @@ struct RowGradient {
 struct RowKernels {
   // Reads the row once.
   RowStats (*reduce)(const void* logits, int64_t size, float temperature, bool entropy, const void* next);
+  // As `reduce`, with the entropy and the other statistics; `id` is in [0, size).
+  RowStatistics (*statistics)(const void* logits, int64_t size, float temperature, int64_t id);
   // Reads `logits` once and writes `grad` once; the two may be the same memory.
   void (*gradient)(const void* logits, void* grad, int64_t size, const RowStats&, const RowGradient&, const void* next);
   float (*value)(const void* logits, int64_t index);

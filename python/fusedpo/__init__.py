@@ -26,7 +26,7 @@ from .preferences import (
 )
 from .segments import sequence_logprobs
 from .selection import top_entropy_mask
-from .statistics import TokenStatistics, token_statistics
+from .statistics import TokenStatistics, linear_token_statistics, token_statistics
 from .values import ValueLossOutput, value_loss
 
 __version__ = VERSION
@@ -49,6 +49,7 @@ __all__ = [
     "exact_kl_from_hidden",
     "global_denominator",
     "linear_token_logprobs",
+    "linear_token_statistics",
     "next_tokens",
     "nn",
     "objectives",

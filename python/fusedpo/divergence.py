@@ -57,7 +57,7 @@ def exact_kl(
             nothing.
         loss_scale: a number or a 0-d tensor that multiplies the loss. For float16, as in
             :func:`fusedpo.policy_loss_from_logits`: the factor of the GradScaler, as a tensor; with a number of at most
-            1 the reference runs.
+            1 the backward computes the gradient, once it is scaled, and reads both rows again.
         aggregation, length_norm: as in :class:`fusedpo.Objective`.
         inplace: let the gradient overwrite ``logits``, which saves a tensor of their size. A use of the logits that was
             saved before raises then. Ignored by the reference, under ``torch.compile`` and where rows share memory.
@@ -88,11 +88,16 @@ def exact_kl(
     }
     _check("logits", logits, **options)
     tokens = _Tokens(logits, **options)
-    if _by_reference(logits.device.type, logits.dtype, loss_scale):
+    way = _way(logits.device.type, logits.dtype, ref_logits.dtype, loss_scale)
+    if way == "reference":
         kl = reference.exact_kl(logits, ref_logits, direction=direction, temperature=temperature, mask=mask)
         return ExactKLOutput(tokens.loss(kl), kl.detach())
-    rows = tokens.rows(temperature, temperature)
     inplace = inplace and logits.stride(-1) == 1 and not ops.may_overlap(logits)
+    if way == "deferred":
+        rows = tokens.rows(temperature, scale=False)
+        kl = ops_divergence.divergences(logits, ref_logits.detach(), rows, direction=direction, inplace=inplace)
+        return ExactKLOutput(tokens.loss(kl), kl.detach())
+    rows = tokens.rows(temperature)
     return ExactKLOutput(*ops_divergence.from_logits(logits, ref_logits, rows, direction=direction, inplace=inplace))
 
 
@@ -122,7 +127,7 @@ def exact_kl_from_hidden(
 
     Two chunks of logits are in memory, and the gradients are computed with the loss: two products for the logits, one
     each for ``hidden`` and ``weight`` as far as they require gradients. Masked tokens cost nothing. (The reference and
-    ``torch.compile`` hold all logits.)
+    ``torch.compile``, whose graph may write into no memory that it did not make, hold all logits.)
 
     Args:
         hidden: ``[B, T, H]``, or packed ``[T, H]`` or ``[1, T, H]``. ``weight``: ``[V, H]``, same dtype.
@@ -158,7 +163,8 @@ def exact_kl_from_hidden(
     _check("hidden", hidden, **options)
     tokens = _Tokens(hidden, **options)
     dtype, ref_dtype = ops_hidden.compute_dtype(hidden), ops_hidden.compute_dtype(ref_hidden)
-    if _by_reference(hidden.device.type, dtype, loss_scale):
+    way = _way(hidden.device.type, dtype, ref_dtype, loss_scale)
+    if way == "reference" or torch.compiler.is_compiling():
         both = [
             reference.linear_logits(x, w, bias=b, softcap=cap, logit_scale=factor)
             for x, w, b, cap, factor in (
@@ -166,28 +172,45 @@ def exact_kl_from_hidden(
                 (ref_hidden, ref_weight, ref_bias, ref_softcap, ref_logit_scale),
             )
         ]
-        kl = reference.exact_kl(*both, direction=direction, temperature=temperature, mask=mask)
+        if way == "reference":
+            kl = reference.exact_kl(*both, direction=direction, temperature=temperature, mask=mask)
+        else:
+            logits, ref_logits = (x.to(dtype) for x in both)
+            rows = tokens.rows(temperature, scale=False)
+            kl = ops_divergence.divergences(logits, ref_logits.detach(), rows, direction=direction, inplace=False)
         return ExactKLOutput(tokens.loss(kl), kl.detach())
-    at = ops_hidden.rows_where(tokens.kept if mask is not None else None, tokens.kept.numel(), hidden.device)
-    loss, kl = ops_divergence.from_hidden(
+    deferred = way == "deferred"
+    found = ops_divergence.from_hidden(
         hidden,
         weight,
         bias,
         (ref_hidden, ref_weight, ref_bias),
-        at,
-        tokens.rows(temperature, temperature),
+        ops_hidden.rows_where(tokens.kept if mask is not None else None, tokens.kept.numel(), hidden.device),
+        tokens.rows(temperature, scale=not deferred),
         direction=direction,
         options=ops_hidden.Options(dtype, softcap, logit_scale, chunk_tokens),
         ref_options=ops_hidden.Options(ref_dtype, ref_softcap, ref_logit_scale, None),
+        deferred=deferred,
     )
-    return ExactKLOutput(loss, kl)
+    return ExactKLOutput(tokens.loss(found), found.detach()) if deferred else ExactKLOutput(*found)
 
 
-def _by_reference(device: str, dtype: torch.dtype, loss_scale: float | Tensor) -> bool:
-    """Where double precision or functional operators are needed, and where gradients in float16 may be too small."""
+def _way(
+    device: str, dtype: torch.dtype, ref_dtype: torch.dtype, loss_scale: float | Tensor
+) -> Literal["reference", "deferred", "with the loss"]:
+    """Which function runs, and when the gradient is computed.
+
+    In the backward, where it may have no side effects, and where it is rounded to float16, for which it may be too
+    small before it is scaled.
+    """
     forced = backends.forced() is not None and backends.choose("exact_kl", device, dtype) == "reference"
+    if forced or dtype == torch.float64 or torch._C._are_functorch_transforms_active():
+        return "reference"
+    if torch.compiler.is_compiling():
+        has_kernel = backends.kernel_for("exact_kl", device, dtype) is not None
+        return "deferred" if has_kernel and dtype == ref_dtype else "reference"
     rounded = dtype == torch.float16 and not isinstance(loss_scale, Tensor) and loss_scale <= 1
-    return forced or rounded or dtype == torch.float64 or ops.must_be_functional()
+    return "deferred" if rounded else "with the loss"
 
 
 class _Tokens:
@@ -211,16 +234,15 @@ class _Tokens:
         )
         return total * (scale.detach().to(total.dtype) if isinstance(scale, Tensor) else scale)
 
-    def rows(self, temperature: float | Tensor, ref_temperature: float | Tensor) -> ops_divergence.Rows:
-        """``scale``: the gradient of the loss with respect to the divergences."""
-        leaf = self.like.detach().requires_grad_()
-        with torch.enable_grad():
-            (scale,) = torch.autograd.grad(self.loss(leaf.masked_fill(~self.kept.reshape(self.shape), 0)), leaf)
-        t, ref_t = (
-            x.detach().float() if isinstance(x, Tensor) else ops.scalar(x, self.like.device)
-            for x in (temperature, ref_temperature)
-        )
-        return ops_divergence.Rows(t, ref_t, None if self.mask is None else self.kept.reshape(self.shape), scale)
+    def rows(self, temperature: float | Tensor, *, scale: bool = True) -> ops_divergence.Rows:
+        """Of both models; with ``scale`` the gradient of the loss with respect to the divergences, otherwise 0."""
+        factor = self.like
+        if scale:
+            leaf = self.like.detach().requires_grad_()
+            with torch.enable_grad():
+                (factor,) = torch.autograd.grad(self.loss(leaf.masked_fill(~self.kept.reshape(self.shape), 0)), leaf)
+        t = temperature.detach().float() if isinstance(temperature, Tensor) else ops.scalar(temperature, factor.device)
+        return ops_divergence.Rows(t, t, None if self.mask is None else self.kept.reshape(self.shape), factor)
 
 
 def _check(

@@ -1,93 +1,137 @@
-"""Statistics of each row of logits beside log-prob and entropy, without gradient: for metrics, weights, baselines."""
+"""Statistics of each row of logits in the same pass as log-prob and entropy: for metrics, weights, baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, ops
-from .logprobs import _check_values, check_token_logprobs
+from . import _checks, backends, reference
+from ._batch import as_bool
+from .logprobs import (
+    _check_values,
+    as_kernels_take_them,
+    check_linear_token_logprobs,
+    check_token_logprobs,
+    ids_and_temperature,
+    taken_if_differentiated,
+)
+from .ops import hidden as ops_hidden
+from .ops import token_statistics as ops_statistics
 
-__all__ = ["TokenStatistics", "token_statistics"]
-
-NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
+__all__ = ["TokenStatistics", "linear_token_statistics", "token_statistics"]
 
 
 class TokenStatistics(NamedTuple):
-    """All ``[...]``, without gradient, 0 (False) at masked rows.
+    """All ``[...]``, 0 (False) at masked rows; float32, float64 for float64 input.
 
-    ``log_sum_sq_probs``: ``log sum_v p_v^2``, whose exponential ``advantages.optimal_token_baseline`` takes and from
-    which WPO's weights are made. ``mean_logits``: the mean of ``logits / temperature`` over the vocabulary.
-    ``is_top1``: whether the token is the likeliest one, the first of several.
+    ``logprobs`` and ``entropy`` as :func:`fusedpo.token_logprobs` gives them, differentiable, once. The others have no
+    gradient. ``log_sum_sq_probs``: ``log sum_v p_v^2``, from which the optimal token baseline and WPO's weights are
+    made. ``mean_logits``: the mean of ``logits / temperature`` over the vocabulary. ``is_top1``: whether the token is
+    the likeliest one, the first of several; False where its log-prob is NaN.
     """
 
+    logprobs: Tensor
+    entropy: Tensor
     log_sum_sq_probs: Tensor
     mean_logits: Tensor
     is_top1: Tensor
 
 
-@torch.no_grad()
 def token_statistics(
-    logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None
-) -> TokenStatistics:
-    """What trainers log or weigh by, of each row of ``softmax(logits / temperature)``.
-
-    Args, and what is raised: as :func:`fusedpo.token_logprobs`, with one token per row. Float32, float64 for float64
-    ``logits``. Each of the three reads the logits once more.
-    """
-    check_token_logprobs(logits, token_ids, temperature, mask)
-    if token_ids.shape != logits.shape[:-1]:
-        raise ValueError(f"token_ids must have shape {list(logits.shape[:-1])}, got {list(token_ids.shape)}")
-    backend = backends.choose("token_logprobs", logits.device.type, logits.dtype)
-    _check_values(token_ids, logits.shape[-1], temperature, mask)
-    ids = token_ids.to(torch.int64)
-    if backend == "reference":
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        t = temperature[..., None] if isinstance(temperature, Tensor) and temperature.dim() > 0 else temperature
-        z = logits.to(dtype) / t
-        found = {
-            "log_sum_sq_probs": (2 * z.log_softmax(-1)).logsumexp(-1),
-            "mean_logits": z.mean(-1),
-            "is_top1": logits.argmax(-1) == ids,
-        }
-    else:
-        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-            logits = logits.contiguous()
-        t = ops.as_scalar(temperature, logits.device)
-        kept = None if mask is None else mask != 0
-        _, _, stats = getattr(torch.ops.fusedpo.token_logprobs, backend)(logits, ids, t, kept, False)
-        found = of_rows(logits, ids, t, stats, NAMES, backend, kept)
-    if mask is not None:
-        found = {name: x.masked_fill(mask == 0, 0) for name, x in found.items()}
-    return TokenStatistics(**found)
-
-
-def of_rows(
     logits: Tensor,
     token_ids: Tensor,
-    temperature: Tensor,
-    stats: Tensor,
-    names: Collection[str],
-    backend: str,
+    *,
+    temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The statistics called ``names``, where the kernels of ``backend`` have reduced the rows to ``stats``.
+    inplace_backward: bool = False,
+) -> TokenStatistics:
+    """Log-prob, entropy, and what trainers log or weigh by, of each row of ``softmax(logits / temperature)``.
 
-    ``log sum p^2`` is the log-sum-exp at half the temperature less twice that at the whole one; both are kept relative
-    to a logit, close to the maximum, whose own term does not enter the difference where it is the same.
+    The logits are read once, as for :func:`fusedpo.token_logprobs`, whose arguments these are, with one token per row;
+    what is raised, too.
     """
-    found = {}
-    if "log_sum_sq_probs" in names:
-        _, _, squares = getattr(torch.ops.fusedpo.token_logprobs, backend)(
-            logits, token_ids, temperature / 2, mask, False
+    token_ids, temperature, mask = _checks.taken(token_ids, temperature, mask)
+    check_token_logprobs(logits, token_ids, temperature, mask)
+    _one_per_row(token_ids, logits.shape[:-1])
+    backend = backends.choose("token_statistics", logits.device.type, logits.dtype)
+    if backend == "reference":
+        _check_values(token_ids, logits.shape[-1], temperature, mask)
+        return TokenStatistics(*reference.token_statistics(logits, token_ids, temperature=temperature, mask=mask))
+    inputs = as_kernels_take_them(logits, token_ids, temperature)
+    return TokenStatistics(*ops_statistics.token_statistics(*inputs, as_bool(mask), inplace_backward, backend))
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> TokenStatistics:
+    """:func:`token_statistics` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.
+
+    Arguments, and what is raised, as of :func:`fusedpo.linear_token_logprobs`, with one token per row; no product more.
+    (The reference and ``torch.compile`` compute the logits once more.) Differentiable with respect to ``hidden``,
+    ``weight`` and ``bias``, once.
+    """
+    token_ids, temperature, mask, softcap, logit_scale, chunk_tokens = _checks.taken(
+        token_ids, temperature, mask, softcap, logit_scale, chunk_tokens
+    )
+    check_linear_token_logprobs(
+        hidden, weight, bias, token_ids, softcap, logit_scale, chunk_tokens, temperature=temperature, mask=mask
+    )
+    _one_per_row(token_ids, hidden.shape[:-1])
+    hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
+    return TokenStatistics(
+        *_linear(hidden, weight, bias, token_ids, softcap, logit_scale, temperature, mask, chunk_tokens)
+    )
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    chunk_tokens: int | None,
+    function: type[ops_statistics.LinearTokenStatistics] = ops_statistics.LinearTokenStatistics,
+) -> tuple[Tensor, ...]:
+    dtype = ops_hidden.compute_dtype(hidden)
+    backend = ops_hidden.choose(hidden, dtype)
+    if backend == "reference":
+        if chunk_tokens is None:
+            row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
+            chunk_tokens = ops_hidden.chunk_rows(hidden.shape[:-1].numel(), row_bytes, hidden.device.type)
+        return reference.linear_token_statistics(
+            hidden,
+            weight,
+            token_ids,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            mask=mask,
+            chunk_tokens=chunk_tokens,
         )
-        moved = (squares[..., 0] - stats[..., 0]) * 2 / temperature
-        found["log_sum_sq_probs"] = moved + torch.log1p(squares[..., 1]) - 2 * torch.log1p(stats[..., 1])
-    if "mean_logits" in names:
-        found["mean_logits"] = logits.mean(-1, dtype=torch.float32) / temperature
-    if "is_top1" in names:
-        found["is_top1"] = logits.argmax(-1) == token_ids
-    return found
+    rows = ops_hidden.rows_where(as_bool(mask), hidden.shape[:-1].numel(), hidden.device)
+    return ops_statistics.linear_token_statistics(
+        ops_hidden.Inputs(hidden, weight, bias, *ids_and_temperature(token_ids, temperature), rows),
+        options=ops_hidden.Options(dtype, softcap, logit_scale, chunk_tokens),
+        backend=backend,
+        function=function,
+    )
+
+
+def _one_per_row(token_ids: Tensor, rows: torch.Size) -> None:
+    if token_ids.shape != rows:
+        raise ValueError(f"token_ids must have shape {list(rows)}, one per row, got {list(token_ids.shape)}")

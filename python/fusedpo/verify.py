@@ -120,6 +120,19 @@ def token_logprobs(device: str) -> Iterator[Finding]:
         yield Finding("the last row of more than 2^31 logits", error(whole[-1], last[ids[-1]]), FLOAT32)
 
 
+def token_statistics(device: str) -> Iterator[Finding]:
+    for dtype, vocab in itertools.product(DTYPES, VOCABULARIES):
+        for logits in _awkward_logits(dtype, vocab, device):
+            ids = torch.randint(vocab, (5,), device=device) // 3 * 3  # a column that is never -inf
+            ids[::2] = logits[::2].argmax(-1)
+            with backends.backend("reference"):
+                truth = fusedpo.token_statistics(logits.double(), ids, temperature=0.7)
+            result = fusedpo.token_statistics(logits, ids, temperature=0.7)
+            for name, r, t in zip(truth._fields[:4], result, truth, strict=False):
+                yield Finding(f"{name} against float64", error(r, t, at_least=1.0), FLOAT32)
+            yield Finding("is_top1", unequal(result.is_top1, truth.is_top1), 0.0)
+
+
 # -------------------------------------------------------------------------------------------------------------- layer 2
 
 OBJECTIVES: dict[str, Objective] = {
@@ -364,6 +377,7 @@ def no_sync(device: str) -> Iterator[Finding]:
 
 CHECKS: dict[str, Callable[[str], Iterator[Finding]]] = {
     "token_logprobs": token_logprobs,
+    "token_statistics": token_statistics,
     "policy_loss": policy_loss,
     "group_advantages": group_advantages,
     "token_advantages": token_advantages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, distributed
 
 from .. import _checks, backends
@@ -9,6 +10,7 @@ from ..ops.advantages import estimate_tokens
 from ..reference import advantages as reference
 from ..reference.advantages import GAE as GAE
 from ..reference.advantages import VTrace as VTrace
+from ..statistics import token_statistics
 from . import arguments
 from .registry import register
 
@@ -139,8 +141,11 @@ def reinforce_plus_plus(
 def optimal_token_baseline(
     rewards: Tensor,
     *,
-    old_logprobs: Tensor,
-    sum_pi_squared: Tensor,
+    old_logprobs: Tensor | None = None,
+    sum_pi_squared: Tensor | None = None,
+    logits: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     is_weights: Tensor | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
@@ -149,10 +154,12 @@ def optimal_token_baseline(
     """Optimal token baseline, as in verl: ``G`` minus ``sum_i W_it G_it / (sum_i W_it + 1e-8)`` over its group.
 
     ``[B, T]`` to ``[B, T]``: the samples of a group are compared position by position. ``G`` is :func:`reward_to_go`,
-    ``W`` the sum of ``1 - 2 pi + sum_v pi_v^2`` up to the token, that is of the squared norms of the scores; it
-    takes ``old_logprobs`` and ``sum_pi_squared``, the sum of all squared probabilities at the token. ``is_weights``
-    (importance weights): each term times its square. All are floating-point ``[B, T]``. ``group_size`` or ``group_ids``
-    ``[B]``. Where one sample of a group is left at a position, the baseline is 0; so it is for a group of one.
+    ``W`` the sum of ``1 - 2 pi + sum_v pi_v^2`` up to the token, that is of the squared norms of the scores. Both come
+    from ``logits`` ``[B, T, V]``, ``token_ids`` ``[B, T]`` and ``temperature`` in one read
+    (:func:`fusedpo.token_statistics`); or they are given as ``old_logprobs`` and ``sum_pi_squared``, the sum of all
+    squared probabilities at the token. ``is_weights`` (importance weights): each term times its square. These are
+    floating-point ``[B, T]``. ``group_size`` or ``group_ids`` ``[B]``. Where one sample of a group is left at a
+    position, the baseline is 0; so it is for a group of one.
     Raises as the package says.
     """
     arguments.real("rewards", rewards)
@@ -160,6 +167,15 @@ def optimal_token_baseline(
         raise ValueError(f"rewards must have shape [B, T], got {list(rewards.shape)}")
     arguments.rewards_per_token(rewards, mask)
     arguments.groups(rewards, group_size, group_ids)
+    if logits is not None:
+        if old_logprobs is not None or sum_pi_squared is not None or token_ids is None:
+            raise ValueError("logits come with token_ids, in the place of old_logprobs and sum_pi_squared")
+        _checks.shape("token_ids", token_ids, tuple(rewards.shape), "that of rewards")
+        with torch.no_grad():
+            found = token_statistics(logits, token_ids, temperature=temperature, mask=mask)
+        old_logprobs, sum_pi_squared = found.logprobs, found.log_sum_sq_probs.exp()
+    elif old_logprobs is None or sum_pi_squared is None or token_ids is not None:
+        raise ValueError("either logits and token_ids must be given, or old_logprobs and sum_pi_squared")
     arguments.per_token("old_logprobs", old_logprobs, "rewards", rewards)
     arguments.per_token("sum_pi_squared", sum_pi_squared, "rewards", rewards)
     if is_weights is not None:

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import apply, define, edge_to
+from . import apply, define, edge_to, once_differentiable
 from .hidden import (
     Options,
     _Gradients,
     _Head,
+    _once_differentiable,
     _per_row,
     _plain,
     _select,
@@ -157,46 +158,95 @@ class _FromLogits(torch.autograd.Function):
         return *scaled_once(ctx, "exact_kl", grad_loss), None, None, None, None
 
 
+class _Divergences(torch.autograd.Function):
+    """The divergences of rows; the backward computes their gradient when its factor is known, reading both rows again.
+
+    Nothing is stored in float16 before it is multiplied by a loss scale, and nothing has side effects, but the gradient
+    that takes the memory of the logits, if ``inplace``.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        ref_logits: Tensor,
+        temperature: Tensor,
+        mask: Tensor | None,
+        direction: str,
+        inplace: bool,
+    ) -> Tensor:
+        scale = logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
+        return kl_rows(logits, ref_logits, Rows(temperature, temperature, mask, scale), direction, "none")[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.direction, ctx.inplace = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.overwritten = False
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor) -> Any:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "exact_kl(inplace=True): the first backward has overwritten the logits with their gradient, a second "
+                "one needs inplace=False"
+            )
+        logits, ref_logits, temperature, mask = ctx.saved_tensors
+        rows = Rows(temperature, temperature, mask, grad_kl.float())
+        how: Any = "in place" if ctx.inplace and not torch.compiler.is_compiling() else "new"
+        _, gradient = kl_rows(logits.detach(), ref_logits, rows, ctx.direction, how)
+        assert gradient is not None
+        if how == "in place":
+            ctx.overwritten = True
+            torch.autograd.graph.increment_version(logits)
+        return once_differentiable("exact_kl", gradient, logits, grad_kl), *(None,) * 5
+
+
+def _walk(
+    needed: tuple[bool, ...],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref: tuple[Tensor, Tensor, Tensor | None],
+    at: Tensor,
+    rows: Rows,
+    direction: str,
+    options: Options,
+    ref_options: Options,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The divergences, and the gradients that are ``needed``, of hidden states, weight and bias; chunk by chunk."""
+    leading = hidden.shape[:-1]
+    kl = torch.zeros(leading.numel(), dtype=torch.float32, device=hidden.device)
+    temperature, ref_temperature = (_per_row(t, leading) for t in (rows.temperature, rows.ref_temperature))
+    scale = rows.scale.reshape(-1)
+    with _plain(hidden):
+        head = _Head(hidden, weight, bias, at, options, gradients=any(needed))
+        chunk = max(1, head.chunks[0].stop) if head.chunks else 1
+        ref_head = _Head(*ref, at, ref_options._replace(chunk_tokens=chunk), gradients=False)
+        gradients = _Gradients(head, needed, hidden, weight, bias)
+        for chunk_rows in head.chunks:
+            of_chunk = at[chunk_rows]
+            states = head.rows_of(of_chunk)
+            logits = head.logits(states)
+            ref_logits = ref_head.logits(ref_head.rows_of(of_chunk))
+            t, ref_t = _select(temperature, of_chunk), _select(ref_temperature, of_chunk)
+            part = Rows(t, ref_t, None, scale[of_chunk])
+            kl[of_chunk], grad_logits = kl_rows(
+                logits, ref_logits, part, direction, "in place" if any(needed) else "none"
+            )
+            if grad_logits is not None:
+                gradients.add(of_chunk, states, grad_logits)
+        results = gradients.rounded() if any(needed) else [None, None, None]
+    return kl.reshape(leading), results
+
+
 class _FromHidden(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref: tuple[Tensor, Tensor, Tensor | None],
-        at: Tensor,
-        rows: Rows,
-        direction: str,
-        options: Options,
-        ref_options: Options,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref: Any, at: Tensor, rows: Rows, *others: Any
     ) -> tuple[Tensor, Tensor]:
-        leading = hidden.shape[:-1]
-        kl = torch.zeros(leading.numel(), dtype=torch.float32, device=hidden.device)
-        temperature, ref_temperature = (_per_row(t, leading) for t in (rows.temperature, rows.ref_temperature))
-        scale = rows.scale.reshape(-1)
-        needed = ctx.needs_input_grad[:3]
-        with _plain(hidden):
-            head = _Head(hidden, weight, bias, at, options, gradients=any(needed))
-            chunk = max(1, head.chunks[0].stop) if head.chunks else 1
-            ref_head = _Head(*ref, at, ref_options._replace(chunk_tokens=chunk), gradients=False)
-            gradients = _Gradients(head, needed, hidden, weight, bias)
-            for chunk_rows in head.chunks:
-                of_chunk = at[chunk_rows]
-                states = head.rows_of(of_chunk)
-                logits = head.logits(states)
-                ref_logits = ref_head.logits(ref_head.rows_of(of_chunk))
-                t, ref_t = _select(temperature, of_chunk), _select(ref_temperature, of_chunk)
-                part = Rows(t, ref_t, None, scale[of_chunk])
-                kl[of_chunk], grad_logits = kl_rows(
-                    logits, ref_logits, part, direction, "in place" if any(needed) else "none"
-                )
-                if grad_logits is not None:
-                    gradients.add(of_chunk, states, grad_logits)
-            results = gradients.rounded() if any(needed) else [None, None, None]
+        kl, results = _walk(ctx.needs_input_grad[:3], hidden, weight, bias, ref, at, rows, *others)
         ctx.backend, ctx.taken, ctx.sources = None, False, [edge_to(x) for x in (hidden, weight)]
         ctx.save_for_backward(*results)
-        kl = kl.reshape(leading)
         ctx.mark_non_differentiable(kl)
         return (kl * rows.scale).sum(), kl
 
@@ -205,11 +255,37 @@ class _FromHidden(torch.autograd.Function):
         return *scaled_once(ctx, "exact_kl_from_hidden", grad_loss), *(None,) * 6
 
 
+class _DivergencesFromHidden(torch.autograd.Function):
+    """As :class:`_Divergences`; the backward computes the logits of both models again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref: Any, at: Tensor, rows: Rows, *others: Any
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, *ref, at, *rows)
+        ctx.others = others
+        return _walk((False,) * 3, hidden, weight, bias, ref, at, rows, *others)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor) -> Any:
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        (*ref, at), rows = saved[:4], Rows(*saved[4:])._replace(scale=grad_kl.float())
+        arguments = (hidden, weight, bias, tuple(ref), at, rows, *ctx.others)
+        _, results = _walk(ctx.needs_input_grad[:3], *arguments)
+        sources = (hidden, weight, bias, grad_kl)
+        return *_once_differentiable("exact_kl_from_hidden", results, *sources), *(None,) * 6
+
+
 def from_logits(
     logits: Tensor, ref_logits: Tensor, rows: Rows, *, direction: str, inplace: bool
 ) -> tuple[Tensor, Tensor]:
     """The sum of the divergences times their scale, and the divergences."""
     return apply("exact_kl", _FromLogits, logits, ref_logits, rows, direction, inplace)
+
+
+def divergences(logits: Tensor, ref_logits: Tensor, rows: Rows, *, direction: str, inplace: bool) -> Tensor:
+    """The divergences at the temperature of ``rows``, whose gradient is computed in the backward."""
+    return apply("exact_kl", _Divergences, logits, ref_logits, rows.temperature, rows.mask, direction, inplace)
 
 
 def from_hidden(
@@ -223,12 +299,12 @@ def from_hidden(
     direction: str,
     options: Options,
     ref_options: Options,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`from_logits`, of the rows ``at``, positions among the flattened tokens."""
+    deferred: bool,
+) -> Any:
+    """As :func:`from_logits`, or if ``deferred`` :func:`divergences`, of the rows ``at`` of the flattened tokens."""
     rows = rows._replace(
         temperature=_uncapped_temperature(rows.temperature, options),
         ref_temperature=_uncapped_temperature(rows.ref_temperature, ref_options),
     )
-    return apply(
-        "exact_kl_from_hidden", _FromHidden, hidden, weight, bias, ref, at, rows, direction, options, ref_options
-    )
+    function = _DivergencesFromHidden if deferred else _FromHidden
+    return apply("exact_kl_from_hidden", function, hidden, weight, bias, ref, at, rows, direction, options, ref_options)

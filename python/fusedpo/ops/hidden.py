@@ -286,7 +286,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> Any:
         none = (None,) * 6
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, *none

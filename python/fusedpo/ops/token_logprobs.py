@@ -93,7 +93,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.overwritten = False
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> Any:
         nothing = (None,) * 4
         if not ctx.return_entropy:
             grad_entropy = None  # torch.compile passes an empty tensor

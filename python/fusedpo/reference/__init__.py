@@ -6,6 +6,7 @@ Results are float64 for float64 input, float32 otherwise. Arguments are not chec
 from .divergence import exact_kl, linear_logits
 from .logprobs import linear_token_logprobs, next_tokens, shift, token_logprobs
 from .losses import METRICS, PolicyLossOutput, policy_loss
+from .statistics import linear_token_statistics, token_statistics
 
 __all__ = [
     "METRICS",
@@ -13,8 +14,10 @@ __all__ = [
     "exact_kl",
     "linear_logits",
     "linear_token_logprobs",
+    "linear_token_statistics",
     "next_tokens",
     "policy_loss",
     "shift",
     "token_logprobs",
+    "token_statistics",
 ]

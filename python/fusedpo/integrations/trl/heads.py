@@ -20,28 +20,45 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ... import linear_token_logprobs, policy_loss_from_hidden, policy_loss_from_logits, token_logprobs
 from .objective import refuse
 
-# Where a model keeps the forward that stood in the place of its class's, if somebody else had put one there.
-_INNER_FORWARD = "_forward_without_fusedpo"
+# Where a model keeps what its forward does for which keyword, and the forward that stood in the place of its class's.
+_FORWARDS, _INNER_FORWARD = "_forwards_of_fusedpo", "_forward_without_fusedpo"
 
 
-def add_fused_forward(model: PreTrainedModel) -> None:
-    """``model(**inputs, fused=f)`` returns ``f(model, forward, **inputs)``, ``forward`` being the model's own.
+def add_forward(model: PreTrainedModel, keyword: str, run: Callable[..., Any]) -> None:
+    """``model(**inputs, keyword=x)``, ``x`` not None nor False, returns ``run(model, forward, x, **inputs)``.
 
-    A copy of the model, such as an average of its weights or a snapshot, has that of the copy: nothing here holds the
-    model, its forward is looked up when it is called.
+    ``forward`` is the model's own. A second ``run`` for a keyword takes the place of the first one. A copy of the
+    model, such as an average of its weights or a snapshot, has that of the copy: nothing here holds the model, its
+    forward is looked up when it is called.
     """
-    if getattr(model.forward, "takes_fused", False):
+    setattr(model, _FORWARDS, {**getattr(model, _FORWARDS, {}), keyword: run})
+    if getattr(model.forward, "is_of_fusedpo", False):
         return
     if "forward" in vars(model):
         setattr(model, _INNER_FORWARD, model.forward)
 
-    @functools.wraps(type(model).forward)  # `generate` reads the signature
-    def fused_forward(self: PreTrainedModel, *args: Any, fused: Callable[..., Any] | None = None, **inputs: Any) -> Any:
+    @functools.wraps(type(model).forward)
+    def dispatch(self: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
         forward = vars(self).get(_INNER_FORWARD) or types.MethodType(type(self).forward, self)
-        return forward(*args, **inputs) if fused is None else fused(self, forward, *args, **inputs)
+        for keyword, run in getattr(self, _FORWARDS).items():
+            value = inputs.pop(keyword, None)
+            if value is not None and value is not False:
+                return run(self, forward, value, *args, **inputs)
+        return forward(*args, **inputs)
 
-    fused_forward.takes_fused = True  # type: ignore[attr-defined]
-    model.forward = types.MethodType(fused_forward, model)
+    dispatch.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]  # `generate` reads it
+    del dispatch.__wrapped__  # accelerate's unwrap_model would follow it and lose this function
+    dispatch.is_of_fusedpo = True  # type: ignore[attr-defined]
+    model.forward = types.MethodType(dispatch, model)
+
+
+def add_fused_forward(model: PreTrainedModel) -> None:
+    """``model(**inputs, fused=f)`` returns ``f(model, forward, **inputs)``, ``forward`` being the model's own."""
+    add_forward(model, "fused", _call)
+
+
+def _call(model: PreTrainedModel, forward: Callable[..., Any], fused: Callable[..., Any], **inputs: Any) -> Any:
+    return fused(model, forward, **inputs)
 
 
 # Both heads return the result of the loss, or log-probs and entropy, of the last `width` positions, and the auxiliary

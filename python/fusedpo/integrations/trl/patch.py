@@ -11,7 +11,7 @@ from trl.trainer import utils
 from ... import token_logprobs
 from .._common import entropy, swap
 from .._versions import check_version
-from .lm_head import TRLS, ChunkedLogProbFunction
+from .lm_head import TRLS, ChunkedLogProbFunction, add_fused_lm_head
 from .objective import TESTED
 
 __all__ = ["patch_trl", "unpatch_trl"]
@@ -43,7 +43,12 @@ def selective_log_softmax_and_entropy(
     return logprobs, entropies if entropy_requires_grad else entropies.detach()
 
 
-_REPLACEMENTS = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
+_REPLACEMENTS = (
+    selective_log_softmax,
+    entropy_from_logits,
+    selective_log_softmax_and_entropy,
+    add_fused_lm_head,
+)
 _originals: dict[Any, Any] = {}  # by what replaces them, while patched
 
 
@@ -54,8 +59,9 @@ class patch_trl:
     replaced in every imported ``trl`` module that holds them, under whatever name; a module that is imported later
     imports the replacements. The results are float32 where TRL computes in the dtype of the logits.
 
-    So is the function that ``add_fused_lm_head`` computes with, which DPO, KTO, RLOO, SFT and GRPO share: it serves all
-    of their losses, for models too that have their head already.
+    So is ``add_fused_lm_head``, the head that DPO, KTO, RLOO, SFT and GRPO share: it serves all of their losses. A
+    trainer gives it to its models when it is built, and they keep it. What a head that TRL has given before computes
+    with is replaced, too, until TRL has its own back.
 
     :func:`unpatch_trl` undoes it. So does the end of a ``with patch_trl():`` block, unless TRL was patched before it.
     A second call changes nothing.
