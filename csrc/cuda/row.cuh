@@ -134,19 +134,25 @@ __device__ inline float exponent(float x, float reference, float scale) {
   return max_or_nan((x - reference) * scale, kLowest);
 }
 
-// The same sums relative to a larger `top`, and the element x.
-__device__ inline Sums moved(const Sums& s, float top, float x, float scale) {
-  const float reference = reference_of(top);
-  const float shift = exponent(s.top, reference, scale), factor = exp2_approx(shift);
-  const float t = exponent(x, reference, scale), power = exp2_approx(t);
-  return {top, fmaf(s.rest, factor, power), fmaf(fmaf(shift, s.rest, s.weighted), factor, power * t)};
+// The same sums relative to a larger `top`.
+__device__ inline Sums moved(const Sums& s, float top, float scale) {
+  const float shift = exponent(s.top, reference_of(top), scale), factor = exp2_approx(shift);
+  return {top, s.rest * factor, fmaf(shift, s.rest, s.weighted) * factor};
 }
 
-// What of `a` and `b` is not the largest element goes into the sums.
+// Adds an element that is not larger than `top`.
+__device__ inline void add(Sums& s, float x, float scale) {
+  const float t = exponent(x, reference_of(s.top), scale), power = exp2_approx(t);
+  s.rest += power;
+  s.weighted = fmaf(power, t, s.weighted);
+}
+
 __device__ inline Sums merge(const Sums& a, const Sums& b, float scale) {
   const float top = fmaxf(a.top, b.top);
-  const Sums x = moved(a, top, fminf(a.top, b.top), scale), y = moved(b, top, -kInfinity, scale);
-  return {top, x.rest + y.rest, x.weighted + y.weighted};
+  const Sums x = moved(a, top, scale), y = moved(b, top, scale);
+  Sums s = {top, x.rest + y.rest, x.weighted + y.weighted};
+  add(s, fminf(a.top, b.top), scale);
+  return s;
 }
 
 // Adds elements. The largest so far changes places with each of them that is larger; what is in `x` then are all but
@@ -166,7 +172,7 @@ __device__ void add(Sums& s, float (&x)[kChains][kLength], float scale) {
     x[c][0] = min_or_nan(top, largest);
     top = fmaxf(top, largest);
   }
-  s = moved(s, top, -kInfinity, scale);
+  s = moved(s, top, scale);
   const float reference = reference_of(top);
   float rest[2] = {}, weighted[2] = {};
 #pragma unroll
@@ -191,7 +197,8 @@ __device__ inline Sums merge_over_warp(const Sums& mine, float scale) {
     x = lane & distance ? fminf(x, other) : fmaxf(x, other);
   }
   const float top = __shfl_sync(0xffffffffu, x, 0);
-  const Sums s = moved(mine, top, lane == 0 ? -kInfinity : x, scale);
+  Sums s = moved(mine, top, scale);
+  if (lane > 0) add(s, x, scale);
   return {top, sum_over_warp(s.rest), sum_over_warp(s.weighted)};
 }
 
@@ -258,9 +265,7 @@ class Slices {
   __device__ void wait(int i, unsigned parity) const { arrivals_[i].wait(parity); }
 
   // Which element of the row is the first one of this lane's q-th vector; negative, or beyond the row, at its ends.
-  __device__ int position(const T* row, int i, int q) const {
-    return ((i * stride_ + warp_) * kLaneVectors + q) * (32 * kVector) + lane_ * kVector - lead(row);
-  }
+  __device__ int position(const T* row, int i, int q) const { return first_of(row, i) + (q * 32 + lane_) * kVector; }
 
   // That vector, as load() has it.
   __device__ Vector<T> load(const T* row, int size, int i, int q) const {
@@ -270,12 +275,13 @@ class Slices {
 
   // Adds this lane's vectors of a slice.
   __device__ void reduce(Sums& s, const T* row, int size, int i, float scale) const {
-    if (is_whole(row, size, i)) {
+    const int first = first_of(row, i);
+    if (is_whole(first, size)) {
       float x[kLaneVectors][kVector];
 #pragma unroll
       for (int q = 0; q < kLaneVectors; ++q) unpack(vector(i, q), x[q]);
       add(s, x, scale);
-    } else {
+    } else if (first < size) {
 #pragma unroll 1
       for (int q = 0; q < kLaneVectors; ++q) {
         float x[1][kVector];
@@ -288,11 +294,12 @@ class Slices {
   // Writes to `out` what `of` makes of this lane's vectors of a slice.
   template <class Of>
   __device__ void write(T* out, const T* row, int size, int i, Of of) const {
-    if (is_whole(row, size, i) && lead(out) == lead(row)) {
+    const int first = first_of(row, i);
+    if (is_whole(first, size) && lead(out) == lead(row)) {
       Vector<T>* to = (Vector<T>*)(out + position(row, i, 0));
 #pragma unroll
       for (int q = 0; q < kLaneVectors; ++q) to[q * 32] = of(vector(i, q));
-    } else {
+    } else if (first < size) {
 #pragma unroll 1
       for (int q = 0; q < kLaneVectors; ++q) store(out, size, position(row, i, q), of(load(row, size, i, q)));
     }
@@ -305,11 +312,11 @@ class Slices {
   }
 
  private:
-  // Whether all of slice i is of the row.
-  __device__ bool is_whole(const T* row, int size, int i) const {
-    const int first = (i * stride_ + warp_) * kSlice - lead(row);
-    return first >= 0 && first + kSlice <= size;
-  }
+  // Which element of the row is the first one of slice i.
+  __device__ int first_of(const T* row, int i) const { return (i * stride_ + warp_) * kSlice - lead(row); }
+
+  // Whether all of the slice from `first` on is of the row.
+  __device__ static bool is_whole(int first, int size) { return first >= 0 && first + kSlice <= size; }
 
   __device__ const Vector<T>& vector(int i, int q) const {
     return ((const Vector<T>*)(memory_ + i * kSliceBytes))[q * 32 + lane_];
