@@ -21,7 +21,7 @@ from bench.record import BUSY, ENOUGH, Row, number  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
 PAGES = ("README.md", "docs/performance.md", "docs/verification.md")
-COUNTERS = ROOT / "tests/ptx/counters.json"
+COUNTERS = tuple(ROOT / "tests/ptx" / name for name in ("counters.json", "counters_cuda.json"))
 
 Document = dict[str, Any]
 RowDict = dict[str, Any]
@@ -293,13 +293,18 @@ def devices() -> str:
 
 def counters() -> str:
     """What the machine of tests/ptx counts, per logit or token; exact, and compared by a test."""
-    document = json.loads(COUNTERS.read_text())
+    return "\n\n".join(_counters(json.loads(path.read_text())) for path in COUNTERS)
+
+
+def _counters(document: Document) -> str:
     lines = []
     for case, kernels in document.items():
         for kernel, row in kernels.items() if isinstance(kernels, dict) else ():
 
             def each(name: str, row: dict[str, int] = row, scale: int = 1) -> str:
                 return f"{scale * row[name] / row['elements']:.3f}"
+
+            each_bulk = f" + {each('bulk_bytes')}" if row.get("bulk_bytes") else ""
 
             def per(name: str, requests: str, row: dict[str, int] = row) -> str:
                 return f"{row[name] / row[requests]:.1f}" if row[requests] else ""
@@ -308,7 +313,7 @@ def counters() -> str:
                 [
                     case,
                     f"`{kernel.strip('_')}`",
-                    f"{each('load_bytes')} ({each('unique_load_sectors', scale=32)})",
+                    f"{each('load_bytes')}{each_bulk} ({each('unique_load_sectors', scale=32)})",
                     each("store_bytes"),
                     per("load_sectors", "load_requests"),
                     per("store_sectors", "store_requests"),
@@ -323,8 +328,9 @@ def counters() -> str:
         *("case", "kernel", "bytes read (distinct)", "written", "sectors per load", "per store", "exponentials"),
         *("barriers (of twice as many)", "waves per access of shared memory", "divergent branches", "instructions"),
     )
-    version = f"Triton {document['triton']}, {document['target']}, two rows"
-    return f"{version}; bytes, exponentials and instructions are per logit or token.\n\n{table(header, lines)}"
+    compiler = f"nvcc {document['nvcc']}" if "nvcc" in document else f"Triton {document['triton']}"
+    note = "bytes (by loads + by bulk copies), exponentials and instructions are per logit, token or number"
+    return f"{compiler}, {document['target']}, two rows; {note}.\n\n{table(header, lines)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages

@@ -28,10 +28,31 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// The larger one; NaN if one of them is.
+// The larger one, or the smaller one; NaN if one of them is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// Two floats rounded to 16 bits, side by side in a word.
+template <class T>
+__device__ uint32_t two_rounded(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t two_rounded<__half>(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+template <>
+__device__ __forceinline__ uint32_t two_rounded<__nv_bfloat16>(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
 

@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <climits>
+#include <map>
+#include <mutex>
 #include <string>
+#include <tuple>
 
 #include "batch_arguments.h"
 #include "launch.h"
@@ -67,31 +70,62 @@ auto launcher(const Launch& launch) {
   };
 }
 
-int attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device));
+// What the driver answers to a question, which is asked once. Where `ask` throws, the next one asks again.
+template <class Key>
+class Answers {
+ public:
+  template <class Ask>
+  int operator()(const Key& key, Ask ask) {
+    const std::lock_guard lock(mutex_);
+    const auto known = known_.find(key);
+    return known != known_.end() ? known->second : known_.emplace(key, ask()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, int> known_;
+};
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
   check(cudaDeviceGetAttribute(&value, name, device));
   return value;
 }
 
-// How a row lies in shared memory and how many clusters run at a time, on the current device.
+// Bytes of shared memory that a block of row_kernel<T> can have on the current device; from now on it may have them.
 template <class T>
-void fit(OnePass& p) {
+int shared_limit(int device) {
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, row_kernel<T>));
-  STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && code.ptxVersion >= 90,
+  STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 && code.ptxVersion >= 90,
                   "the native kernel of one_pass needs a device of compute capability 9.0 or later, and code for it");
-  const int64_t row_bytes = p.size * (int64_t)sizeof(T), limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  check(cudaFuncSetAttribute(row_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+  return limit;
+}
+
+template <class T>
+int max_active_clusters(const Geometry& g) {
+  const Configuration cluster({g.blocks, kRowThreads, g.blocks, g.shared_bytes()}, nullptr);
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, row_kernel<T>, &cluster));
+  STD_TORCH_CHECK(count > 0, "no cluster of ", g.blocks, " blocks fits on this device");
+  return count;
+}
+
+// How a row lies in shared memory and how many clusters run at a time, on the current device.
+template <class T>
+void fit(OnePass& p, int device) {
+  static Answers<int> limits;
+  static Answers<std::tuple<int, int, int>> clusters;
+  const int limit = limits(device, [&] { return shared_limit<T>(device); });
+  const int64_t row_bytes = p.size * (int64_t)sizeof(T);
   p.geometry = geometry_for(row_bytes, kRowThreads / 32, limit);
   STD_TORCH_CHECK(p.geometry.blocks > 0, "the native kernel of one_pass holds a row in the shared memory of ",
                   kMaxClusterBlocks, " blocks; ", row_bytes, " bytes are too many");
-  const int shared_bytes = p.geometry.shared_bytes();
-  check(cudaFuncSetAttribute(row_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  const Configuration cluster({p.geometry.blocks, kRowThreads, p.geometry.blocks, shared_bytes}, nullptr);
-  int num_clusters = 0;
-  check(cudaOccupancyMaxActiveClusters(&num_clusters, row_kernel<T>, &cluster));
-  STD_TORCH_CHECK(num_clusters > 0, "no cluster of ", p.geometry.blocks, " blocks fits on this device");
-  p.num_clusters = std::min<int64_t>(num_clusters, std::max<int64_t>(1, p.num_rows));
+  const int active =
+      clusters({device, p.geometry.blocks, p.geometry.slices}, [&] { return max_active_clusters<T>(p.geometry); });
+  p.num_clusters = std::min<int64_t>(active, std::max<int64_t>(1, p.num_rows));
 }
 
 void one_pass(const OnePassInputs& in) {
@@ -129,7 +163,7 @@ void one_pass(const OnePassInputs& in) {
   p.num_evaluated = (int64_t*)(p.order + p.num_rows);
   dispatch("logits", logits, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    fit<T>(p);
+    fit<T>(p, logits.get_device_index());
     launch_one_pass<T>(p, launcher(launch));
   });
 }

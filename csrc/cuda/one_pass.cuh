@@ -142,7 +142,7 @@ __device__ void walk(const OnePass& p, const Cluster& cluster, int64_t begin, in
     Sums sums;
     for (int i = 0; i < g.slices; ++i) {
       slices.wait(i, odd);
-      sums = merge(sums, slices.reduce(x, p.size, i, exponent_scale), exponent_scale);
+      slices.reduce(sums, x, p.size, i, exponent_scale);
       if (halo && !is_last) slices.request(next, p.size, i);
     }
     const RowStats stats(merge_over_cluster(g, cluster, sums, exponent_scale, shared, odd));
@@ -160,16 +160,24 @@ __device__ void walk(const OnePass& p, const Cluster& cluster, int64_t begin, in
     const float grad_logprob = scale * evaluate(p.objective, token).d_logprob;
     const float grad_entropy = p.objective.entropy_coef != 0 ? -scale * p.objective.entropy_coef : 0;
     const bool is_zero = grad_logprob == 0 && grad_entropy == 0;
-    const RowGradient gradient(stats, temperature, id, token.logprob, grad_logprob, grad_entropy);
+    const RowGradient gradient(stats, temperature, token.logprob, grad_logprob, grad_entropy);
     T* out = (T*)p.gradient + at.to;
-    for (int i = 0; i < g.slices; ++i) {
-#pragma unroll
-      for (int q = 0; q < kLaneVectors; ++q) {
-        const int j = slices.position(x, i, q);
-        store(out, p.size, j, is_zero ? Vector<T>{} : gradient(slices.load(x, p.size, i, q), j));
+    const auto write = [&](auto of) {
+      for (int i = 0; i < g.slices; ++i) {
+        slices.write(out, x, p.size, i, of);
+        if (!is_last) slices.request(next, p.size, i);
       }
-      if (!is_last) slices.request(next, p.size, i);
+    };
+    using V = Vector<T>;
+    if (is_zero) {
+      write([](const V&) { return V{}; });
+      continue;
     }
+    if (grad_entropy == 0)
+      write([&](const V& v) { return gradient.template of<false>(v); });
+    else
+      write([&](const V& v) { return gradient.template of<true>(v); });
+    if (id >= 0 && id < p.size && slices.has(x, (int)id)) out[id] = from_float<T>(gradient.at_target);
   }
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "cluster.cuh"
 #include "core/math.h"
@@ -48,6 +49,38 @@ struct alignas(kVectorBytes) Vector {
   T element[kSize];
 };
 
+// The elements of a vector as floats, and back. Of two in a word, a shift and a mask make float32 of bfloat16.
+template <class T>
+__device__ void unpack(const Vector<T>& v, float* x) {
+#pragma unroll
+  for (int e = 0; e < Vector<T>::kSize; ++e) x[e] = to_float(v.element[e]);
+}
+template <>
+__device__ inline void unpack(const Vector<__nv_bfloat16>& v, float* x) {
+#pragma unroll
+  for (int e = 0; e < Vector<__nv_bfloat16>::kSize; e += 2) {
+    uint32_t word;
+    memcpy(&word, &v.element[e], sizeof word);
+    const uint32_t bits[2] = {word << 16, word & 0xffff0000u};
+    memcpy(&x[e], bits, sizeof bits);
+  }
+}
+
+template <class T>
+__device__ Vector<T> pack(const float* x) {
+  Vector<T> v;
+#pragma unroll
+  for (int e = 0; e < Vector<T>::kSize; e += 2) {
+    const uint32_t word = two_rounded<T>(x[e], x[e + 1]);
+    memcpy(&v.element[e], &word, sizeof word);
+  }
+  return v;
+}
+template <>
+__device__ inline Vector<float> pack(const float* x) {
+  return {x[0], x[1], x[2], x[3]};
+}
+
 template <class T>
 __device__ bool is_inside(int j, int size) {
   return j >= 0 && j + Vector<T>::kSize <= size;
@@ -78,11 +111,10 @@ __device__ void store(T* out, int size, int j, const Vector<T>& v) {
 
 // ----------------------------------------------------------------------------------------------------------- reduction
 
-// Of some elements of a row: the largest, `top`, and sums of e_j = 2^t_j with t_j = (x_j - top) * log2(e) / T: over the
-// elements that equal the largest, over all others, and over all of e_j t_j. All but the first are sums over nothing
-// where every element is -inf.
-struct alignas(16) Sums {
-  float top = -kInfinity, at_top = 0, rest = 0, weighted = 0;
+// Of some elements of a row: the largest, `top`, and of all but that one the sums of e_j = 2^t_j and of e_j t_j, where
+// t_j = (x_j - top) * log2(e) / T. Others that are as large are in the sums.
+struct Sums {
+  float top = -kInfinity, rest = 0, weighted = 0;
 };
 
 template <class T, class Op>
@@ -95,45 +127,79 @@ __device__ inline float sum_over_warp(float x) {
   return over_warp(x, [](float a, float b) { return a + b; });
 }
 
-// The exponent of an element: the reference is 0 where there is nothing but -inf.
-__device__ inline float exponent(float x, float top, float scale) {
-  return max_or_nan((x - (top == -kInfinity ? 0 : top)) * scale, kLowest);
+// What the exponents of a row are relative to: its largest element, or 0 where there is nothing but -inf.
+__device__ inline float reference_of(float top) { return top == -kInfinity ? 0 : top; }
+
+__device__ inline float exponent(float x, float reference, float scale) {
+  return max_or_nan((x - reference) * scale, kLowest);
 }
 
-// The same sums for a larger `top`.
+// The same sums relative to a larger `top`.
 __device__ inline Sums moved(const Sums& s, float top, float scale) {
-  if (s.top == top) return s;
-  const float shift = exponent(s.top, top, scale), factor = exp2_approx(shift), sum = s.at_top + s.rest;
-  return {top, 0, sum * factor, (s.weighted + shift * sum) * factor};
+  const float shift = exponent(s.top, reference_of(top), scale), factor = exp2_approx(shift);
+  return {top, s.rest * factor, fmaf(shift, s.rest, s.weighted) * factor};
+}
+
+// Adds an element that is not larger than `top`.
+__device__ inline void add(Sums& s, float x, float scale) {
+  const float t = exponent(x, reference_of(s.top), scale), power = exp2_approx(t);
+  s.rest += power;
+  s.weighted = fmaf(power, t, s.weighted);
 }
 
 __device__ inline Sums merge(const Sums& a, const Sums& b, float scale) {
   const float top = fmaxf(a.top, b.top);
   const Sums x = moved(a, top, scale), y = moved(b, top, scale);
-  return {top, x.at_top + y.at_top, x.rest + y.rest, x.weighted + y.weighted};
-}
-
-template <int kCount>
-__device__ Sums sums_of(const float (&x)[kCount], float scale) {
-  Sums s;
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) s.top = fmaxf(s.top, x[e]);
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    const float t = exponent(x[e], s.top, scale), power = exp2_approx(t);
-    const bool at_top = t == 0;
-    s.at_top += at_top ? 1.0f : 0.0f;
-    s.rest += at_top ? 0.0f : power;
-    s.weighted = fmaf(power, t, s.weighted);
-  }
+  Sums s = {top, x.rest + y.rest, x.weighted + y.weighted};
+  add(s, fminf(a.top, b.top), scale);
   return s;
 }
 
-// Known to all lanes.
+// Adds elements. The largest so far changes places with each of them that is larger; what is in `x` then are all but
+// the largest one, and are summed: none has to be told from it, and it hides none of their digits. A nan stays in `x`.
+template <int kChains, int kLength>
+__device__ void add(Sums& s, float (&x)[kChains][kLength], float scale) {
+  float top = s.top;
+#pragma unroll
+  for (int c = 0; c < kChains; ++c) {
+    float largest = x[c][0];
+#pragma unroll
+    for (int e = 1; e < kLength; ++e) {
+      const float other = x[c][e];
+      x[c][e] = min_or_nan(largest, other);
+      largest = fmaxf(largest, other);
+    }
+    x[c][0] = min_or_nan(top, largest);
+    top = fmaxf(top, largest);
+  }
+  s = moved(s, top, scale);
+  const float reference = reference_of(top);
+  float rest[2] = {}, weighted[2] = {};
+#pragma unroll
+  for (int c = 0; c < kChains; ++c) {
+#pragma unroll
+    for (int e = 0; e < kLength; ++e) {
+      const float t = exponent(x[c][e], reference, scale), power = exp2_approx(t);
+      rest[e % 2] += power;
+      weighted[e % 2] = fmaf(power, t, weighted[e % 2]);
+    }
+  }
+  s.rest += rest[0] + rest[1];
+  s.weighted += weighted[0] + weighted[1];
+}
+
+// Known to all lanes. The largest element goes to lane 0, and every other lane is left with another one.
 __device__ inline Sums merge_over_warp(const Sums& mine, float scale) {
-  const float top = over_warp(mine.top, [](float a, float b) { return fmaxf(a, b); });
-  const Sums s = moved(mine, top, scale);
-  return {top, sum_over_warp(s.at_top), sum_over_warp(s.rest), sum_over_warp(s.weighted)};
+  const int lane = threadIdx.x % 32;
+  float x = mine.top;
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, x, distance);
+    x = lane & distance ? fminf(x, other) : fmaxf(x, other);
+  }
+  const float top = __shfl_sync(0xffffffffu, x, 0);
+  Sums s = moved(mine, top, scale);
+  if (lane > 0) add(s, x, scale);
+  return {top, sum_over_warp(s.rest), sum_over_warp(s.weighted)};
 }
 
 // ------------------------------------------------------------------------------------------------------ shared memory
@@ -199,30 +265,63 @@ class Slices {
   __device__ void wait(int i, unsigned parity) const { arrivals_[i].wait(parity); }
 
   // Which element of the row is the first one of this lane's q-th vector; negative, or beyond the row, at its ends.
-  __device__ int position(const T* row, int i, int q) const {
-    return ((i * stride_ + warp_) * kLaneVectors + q) * (32 * kVector) + lane_ * kVector - lead(row);
-  }
+  __device__ int position(const T* row, int i, int q) const { return first_of(row, i) + (q * 32 + lane_) * kVector; }
 
   // That vector, as load() has it.
   __device__ Vector<T> load(const T* row, int size, int i, int q) const {
     const int j = position(row, i, q);
-    if (!is_inside<T>(j, size)) return fusedpo::load(row, size, j);
-    return ((const Vector<T>*)(memory_ + i * kSliceBytes))[q * 32 + lane_];
+    return is_inside<T>(j, size) ? vector(i, q) : fusedpo::load(row, size, j);
   }
 
-  // The sums over this lane's vectors of a slice.
-  __device__ Sums reduce(const T* row, int size, int i, float scale) const {
-    float x[kLaneVectors * kVector];
+  // Adds this lane's vectors of a slice.
+  __device__ void reduce(Sums& s, const T* row, int size, int i, float scale) const {
+    const int first = first_of(row, i);
+    if (is_whole(first, size)) {
+      float x[kLaneVectors][kVector];
 #pragma unroll
-    for (int q = 0; q < kLaneVectors; ++q) {
-      const Vector<T> v = load(row, size, i, q);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) x[q * kVector + e] = to_float(v.element[e]);
+      for (int q = 0; q < kLaneVectors; ++q) unpack(vector(i, q), x[q]);
+      add(s, x, scale);
+    } else if (first < size) {
+#pragma unroll 1
+      for (int q = 0; q < kLaneVectors; ++q) {
+        float x[1][kVector];
+        unpack(load(row, size, i, q), x[0]);
+        add(s, x, scale);
+      }
     }
-    return sums_of(x, scale);
+  }
+
+  // Writes to `out` what `of` makes of this lane's vectors of a slice.
+  template <class Of>
+  __device__ void write(T* out, const T* row, int size, int i, Of of) const {
+    const int first = first_of(row, i);
+    if (is_whole(first, size) && lead(out) == lead(row)) {
+      Vector<T>* to = (Vector<T>*)(out + position(row, i, 0));
+#pragma unroll
+      for (int q = 0; q < kLaneVectors; ++q) to[q * 32] = of(vector(i, q));
+    } else if (first < size) {
+#pragma unroll 1
+      for (int q = 0; q < kLaneVectors; ++q) store(out, size, position(row, i, q), of(load(row, size, i, q)));
+    }
+  }
+
+  // Whether element j is in one of this lane's vectors.
+  __device__ bool has(const T* row, int j) const {
+    const int place = j + lead(row);
+    return place / kSlice % stride_ == warp_ && place / kVector % 32 == lane_;
   }
 
  private:
+  // Which element of the row is the first one of slice i.
+  __device__ int first_of(const T* row, int i) const { return (i * stride_ + warp_) * kSlice - lead(row); }
+
+  // Whether all of the slice from `first` on is of the row.
+  __device__ static bool is_whole(int first, int size) { return first >= 0 && first + kSlice <= size; }
+
+  __device__ const Vector<T>& vector(int i, int q) const {
+    return ((const Vector<T>*)(memory_ + i * kSliceBytes))[q * 32 + lane_];
+  }
+
   // Elements between the multiple of 16 bytes and the row.
   __device__ static int lead(const T* row) { return (int)((uintptr_t)row % kVectorBytes / sizeof(T)); }
 
@@ -241,6 +340,7 @@ __device__ inline Sums merge_over_cluster(const Geometry& g, const Cluster& clus
   if (lane < g.blocks) cluster.in_block(of_warps, lane)[cluster.rank() * g.warps + threadIdx.x / 32] = own;
   cluster.sync();
   Sums all;
+#pragma unroll 1
   for (int i = lane; i < warps; i += 32) all = merge(all, of_warps[i], scale);
   return merge_over_warp(all, scale);
 }
@@ -252,8 +352,8 @@ struct RowStats {
   float reference, rest, weighted, log_sum;
 
   __device__ RowStats(const Sums& s)
-      : reference(s.top == -kInfinity ? 0 : s.top),
-        rest(s.at_top - 1 + s.rest),
+      : reference(reference_of(s.top)),
+        rest(s.top == -kInfinity ? -1 : s.rest),
         weighted(s.weighted * kLn2),
         log_sum(log1pf(rest)) {}
   __device__ float logprob(float x, float temperature) const { return (x - reference) / temperature - log_sum; }
@@ -264,12 +364,10 @@ struct RowStats {
 //   grad x_j = (g [j = y] - g p_j - E p_j (log p_j + H)) / T
 // where the last two terms are e_j * (constant + slope * t_j). At y, 1 - p is taken through expm1.
 struct RowGradient {
-  float reference, scale, constant, slope;
-  int64_t target;
-  float at_target;
+  float reference, scale, constant, slope, at_target;
 
-  __device__ RowGradient(const RowStats& s, float temperature, int64_t target_, float logprob, float g, float E)
-      : reference(s.reference), scale(kLog2e / temperature), target(target_) {
+  __device__ RowGradient(const RowStats& s, float temperature, float logprob, float g, float E)
+      : reference(s.reference), scale(kLog2e / temperature) {
     const float normaliser = 1 / (temperature * (1 + s.rest));
     constant = normaliser * (E * (s.weighted / (1 + s.rest)) - g);
     slope = normaliser * -E * kLn2;
@@ -278,20 +376,17 @@ struct RowGradient {
     at_target /= temperature;
   }
 
-  template <class T>
-  __device__ Vector<T> operator()(const Vector<T>& x, int j) const {
-    Vector<T> v;
+  // Of all but y. Without the gradient of the entropy nothing is multiplied by t, which may be -inf then.
+  template <bool kEntropy, class T>
+  __device__ Vector<T> of(const Vector<T>& v) const {
+    float x[Vector<T>::kSize];
+    unpack(v, x);
 #pragma unroll
-    for (int e = 0; e < Vector<T>::kSize; ++e) {
-      const float t = exponent(to_float(x.element[e]), reference, scale);
-      v.element[e] = from_float<T>(exp2_approx(t) * fmaf(slope, t, constant));
+    for (float& y : x) {
+      const float t = kEntropy ? exponent(y, reference, scale) : (y - reference) * scale;
+      y = exp2_approx(t) * (kEntropy ? fmaf(slope, t, constant) : constant);
     }
-    if (target >= j && target < j + Vector<T>::kSize) {
-#pragma unroll
-      for (int e = 0; e < Vector<T>::kSize; ++e)
-        if (target == j + e) v.element[e] = from_float<T>(at_target);
-    }
-    return v;
+    return pack<T>(x);
   }
 };
 

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -96,6 +97,20 @@ def for_architecture(program: Path, architecture: int, directory: Path) -> Path:
 def nvcc_version() -> str:
     assert NVCC is not None
     return subprocess.run([NVCC, "--version"], check=True, capture_output=True, text=True).stdout
+
+
+def nvcc_release() -> str:
+    return nvcc_version().partition("release ")[2].partition(",")[0]
+
+
+def read_counters(path: Path) -> list[tuple[str, dict[str, int]]]:
+    """The launches that were recorded in a file by PTX_COUNTERS: kernels, and their counters."""
+    launches = []
+    for line in path.read_text().splitlines():
+        symbol, *values = line.split()
+        kernel = re.findall(r"\d([a-z_]+_kernel)", symbol)[-1]
+        launches.append((kernel, ptx.named_counters([int(value) for value in values])))
+    return launches
 
 
 def compile_to_ptx(name: str, architecture: int) -> str:

@@ -29,6 +29,18 @@ namespace fusedpo {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float max_or_nan(float a, float b) { return std::isnan(a) || a > b ? a : b; }
+inline float min_or_nan(float a, float b) { return std::isnan(a) || a < b ? a : b; }
+
+template <class T>
+uint32_t two_rounded(float low, float high);
+template <>
+inline uint32_t two_rounded<__half>(float low, float high) {
+  return std::bit_cast<uint16_t>(__float2half_rn(low)) | (uint32_t)std::bit_cast<uint16_t>(__float2half_rn(high)) << 16;
+}
+template <>
+inline uint32_t two_rounded<__nv_bfloat16>(float low, float high) {
+  return __float2bfloat16_rn(low).bits | (uint32_t)__float2bfloat16_rn(high).bits << 16;
+}
 
 struct Cluster {
   int rank() const { return (int)cuda_on_cpu::rank_in_cluster; }

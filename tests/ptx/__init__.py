@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -92,6 +93,7 @@ def build() -> Path:
     return library
 
 
+@functools.cache
 def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     library.ptx_load.restype = ctypes.c_void_p
@@ -105,7 +107,10 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-_library: ctypes.CDLL | None = None
+def named_counters(values: Sequence[int]) -> dict[str, int]:
+    return {_load().ptx_counter_name(i).decode(): value for i, value in enumerate(values)}
+
+
 _options = Options()
 _recorded: list[tuple[str, dict[str, int]]] | None = None
 
@@ -143,12 +148,9 @@ class Module:
     """The kernels of a text of PTX."""
 
     def __init__(self, text: str) -> None:
-        global _library
-        if _library is None:
-            _library = _load()
         self.text = text
-        self._library = _library
-        self._handle = _library.ptx_load(text.encode())
+        self._library = _load()
+        self._handle = self._library.ptx_load(text.encode())
         self._raise_error()
 
     def __del__(self) -> None:
@@ -197,7 +199,7 @@ class Module:
             _Options(*dataclasses.astuple(_options)),
         )
         failed = self._library.ptx_launch(self._handle, kernel.encode(), launch)
-        counters = {self._library.ptx_counter_name(i).decode(): n for i, n in enumerate(launch.counters)}
+        counters = named_counters(launch.counters)
         if _recorded is not None:
             _recorded.append((kernel, counters))
         if failed:

@@ -21,7 +21,7 @@ struct PtxOptions {
 enum PtxCounter {
   kPtxInstructions,  // of warps
   kPtxThreadInstructions,
-  kPtxBarriers,      // of blocks
+  kPtxBarriers,      // of blocks and of clusters
   kPtxLoadRequests,  // of global memory, by warps; likewise what follows
   kPtxLoadBytes,
   kPtxLoadSectors,        // of 32 bytes

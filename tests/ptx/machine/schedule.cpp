@@ -329,6 +329,7 @@ void Machine::cluster_arrived() {
   for (const Warp& w : warps_) alive += std::popcount(w.alive);
   if (cluster_arrivals_ == 0 || cluster_arrivals_ < alive) return;
   ++cluster_phase_, cluster_arrivals_ = 0;
+  ++counters_[kPtxBarriers];
   progress_ = true;
 }
 
