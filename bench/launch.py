@@ -17,7 +17,7 @@ import torch._inductor.config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .harness import Case, Effort, effort, has_huge_pages, measure
+from .harness import Case, Effort, effort, has_huge_pages, measure, touch_memory
 from .record import Row
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,6 +67,8 @@ def run(plan: Plan, console: Console) -> Iterator[dict[str, Any]]:
     warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
     torch.manual_seed(0)
     yield {"huge_pages": has_huge_pages()}
+    if not plan.quick:
+        touch_memory()
     module = importlib.import_module(f".{plan.operator}", __package__)
     title = f"{plan.operator}, process {plan.number + 1} of {plan.processes}"
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(pulse_style="bar.complete"))
