@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import nfpo
 from support import policy_loss as contract
 from support.combinations import COMBINATIONS, operator_arguments
-from support.cpu_builds import BUILDS, FLAGS
+from support.cpu_builds import BUILDS, FLAGS, OTHER_BUILDS
 from support.parts import REGIONS
 from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, pack, random_batch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -495,8 +495,12 @@ def test_from_logits_by_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=contract.name_of)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("objective", "reduction"),
+    # a loss per token has a backward of its own, which looks at no objective but one that is differentiated
+    [*((objective, "mean") for objective in OBJECTIVES), *((objective, "none") for objective in OBJECTIVES[1:3])],
+    ids=lambda x: x if isinstance(x, str) else contract.name_of(x),
+)
 def test_compiles_once_for_all_lengths_and_scales(objective, reduction):
     def loss(batch, loss_scale, denominator):
         options = {} if reduction == "none" else {"denominator": denominator}
@@ -554,7 +558,7 @@ def test_vectors_and_floats_agree(build, tmp_path):
     assert corners == "1"
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", OTHER_BUILDS)
 def test_each_build_is_right(build):
     chosen = "several_tiles or threads or error_of_the_windows or kl_entropy"
     pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"not each_build and ({chosen})"]
