@@ -43,10 +43,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from fusedpo import objectives
-from fusedpo.integrations.trl import FusedGRPOTrainer
+from fusedpo.integrations.trl import FusedGRPOTrainer, FusedRLOOTrainer
 from fusedpo.integrations.trl.heads import LogitsHead, add_fused_forward, logit_scale
 from fusedpo.integrations.trl.objective import from_config
 
@@ -464,6 +464,52 @@ def test_nfpo_with_maxpo_learns_arithmetic(build: Build) -> None:
     logs = train(build(FusedGRPOTrainer, policy, digits, prompts * 8, fused=fused, **config)).logs
     rewards = [log["reward"] for log in logs if "reward" in log]
     assert rewards[-1] > rewards[0] + 0.3
+
+
+def test_estimators_are_checked_when_the_trainer_is_built(build: Build) -> None:
+    """Not after the first rollouts; groups have four samples."""
+
+    def needs_values(rewards: torch.Tensor, *, values: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        raise AssertionError("never called")
+
+    for estimator, error, message in (
+        (("maxpo", {"k": 5}), ValueError, "k must be"),
+        (("maxpo", {"power": 2}), ValueError, "maxpo has no option 'power'"),
+        ("passk", ValueError, "needs 'k'"),
+        (needs_values, ValueError, "needs 'values'"),
+        (3, TypeError, "a name or a function"),
+    ):
+        with pytest.raises(error, match=message):
+            build(fused={"advantage_estimator": estimator})
+        with pytest.raises(error, match=message):
+            rloo(build, FusedRLOOTrainer, advantage_estimator=estimator)
+
+
+# ---------------------------------------------------------------------------------------------------------------- RLOO
+
+
+def rloo(build: Build, trainer: Any, advantage_estimator: Any = None, **config: Any) -> Any:
+    fused = {} if advantage_estimator is None else {"advantage_estimator": advantage_estimator}
+    return build(trainer, config_class=RLOOConfig, fused=fused, **{"beta": 0.0, "epsilon": 0.02} | config)
+
+
+@pytest.mark.parametrize("config", [{}, {"normalize_advantages": True, "reward_clip_range": (0.2, 0.8)}], ids=str)
+def test_rloo_trains_as_trls(build: Build, config: dict[str, Any]) -> None:
+    expected = train(rloo(build, RLOOTrainer, **config | REUSE))
+    assert max(log.get("clip_ratio/region_mean", 0) for log in expected.logs) > 0
+    assert_same(train(rloo(build, FusedRLOOTrainer, **config | REUSE)), expected)
+    estimated = train(rloo(build, FusedRLOOTrainer, "rloo", **{"max_steps": 6} | REUSE))
+    if not config:  # leave-one-out by its name
+        for log, expected_log in zip(estimated.logs[:6], expected.logs, strict=False):
+            assert log["loss"] == pytest.approx(expected_log["loss"], **FLOAT32)
+
+
+def test_rloo_refuses_by_name(build: Build, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "model")  # TRL loads the reference model by the path of the policy
+    for config in ({"beta": 0.1}, {"normalize_advantages": True}):
+        policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        with pytest.raises(NotImplementedError, match=r"FusedRLOOTrainer does not support (beta=0\.1|normalize_adv)"):
+            rloo(build, FusedRLOOTrainer, "maxpo", policy=policy, **config)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

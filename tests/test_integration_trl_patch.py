@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -117,13 +118,31 @@ def test_untested_versions_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return [str(w.message) for w in caught if "fusedpo was tested with" in str(w.message)]
 
     try:
-        assert found("1.16.2") == []
-        for version in ("1.15.0", "1.17.0"):
+        for version in ("1.15.0", "1.16.2"):
+            assert found(version) == []
+        for version in ("1.14.2", "1.17.0"):
             (message,) = found(version)
-            assert "trl>=1.16,<1.17" in message
+            assert "trl>=1.15,<1.17" in message
             assert version in message
         _versions.check_version.cache_clear()
         with pytest.warns(UserWarning, match="1.17.0"), patch_trl():
             pass
     finally:
         _versions.check_version.cache_clear()
+
+
+def test_the_version_is_said_before_anything_is_missing() -> None:
+    """An import by a trl that lacks what is needed: first the warning, then the reason, by name."""
+    program = """
+import importlib.metadata, sys, types
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "1.14.0" if name == "trl" else version(name)
+trl, trainer, utils = (types.ModuleType(name) for name in ("trl", "trl.trainer", "trl.trainer.utils"))
+trl.trainer, trainer.utils = trainer, utils
+sys.modules |= {"trl": trl, "trl.trainer": trainer, "trl.trainer.utils": utils}
+import fusedpo.integrations.trl
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "fusedpo was tested with trl>=1.15,<1.17, found 1.14.0" in run.stderr
+    assert "ImportError: fusedpo.integrations.trl needs trl>=1.15, found 1.14.0" in run.stderr

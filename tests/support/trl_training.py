@@ -70,6 +70,7 @@ def builder(tokenizer: PreTrainedTokenizerFast, path: Path) -> Build:
         reward: Any = even_tokens,
         prompts: list[str] | None = None,
         fused: dict[str, Any] | None = None,
+        config_class: Any = GRPOConfig,
         **config: Any,
     ) -> GRPOTrainer:
         # prompts of different lengths: padding on the left
@@ -91,7 +92,7 @@ def builder(tokenizer: PreTrainedTokenizerFast, path: Path) -> Build:
             "report_to": [],
             "disable_tqdm": True,
         }
-        args = GRPOConfig(str(path), **defaults | config)
+        args = config_class(str(path), **defaults | config)
         return trainer(
             policy or model(),
             reward,

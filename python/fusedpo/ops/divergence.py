@@ -235,7 +235,7 @@ def _walk(
             )
             if grad_logits is not None:
                 gradients.add(of_chunk, states, grad_logits)
-        results = gradients.rounded() if any(needed) else [None, None, None]
+        results: list[Tensor | None] = gradients.rounded() if any(needed) else [None, None, None]
     return kl.reshape(leading), results
 
 

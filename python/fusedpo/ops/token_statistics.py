@@ -46,7 +46,7 @@ class _TokenStatistics(_TokenLogprobs):
         return getattr(torch.ops.fusedpo.token_statistics, backend)(*inputs[:-1])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         _TokenLogprobs.setup_context(ctx, inputs, output[:3])  # type: ignore[arg-type]
         ctx.mark_non_differentiable(*output[2:])
 

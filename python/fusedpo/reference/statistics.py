@@ -43,17 +43,17 @@ def linear_token_statistics(
     )
     assert isinstance(results, tuple)
     leading = hidden.shape[:-1]
-    per_row = (hidden, token_ids, results[0], temperature, mask)
     if isinstance(temperature, Tensor):
-        per_row = (hidden, token_ids, results[0], temperature.expand(leading), mask)
-    flat = [x.reshape(-1, *x.shape[len(leading) :]) if isinstance(x, Tensor) else x for x in per_row]
+        temperature = temperature.expand(leading)
+    of_rows = (hidden, token_ids, results[0], temperature, mask)
+    flat: list[Any] = [x.reshape(-1, *x.shape[len(leading) :]) if isinstance(x, Tensor) else x for x in of_rows]
     step = max(1, leading.numel() if chunk_tokens is None else chunk_tokens)
     parts = []
     for first in range(0, max(1, leading.numel()), step):
-        states, *others, kept = (x[first : first + step] if isinstance(x, Tensor) else x for x in flat)
+        states, ids, logprobs, t, kept = (x[first : first + step] if isinstance(x, Tensor) else x for x in flat)
         with torch.no_grad():
             logits = linear_logits(_drop(states, kept), weight, **options)
-        parts.append(_others(logits, *others, kept))
+        parts.append(_others(logits, ids, logprobs, t, kept))
     return *results, *(torch.cat(x).reshape(leading) for x in zip(*parts, strict=True))
 
 

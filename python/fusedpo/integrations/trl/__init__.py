@@ -1,4 +1,4 @@
-"""TRL: a ``GRPOTrainer`` whose loss is fused, and its log-prob functions replaced wherever they were imported.
+"""TRL: trainers whose loss is fused, and TRL's log-prob functions and head replaced wherever they were imported.
 
 ::
 
@@ -9,7 +9,10 @@
 What is supported, what is refused and what differs: docs/integrations/trl.md.
 """
 
+from fusedpo.integrations.trl.versions import TESTED as TESTED  # first: it says what another version lacks
+
 from .patch import patch_trl, unpatch_trl
+from .rloo import FusedRLOOTrainer
 from .trainer import FusedGRPOTrainer
 
-__all__ = ["FusedGRPOTrainer", "patch_trl", "unpatch_trl"]
+__all__ = ["FusedGRPOTrainer", "FusedRLOOTrainer", "patch_trl", "unpatch_trl"]

@@ -69,6 +69,8 @@ def _forward(
         labels = shift_labels
 
     head = model.get_output_embeddings()  # FSDP and PEFT replace it after the model was given this forward
+    weight: Any
+    bias: Any
     weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
     hidden, labels = hidden.to(weight.device), labels.to(weight.device)  # maybe not that of the last layer
     mask = labels != -100
@@ -95,7 +97,8 @@ def _balance(model: Any, config: Any, router_logits: Any, attention_mask: Tensor
     experts, per_token = (
         getattr(config, name, None) or getattr(model, name) for name in ("num_experts", "num_experts_per_tok")
     )
-    return load_balancing_loss_func(router_logits, experts, per_token, attention_mask)
+    loss: Any = load_balancing_loss_func(router_logits, experts, per_token, attention_mask)
+    return loss
 
 
 class ChunkedLogProbFunction:
@@ -124,7 +127,7 @@ class _Gathered(LinearTokenStatistics):
     """The backward needs the whole head, which ZeRO-3 has split again since the forward."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:
         with maybe_gather_lm_head_ctx(*ctx.saved_tensors[1:3]):
             return LinearTokenStatistics.backward(ctx, *gradients)
 

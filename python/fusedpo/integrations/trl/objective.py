@@ -12,9 +12,6 @@ from ... import objectives
 from ...objectives import CISPO, KL, SAPO, VESPO, Aggregation, Objective, PPOClip, SequenceRatio, TokenRatio, Trace
 from .._common import objective as build_objective
 
-TESTED = ("1.16", "1.17")
-"""The versions of trl that this was tested with: the first one, and the first one that was not."""
-
 ObjectiveLike = Objective | str | tuple[str, Mapping[str, Any]]
 
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -36,8 +33,8 @@ REPLACED = (
 )
 
 
-def refuse(option: str, reason: str) -> NotImplementedError:
-    return NotImplementedError(f"FusedGRPOTrainer does not support {option}: {reason}")
+def refuse(option: str, reason: str, trainer: str = "FusedGRPOTrainer") -> NotImplementedError:
+    return NotImplementedError(f"{trainer} does not support {option}: {reason}")
 
 
 def from_config(args: GRPOConfig) -> Objective:

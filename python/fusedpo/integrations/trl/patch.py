@@ -12,7 +12,7 @@ from ... import token_logprobs
 from .._common import entropy, swap
 from .._versions import check_version
 from .lm_head import TRLS, ChunkedLogProbFunction, add_fused_lm_head
-from .objective import TESTED
+from .versions import TESTED
 
 __all__ = ["patch_trl", "unpatch_trl"]
 

@@ -18,14 +18,16 @@ from ...alignment import next_tokens
 from ...losses import PolicyLossOutput
 from ...objectives import VESPO, Objective
 from .._versions import check_version
-from .advantages import EstimatorLike, GroupAdvantages
+from .advantages import Estimated, EstimatorLike, GroupAdvantages
 from .heads import HiddenHead, LogitsHead, add_fused_forward
-from .objective import TESTED, ObjectiveLike, from_config, from_user, refuse
+from .objective import ObjectiveLike, from_config, from_user, refuse
+from .patch import patch_trl
+from .versions import TESTED
 
 Fuse = Literal["loss", "logprobs"]
 
 
-class FusedGRPOTrainer(GRPOTrainer):
+class FusedGRPOTrainer(Estimated, GRPOTrainer):
     """``trl.GRPOTrainer`` whose loss, and its gradient with respect to the logits, is one function of fusedpo.
 
     Without the options below it computes what TRL computes, to float32 accuracy, and logs the same metrics. Options of
@@ -57,7 +59,6 @@ class FusedGRPOTrainer(GRPOTrainer):
     args: GRPOConfig
     model: PreTrainedModel
     objective: Objective
-    _logs: dict[str, Any]
 
     def __init__(
         self,
@@ -74,14 +75,14 @@ class FusedGRPOTrainer(GRPOTrainer):
             raise ValueError(f"fuse must be one of {get_args(Fuse)}, got {fuse!r}")
         if fuse == "logprobs" and objective is not None:
             raise ValueError("objective needs fuse='loss': with fuse='logprobs' the loss is TRL's")
-        super().__init__(*args, **kwargs)
+        with patch_trl():  # the head that log-probs of the sampling policy and of the reference come from
+            super().__init__(*args, **kwargs)
         self._fuse = fuse
         self._has_own_objective = objective is not None
         if fuse == "loss":
             self.objective = from_config(self.args) if objective is None else from_user(objective, self.args)
-        self._advantages: GroupAdvantages | None = None
         if advantage_estimator is not None:
-            self._advantages = GroupAdvantages(advantage_estimator, self.args)
+            self._advantages = GroupAdvantages(advantage_estimator, self.args, self.num_generations)
         model: Any = self.model
         if hasattr(model, "get_base_model"):  # PEFT
             model = model.get_base_model()
@@ -215,30 +216,3 @@ class FusedGRPOTrainer(GRPOTrainer):
         reduced = torch.stack([over_processes(name, x) for name, x in per_process.items()])
         for name, value in zip(per_process, reduced.tolist(), strict=True):
             log[f"fusedpo/{name}"].append(value)
-
-    # ------------------------------------------------------------------------------------------------------ advantages
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_per_func
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        if self._advantages is None:
-            return output
-        rewards = self._rewards_per_func  # of all processes, [samples, functions], NaN where a function gave None
-        scorable = ~rewards.isnan().all(1)
-        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        lengths = self.accelerator.gather((output["completion_mask"] * output.get("tool_mask", 1)).sum(1))
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        assert group_size is not None
-        advantages = self._advantages(weighted, scorable, lengths, group_size)
-
-        logged = self._logs["advantages"]
-        for _ in range(min(len(logged), len(advantages))):
-            logged.pop()
-        logged.extend(advantages.tolist())
-        here = len(output["advantages"])
-        start = self.accelerator.process_index * here
-        output["advantages"] = advantages[start : start + here]
-        return output
