@@ -201,6 +201,10 @@ def tables() -> str:
                 parts.append(
                     f"**{title}**\n\n{table(header, lines)}\n\n{source(folder, operator, documents[operator])}"
                 )
+        plots = {name: (folder / f"{name}.png") for name in documents}
+        parts += [
+            f"![{name} on {folder.name}]({path.relative_to(ROOT)})" for name, path in plots.items() if path.exists()
+        ]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -221,8 +225,7 @@ def machine(document: Document) -> str:
 
 def source(folder: Path, name: str, document: Document) -> str:
     path = (folder / name).relative_to(ROOT)
-    plot = f", [plot]({path}.png)" if (folder / f"{name}.png").exists() else ""
-    return f"{machine(document)} ([all rows]({path}.md){plot})."
+    return f"{machine(document)} ([all rows]({path}.md))."
 
 
 def ceilings() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -13,6 +14,8 @@ from types import ModuleType
 import pytest
 from fusedpo.bench import record
 from fusedpo.bench.record import Row
+
+import fusedpo
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,6 +153,16 @@ def test_links_lead_somewhere(page) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
     missing = [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
     assert missing == []
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    """Those of the package; a page of outputs that are described where they are returned would say nothing new."""
+    shown = re.findall(r"^::: fusedpo\.([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    outputs = {name for name in fusedpo.__all__ if name.endswith("Output") or name == "TokenStatistics"}
+    missing = [name for name in fusedpo.__all__ if not any(x == name or x.startswith(f"{name}.") for x in shown)]
+    assert set(missing) - outputs == {"Objective", "reference"}  # the first is on the page of its module
+    for name in shown:
+        assert operator.attrgetter(name)(fusedpo) is not None
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
