@@ -134,7 +134,7 @@ def _case(name: str, dtype: torch.dtype, tokens: int, vocab: int, device: str, *
     if scale != 1:  # float16: without a loss_scale it takes two passes
         ours.append(provider("fusedpo, loss_scale", scaled, factor=1.0))
         ours.append(in_place("fusedpo, in place, loss_scale", factor=1.0, loss_scale=scale))
-    ours.append(in_place("fusedpo, in place, scaled afterwards", factor=0.5, loss_scale=2 * scale))
+    ours.append(in_place("fusedpo, in place, loss * 0.5", factor=0.5, loss_scale=2 * scale))
     ours.append(provider("fusedpo, two passes", two_passes))
     ours.append(provider("fusedpo, torch.compile", fused, compile=True))
     for backend, loss, missing in on_gpu(scaled, "one_pass", device, dtype):

@@ -44,6 +44,7 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 # ------------------------------------------------------------------------------------------------------------- measured
 
 DTYPES = ("float32", "bfloat16")
+BUSY_MARK = ", on a busy machine"
 NOTHING = "Not recorded yet: `python -m fusedpo bench --out bench/results/MACHINE`."
 
 
@@ -74,7 +75,7 @@ def sizes(row: Row) -> str:
 
 def label(row: Row) -> str:
     name = f"`{row.provider}`" if row.provider.startswith("fusedpo") else row.provider
-    return name + (", on a busy machine" if (row.others or 0) > BUSY else "")
+    return name + BUSY_MARK * ((row.others or 0) > BUSY)
 
 
 def milliseconds(row: Row, *names: str) -> str:
@@ -88,35 +89,39 @@ def against(row: Row, baseline: Row | None) -> str:
     return f"{number(baseline.median / row.median, min(row.samples, baseline.samples, ENOUGH - 1))}x"
 
 
-IN_README = (
-    "clone (new memory)",
-    "copy (memory that is there)",
-    "fusedpo",
-    "fusedpo, in place",
-    "eager",
-    "torch.compile",
-)
+# The rows of the README's table; the fastest kernel of others is TRL's.
+IN_README = {
+    "clone (new memory)": "a copy of the logits (lower bound)",
+    "fusedpo": "`fusedpo`",
+    "fusedpo, in place": "`fusedpo`, gradient over the logits",
+    "torch.compile": "`torch.compile`",
+    "trl": "TRL",
+    "eager": "eager PyTorch",
+}
 
 
 def measured() -> str:
-    """The one table of the README: the fusion, by what trains most, at two numbers of tokens."""
+    """The one table of the README: loss and gradient of PPO in the dtypes of training, at two numbers of tokens."""
     parts = []
     for folder, documents in recorded():
         blocks = {
             f"{dtype}, T = {any_row(block).sizes['T']:,}": block
             for dtype in DTYPES
-            for block in cases(documents["one_pass"], f"NFPO N=4, loss and gradient, {dtype}")
+            for block in cases(documents["one_pass"], f"PPO, loss and gradient, {dtype}")
         }
-        peers = [name for name in next(iter(blocks.values())) if name.startswith("trl")]
         lines = []
-        for provider in (*IN_README, *peers):
-            rows = [(block.get(provider), block.get("eager")) for block in blocks.values()]
+        for name, title in IN_README.items():
+            rows = [(_of(block, name), block.get("eager")) for block in blocks.values()]
             if any(row for row, _ in rows):
-                first = next(row for row, _ in rows if row)
-                lines.append([label(first), *(_cell(row, eager) for row, eager in rows)])
-        title = "NFPO (N = 4) from logits: loss and gradient, V = 151,936"
-        parts.append(f"{table([title, *blocks], lines)}\n\n{source(folder, 'one_pass', documents['one_pass'])}")
+                busy = any(row and (row.others or 0) > BUSY for row, _ in rows)
+                lines.append([title + BUSY_MARK * busy, *(_cell(row, eager) for row, eager in rows)])
+        parts.append(f"{table(['', *blocks], lines)}\n\n{source(folder, 'one_pass', documents['one_pass'])}")
     return "\n\n".join(parts) or NOTHING
+
+
+def _of(block: dict[str, Row], name: str) -> Row | None:
+    """The row of ``name``, or of ``name, ...``, what it ran on, where there is none."""
+    return block.get(name) or next((row for x, row in block.items() if name == "trl" and x.startswith("trl,")), None)
 
 
 def _cell(row: Row | None, eager: Row | None) -> str:
@@ -174,8 +179,8 @@ def tables() -> str:
     for folder, documents in recorded():
         for operator, group, title, baseline in TABLES:
             blocks = cases(documents[operator], group)
-            header = ["", "provider", "ms", "20th to 80th percentile", "n", "medians of the processes"]
-            header += [f"speed against {baseline}", "of its floor", "page faults", "extra memory"]
+            header = ["", "implementation", "ms", "20th to 80th percentile", "n", "medians of the processes"]
+            header += [f"speed against {baseline}", "of its lower bound", "page faults", "extra memory"]
             lines = [
                 [
                     sizes(row),
@@ -196,6 +201,10 @@ def tables() -> str:
                 parts.append(
                     f"**{title}**\n\n{table(header, lines)}\n\n{source(folder, operator, documents[operator])}"
                 )
+        plots = {name: (folder / f"{name}.png") for name in documents}
+        parts += [
+            f"![{name} on {folder.name}]({path.relative_to(ROOT)})" for name, path in plots.items() if path.exists()
+        ]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -216,12 +225,11 @@ def machine(document: Document) -> str:
 
 def source(folder: Path, name: str, document: Document) -> str:
     path = (folder / name).relative_to(ROOT)
-    plot = f", [plot]({path}.png)" if (folder / f"{name}.png").exists() else ""
-    return f"{machine(document)} ([all rows]({path}.md){plot})."
+    return f"{machine(document)} ([all rows]({path}.md))."
 
 
 def ceilings() -> str:
-    """How close this library comes to the floor of its case, at the first size of each group."""
+    """How close this library comes to the lower bound of its case, at the first size of each group."""
     lines = []
     for folder, documents in recorded():
         for name, document in documents.items():
@@ -230,7 +238,7 @@ def ceilings() -> str:
                     if row.provider.startswith("fusedpo") and row.of_ceiling:
                         rate = f"{row.of_ceiling:.0%} of {row.ceiling}, n = {row.samples}"
                         lines.append([folder.name, name, group, sizes(row), label(row), rate])
-    return table(("machine", "operator", "case", "size", "provider", "rate"), lines) if lines else NOTHING
+    return table(("machine", "operator", "case", "size", "implementation", "rate"), lines) if lines else NOTHING
 
 
 # ------------------------------------------------------------------------------------------------------------- verified

@@ -26,7 +26,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -315,7 +315,7 @@ def verdicts(runs: dict[str, Curves], min_rise: float) -> Iterator[tuple[bool, s
         yield gap < 0.1, f"the rewards of the last steps within {gap:.3f}, those of any step within {max(rewards):.3f}"
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     objectives = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "dppo_tv", "dppo_kl", "nfpo")
     estimators = ("grpo", "dr_grpo", "rloo", "opo", "maxpo", "pkpo", "passk")
     parser = argparse.ArgumentParser(
@@ -340,9 +340,9 @@ def arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="so small a model is fastest on one")
     add("--quick", action="store_true", help=" ".join(f"--{k.replace('_', '-')} {v}" for k, v in QUICK.items()))
-    if parser.parse_args().quick:
+    if parser.parse_args(argv).quick:
         parser.set_defaults(**QUICK)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -13,6 +14,8 @@ from types import ModuleType
 import pytest
 from fusedpo.bench import record
 from fusedpo.bench.record import Row
+
+import fusedpo
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +60,8 @@ def made_up(generate, operator: str) -> record.Document:
     rows = []
     for _, group, _, baseline in (entry for entry in generate.TABLES if entry[0] == operator):
         for tokens in (512, 128):
-            for provider, time in (("clone (new memory)", 20.0), ("fusedpo", 25.0), (baseline, 123.0)):
+            others = (("fusedpo, in place", 22.0), ("torch.compile", 60.0), ("trl, PyTorch", 100.0), ("verl", 90.0))
+            for provider, time in (("clone (new memory)", 20.0), ("fusedpo", 25.0), (baseline, 123.0), *others):
                 times = [[time, 1.1 * time, 1.2 * time, 1.3 * time]] * record.PROCESSES
                 row = Row(
                     f"{group}, T = {tokens}", group, {"T": tokens, "V": 151_936}, provider, "clone (new memory)", 1e6
@@ -100,7 +104,8 @@ def test_the_readme_shows_both_sizes_the_spread_and_n(generate, copy) -> None:
     assert [cell.strip() for cell in header.split("|")[2:6]] == [
         f"{dtype}, T = {tokens}" for dtype in generate.DTYPES for tokens in (512, 128)
     ]
-    fused = next(line for line in lines if "`fusedpo`" in line)
+    assert len([line for line in lines if line.startswith("|")]) == len(generate.IN_README) == 6
+    fused = next(line for line in lines if "| `fusedpo` |" in line)
     assert fused.count("28.8 ms, **4.9x**<br>25.5 to 32.0, n = 12") == 4
 
 
@@ -148,6 +153,16 @@ def test_links_lead_somewhere(page) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
     missing = [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
     assert missing == []
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    """Those of the package; a page of outputs that are described where they are returned would say nothing new."""
+    shown = re.findall(r"^::: fusedpo\.([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    outputs = {name for name in fusedpo.__all__ if name.endswith("Output") or name == "TokenStatistics"}
+    missing = [name for name in fusedpo.__all__ if not any(x == name or x.startswith(f"{name}.") for x in shown)]
+    assert set(missing) - outputs == {"Objective", "reference"}  # the first is on the page of its module
+    for name in shown:
+        assert operator.attrgetter(name)(fusedpo) is not None
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

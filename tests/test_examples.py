@@ -161,3 +161,27 @@ def test_comparison_with_trl(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert read(tmp_path, "trl")
     assert (tmp_path / "trl.png").stat().st_size > 0
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((EXAMPLES / "swap_the_loss.ipynb").read_text())
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    quick = '["--quick", "--warmup-steps", "1", "--steps", "1", "--prompts", "2"]'
+    given: dict[str, Any] = {}
+    for cell in code:
+        exec(cell.replace('["--quick"]', quick).replace("%matplotlib inline", ""), given)
+    assert [len(curve) for curve in given["curves"].values()] == [1, 1, 1]
+    assert fusedpo.to_floats(given["out"].metrics)["clip_frac"] == 0
+
+
+def test_the_recipe_for_a_real_model_scores_answers() -> None:
+    pytest.importorskip("trl")
+    spec = importlib.util.spec_from_file_location("recipe", EXAMPLES / "train_qwen_gsm8k.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    example = module.as_prompt({"question": "How many?", "answer": "2 + 2 = 4\n#### 1,234"})
+    assert example["answer"] == "1234"
+    said = ["so it is #### 1,234.", "#### 12", "1234", "#### 1 and then #### 1234"]
+    completions = [[{"role": "assistant", "content": text}] for text in said]
+    assert module.correct(completions, ["1234"] * 4, prompts=None) == [1.0, 0.0, 0.0, 1.0]
