@@ -106,7 +106,7 @@ def test_what_is_counted():
 @pytest.mark.parametrize(
     ("error", "message", "mask", "objective"),
     [
-        (TypeError, "objective", torch.ones(2, 3), "ppo"),
+        (TypeError, "objective", torch.ones(2, 3), 0.2),
         (ValueError, "objective", torch.ones(2, 3), O.ppo(aggregation="token-sum")),
         (TypeError, "mask", [[1]], O.ppo()),
         (ValueError, "mask", torch.ones(2, 3, 4), O.ppo()),
