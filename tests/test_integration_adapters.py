@@ -725,25 +725,6 @@ def test_openrlhf_log_probs():
     assert_same(openrlhf.compute_entropy(logits).square().sum(), (logp.exp() * logp).sum(-1).square().sum(), logits)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "dual", "gspo", "mask", "clip"])
-def test_openrlhf_itself(batch, kind):
-    theirs = pytest.importorskip("openrlhf.models.loss", reason="openrlhf is not installed", exc_type=ImportError)
-    settings = {
-        "dual": {"dual_clip": 1.6},
-        "gspo": {"policy_loss_type": "gspo"},
-        "mask": {"is_correction_mode": "mask", **CORRECTION},
-        "clip": {"is_correction_mode": "clip", **CORRECTION},
-    }.get(kind, {})
-    settings = {"is_correction_level": "off", **settings}
-    given = (batch.logprobs, batch.old, batch.per_sequence, MASK.float(), batch.rollout, 2, 50.0, 12.0)
-    got, want = openrlhf.PolicyLoss(0.15, 0.3, **settings)(*given), theirs.PolicyLoss(0.15, 0.3, **settings)(*given)
-    assert_same(got[0], want[0], batch.logprobs)
-    assert len(got) == len(want)
-    for index in (2, 3, 4) if kind == "dual" else (1, 2, 3, 4):  # OpenRLHF does not count the dual clip
-        if want[index] is not None:
-            torch.testing.assert_close(got[index], want[index], **CLOSE)
-
-
 # -------------------------------------------------------------------------------------------------------------- NeMo-RL
 
 
@@ -1104,40 +1085,6 @@ def test_areal_log_probs():
     lp, entropy = areal.gather_logprobs_entropy(logits, labels, temperature=0.7, chunk_size=2)
     assert_same(lp.square().sum(), chosen.square().sum(), logits)
     assert_same(entropy.square().sum(), (logp.exp() * logp).sum(-1).square().sum(), logits)
-
-
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("kind", ["ppo", "dual", "gspo"])
-def test_areal_itself(batch, kind, layout):
-    theirs = pytest.importorskip(
-        "areal.utils.functional.functional", reason="areal is not installed", exc_type=ImportError
-    )
-    given, _ = areal_given(batch, layout)
-    settings = {"dual": {"c_clip": 1.6}, "gspo": {"importance_sampling_level": "sequence"}}.get(kind, {})
-    given.update(eps_clip=0.15, eps_clip_higher=0.3, **settings)
-    got, want = areal.ppo_actor_loss_fn(**given), theirs.ppo_actor_loss_fn(**given)
-    assert_same(got[0], want[0], batch.logprobs)
-    assert set(got[1]) == set(want[1])
-    kept = given["loss_mask"]
-    for name, value in want[1].items():
-        torch.testing.assert_close(got[1][name][kept], value[kept], **CLOSE)
-
-
-@pytest.mark.parametrize("name", ["ppo", "dual_clip", "gspo", "cispo", "sapo"])
-def test_skyrl_itself(batch, name):
-    theirs = pytest.importorskip(
-        "skyrl.backends.skyrl_train.utils.ppo_utils", reason="skyrl is not installed", exc_type=Exception
-    )
-    function, kind = {
-        "ppo": (theirs.ppo_policy_loss, "regular"),
-        "dual_clip": (theirs.ppo_policy_loss, "dual_clip"),
-        "gspo": (theirs.gspo_policy_loss, "gspo"),
-        "cispo": (theirs.compute_policy_loss_cispo, "cispo"),
-        "sapo": (theirs.sapo_policy_loss, "sapo"),
-    }[name]
-    config = skyrl_config(policy_loss_type=kind, loss_reduction="sequence_mean")
-    given = (batch.logprobs, batch.old, batch.advantages, config, MASK.float(), None)
-    assert_same(skyrl.policy_loss_fn(name)(*given)[0], function(*given)[0], batch.logprobs)
 
 
 # ----------------------------------------------------------------------------------------------------------- signatures

@@ -504,10 +504,12 @@ def test_rloo_trains_as_trls(build: Build, config: dict[str, Any]) -> None:
             assert log["loss"] == pytest.approx(expected_log["loss"], **FLOAT32)
 
 
-def test_rloo_refuses_by_name(build: Build) -> None:
+def test_rloo_refuses_by_name(build: Build, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "model")  # TRL loads the reference model by the path of the policy
     for config in ({"beta": 0.1}, {"normalize_advantages": True}):
+        policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
         with pytest.raises(NotImplementedError, match=r"FusedRLOOTrainer does not support (beta=0\.1|normalize_adv)"):
-            rloo(build, FusedRLOOTrainer, "maxpo", **config)
+            rloo(build, FusedRLOOTrainer, "maxpo", policy=policy, **config)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
