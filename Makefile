@@ -18,7 +18,7 @@ EXAMPLES := $(VENV)/.examples
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo native test quick sanitize fuzz bench docs lint wheel clean
+.PHONY: demo native test test-trainers quick sanitize fuzz bench docs lint wheel clean
 
 demo: $(EXAMPLES)
 	$(PY) examples/train_arithmetic.py --out out
@@ -42,6 +42,26 @@ QUICK := numbers nfpo policy_loss one_pass token_logprobs advantages errors_argu
 
 quick: $(READY)
 	$(PY) -m pytest -x -n $(WORKERS) --dist loadfile -m "not slow and not triton" $(QUICK:%=tests/test_%.py)
+
+# The adapters beside the functions of the trainers themselves, from PyPI: in an environment of its own, on top of the other, without
+# what these packages require but the handful that those functions import. SkyRL is for Python 3.12; its losses are not.
+TRAINERS := $(VENV)-trainers
+TRAINER_PACKAGES := "openrlhf==0.11.*" "areal==1.0.*" torchtitan torchrl \
+    peft pylatexenc \
+    aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist httpx colorlog tenacity flask werkzeug blinker itsdangerous \
+    torchdata lark uvloop hydra-core antlr4-python3-runtime==4.9.3 numba llvmlite einops aiofiles openai sniffio jiter \
+    cloudpathlib jaxtyping loguru skyrl-gym tyro docstring_parser spmd_types
+
+test-trainers: $(TRAINERS)/.ready
+	FUSEDPO_TRAINERS=1 $(TRAINERS)/bin/python -m pytest tests/test_trainers.py
+
+$(TRAINERS)/.ready: $(READY)
+	$(PYTHON) -m venv $(TRAINERS)
+	$(PY) -c "import site; print(*site.getsitepackages(), sep='\n')" > $$($(TRAINERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/base.pth
+	$(TRAINERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(TRAINER_PACKAGES)
+	$(TRAINERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python --python-version 3.12 \
+	    --only-binary=:all: --target $$($(TRAINERS)/bin/python -c "import site; print(site.getsitepackages()[0])") "skyrl==0.4.*"
+	touch $@
 
 # The CPU kernels under the address and undefined-behaviour sanitizers: their tests, and a minute of the fuzzer.
 sanitize: $(READY)
