@@ -55,7 +55,11 @@ def main() -> int:
     args = parser.parse_args()
     pages = args.pages
     if list(pages) == ["all"]:
-        pages = sorted(path.relative_to(SITE).with_suffix("").as_posix() for path in SITE.rglob("*.html") if path.name != "404.html")
+        pages = sorted(
+            path.relative_to(SITE).with_suffix("").as_posix()
+            for path in SITE.rglob("*.html")
+            if path.name != "404.html"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     wrong = []
     with sync_playwright() as playwright:

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
-import fusedpo
 import pytest
 from fusedpo.bench import record
 from fusedpo.bench.record import Row
@@ -108,6 +107,13 @@ def test_the_readme_shows_both_sizes_the_spread_and_n(generate, copy) -> None:
     assert len([line for line in lines if line.startswith("|")]) == len(generate.IN_README) == 6
     fused = next(line for line in lines if "| `fusedpo` |" in line)
     assert fused.count("28.8 ms, **4.9x**<br>25.5 to 32.0, n = 12") == 4
+
+
+def test_the_plots_of_an_operator_are_above_its_first_table(generate, copy) -> None:
+    text = generate.generate("docs/performance.md")
+    for name in ("one_pass", "advantages"):
+        (image,) = re.finditer(rf"!\[{name}: time and memory\]\(\.\./bench/results/[\w-]+/{name}\.png\)", text)
+        assert image.end() < text.index(f"{name}.md")
 
 
 def test_another_result_or_figure_is_noticed(generate, copy) -> None:
