@@ -68,7 +68,7 @@ def run(plan: Plan, header: report.Environment, out: Path, console: Console) -> 
             for case, block in report.by_case(rows).items():
                 report.show(case, block, console)
             out.mkdir(parents=True, exist_ok=True)
-            plots.plot(plan.operator, rows, out / f"{plan.operator}.png")
+            plots.plot(plan.operator, rows, out / f"{plan.operator}.png", header)
             report.write(plan.operator, rows, header, out, **{k: v for k, v in extra.items() if v})
     return rows
 

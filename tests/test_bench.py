@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import mmap
@@ -23,6 +24,9 @@ pytest.importorskip("matplotlib")
 from fusedpo.bench import OPERATORS, arguments, batch, cli, compare, harness, launch, overhead, plots, record, report
 from fusedpo.bench.harness import Case, Effort, Provider, compiled, measure, peak_extra_bytes, relative_error
 from fusedpo.bench.record import Row
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from rich.console import Console
 
 from fusedpo import backends
@@ -423,6 +427,46 @@ def tree(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(cli, "launched", measured)
     monkeypatch.setattr(plots, "plot", lambda *_: None)
     return tmp_path / "bench/results/machine"
+
+
+def recorded_rows() -> list[Row]:
+    """Two groups of five providers, one with sizes far apart and close together; times over four decades."""
+    rows = []
+    for group, tokens, vocabularies in (
+        ("PPO, bfloat16, half masked", (512, 128), (151_936, 128_256)),
+        ("grpo", (9,), (4,)),
+    ):
+        for number, (T, V) in enumerate(itertools.product(tokens, vocabularies)):
+            for place, provider in enumerate(("clone (new memory)", "fusedpo", "fusedpo, in place", "eager", "trl")):
+                times = [[10.0**place * (1 + 0.3 * sample) for sample in range(4)]] * 3
+                sizes = {"T": T, "V": V}
+                rows.append(Row(f"{group} {number}", group, sizes, provider, "clone (new memory)", 1.0, times=times))
+    return record.summarise(replace(row, peak_extra_megabytes=1234.0) for row in rows)
+
+
+MACHINE = {"device": "a processor", "threads": 2, "torch": "2.13", "date": "2026-11-30"}
+
+
+def test_plots_say_what_was_measured_and_no_label_hides_another() -> None:
+    figure = plots.draw("one_pass", recorded_rows(), MACHINE)
+    assert figure is not None
+    figure.draw_without_rendering()
+    boxes = {}
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text()):
+        box = text.get_window_extent()
+        if figure.bbox.overlaps(box):  # ticks beyond the ends of an axis are not drawn
+            boxes[text.get_text(), round(box.x0), round(box.y0)] = box
+            assert figure.bbox.padded(1).contains(box.x0, box.y0), text
+            assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+    said = {name for name, *_ in boxes}
+    assert "one_pass, 2 threads of a processor; torch 2.13; 2026-11-30" in said
+    assert {"PPO, bfloat16, half masked, T = 512, V = 151,936", "grpo, float32, T = 9, V = 4"} <= said
+    assert sum("n = 12" in name for name in said) == 4
+    hidden = [(a, b) for a, b in itertools.combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+    assert hidden == []
+    colours = {to_hex(bar.get_facecolor()) for panel in figure.get_axes() for bar in panel.patches}
+    assert colours == {plots.OURS, plots.OTHERS}
+    plt.close(figure)
 
 
 def test_a_clean_tree_is_recorded(tree, capsys) -> None:
