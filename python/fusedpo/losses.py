@@ -142,7 +142,7 @@ def policy_loss_from_logits(
     token_ids, temperature = _checks.taken(token_ids, temperature)
     _check_token_ids(token_ids, "logits", logits)
     backend = _one_pass_backend((logits,), logits.dtype, batch, objective)
-    if backend is not None:
+    if backend is not None and not backends.takes_two_passes(logits, backend):
         check_token_logprobs(logits, token_ids, temperature, batch.mask)
         results = ops_one_pass.policy_loss_from_logits(
             *as_kernels_take_them(logits, token_ids, temperature),

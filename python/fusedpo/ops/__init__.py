@@ -9,6 +9,7 @@ has shape and dtype of the logits and memory of its own, or is the logits themse
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,7 +33,24 @@ def scalar(value: float, device: torch.device) -> Tensor:
     """A number as a float32 0-d tensor; while tracing, in the one form that does not recompile for every value."""
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float32, device=device) * value
-    return torch.full((), value, dtype=torch.float32, device=device)
+    if must_be_functional() or _is_recorded(device):
+        return torch.full((), value, dtype=torch.float32, device=device)
+    stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
+    return _kept_scalar(value, device, stream)
+
+
+@lru_cache(maxsize=64)
+def _kept_scalar(value: float, device: torch.device, stream: int) -> Tensor:
+    """Filled once, by the stream that reads it: a launch less in every step. Nothing writes to it."""
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether memory that is allocated now belongs to a CUDA graph, or to no device at all."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def must_be_functional(*tensors: Tensor) -> bool:
