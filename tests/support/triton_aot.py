@@ -61,7 +61,8 @@ def variants(launch: Callable[[], object]) -> list[Variant]:
     found: dict[str, Variant] = {}
 
     def record(*, key: str, fn: Any, compile: dict, **_: Any) -> bool:
-        options = {name: compile[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        given = json.loads(compile["specialization_data"])["options"]
+        options = {name: given[name] for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")}
         found[f"{fn.name}{key}"] = Variant(
             fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0], options
         )
@@ -92,7 +93,8 @@ def compile_all(cases: Mapping[str, Callable[[], object]], elsewhere: Collection
 
 def compile_variant(variant: Variant, target: str) -> Any:
     source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
-    return triton.compile(source, target=TARGETS[target], options=variant.options)
+    options = {name: x for name, x in variant.options.items() if name != "maxnreg" or target.startswith("sm_")}
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def compile_for(variant: Variant, target: str) -> dict:
