@@ -101,11 +101,12 @@ class _OnePass(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         logprobs, entropy = logits.new_zeros((2, *token_ids.shape), dtype=torch.float32).unbind()
-        scale = ops_policy_loss.token_scale(logprobs, batch, objective=objective, backend=backend)
+        encoded = ops_policy_loss.encode(objective)
+        scale = ops_policy_loss.token_scale(logprobs, batch, encoded=encoded, backend=backend)
         gradient = logits if inplace else logits.new_empty(logits.shape)
         getattr(torch.ops.fusedpo.one_pass, backend)(
             *(logits, gradient, logprobs, entropy, None, token_ids, temperature),
-            *(*batch.tokens, scale, *ops_policy_loss.encode(objective)),
+            *(*batch.tokens, scale, *encoded),
         )
         if inplace:
             torch.autograd.graph.increment_version(logits)
