@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.hidden import OBJECTIVES, assert_equal_to_reference, make
+from support.hidden import OBJECTIVES, assert_equal_to_reference, make, run
 from support.triton_device import DEVICE, _backend, pytestmark, small  # noqa: F401
 
 
@@ -15,3 +15,18 @@ def test_equal_to_the_composition_in_float64(name, packed, softcap):
     options = {"objective": OBJECTIVES[name], "softcap": softcap, "chunk_tokens": 5, "upstream": -1.7}
     with torch.device("cpu"):
         assert_equal_to_reference(*make(packed=packed), backend="triton", device=DEVICE, **options)
+
+
+@pytest.mark.parametrize("name", ["nfpo(3)", "ppo", "gspo"])
+def test_gradient_threshold_as_native(name):
+    """The same columns are left out, of the same gradient."""
+    sources, batch = make(vocab=700)
+    sources[1] *= 4
+    options = {"objective": OBJECTIVES[name], "chunk_tokens": 7, "gradient_threshold": 2.0**-8}
+    want, wanted = run(sources, batch, **options)
+    there = [x.to(DEVICE) for x in sources], {n: x.to(DEVICE) for n, x in batch.items()}
+    out, gradients = run(*there, backend="triton", **options)
+    assert want.metrics["dropped"] > 1e-3
+    torch.testing.assert_close(out.metrics["dropped"].cpu(), want.metrics["dropped"], rtol=1e-4, atol=1e-6)
+    for got, expected in zip(gradients, wanted, strict=True):
+        assert (got.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -8,6 +8,7 @@ from typing import Any
 from fusedpo.ops import DEVICES, LIBRARY
 
 _OPERATORS = {
+    "active_columns": ("active_columns", "gradient_at_"),
     "advantages": ("group_advantages", "token_advantages", "step_advantages", "whiten"),
     "exact_kl": ("exact_kl", "exact_kl_"),
     "logprobs": ("token_logprobs", "token_logprobs_backward_out"),

@@ -49,6 +49,8 @@ struct RowKernels {
   float (*value)(const void* logits, int64_t index);
   // Multiplies a row.
   void (*scale)(void* row, int64_t size, float factor);
+  // Sets active[j], bytes, to 1 where logits[j] > threshold. Reads the row once; it holds no NaN.
+  void (*mark)(const void* logits, int64_t size, float threshold, uint8_t* active);
 };
 
 struct RowKernelTable {

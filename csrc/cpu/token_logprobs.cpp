@@ -3,81 +3,24 @@
 #include <tuple>
 #include <vector>
 
-#include "logits.h"
-#include "repeats.h"
+#include "upstream.h"
 
 namespace fusedpo::cpu {
 namespace {
 
-// A row of K ids, or one id, for each row of logits.
-struct Ids {
-  Ids(Arguments& arguments, const Tensor& token_ids, const Shape& rows) : shape(rows) {
-    if (token_ids.dim() > (int64_t)rows.size()) shape.push_back(count = token_ids.size(token_ids.dim() - 1));
-    data = arguments.read<int64_t>("token_ids", token_ids, shape);
-  }
-
-  const int64_t* operator[](int64_t row) const { return data + row * count; }
-
-  Shape shape;
-  int64_t count = 1;
-  const int64_t* data;
-};
-
-Shape rows_of(const Tensor& logits) {
-  expect(logits.dim() > 0, "logits must have at least one dimension");
-  return {logits.sizes().begin(), logits.sizes().end() - 1};
-}
-
-Shape with(Shape shape, int64_t size) {
-  shape.push_back(size);
-  return shape;
-}
-
-// What a thread needs for the gradient of a row.
-struct Scratch {
-  explicit Scratch(int64_t num_ids) : order(num_ids), grad_at_ids(num_ids), at_ids(num_ids) {}
-  std::vector<int64_t> order;
-  std::vector<double> grad_at_ids;
-  std::vector<float> at_ids;
-};
-
 // `out`: the gradient of the logits, which may overwrite them. Either upstream gradient may be absent.
 void token_logprobs_backward_out(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
-                                 Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats_, Tensor out) {
-  const Shape shape = rows_of(logits);
-  Arguments arguments("logits", logits);
-  const Rows from("logits", logits), to = output_rows(arguments, logits, out);
+                                 Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats, Tensor out) {
+  const Upstream upstream(logits, grad_logprobs, grad_entropy, token_ids, temperature, mask, stats);
+  const Rows from("logits", logits), to = output_rows(upstream.arguments, logits, out);
   const RowKernels& kernels = row_kernels_for("logits", logits);
-  const Ids ids(arguments, token_ids, shape);
-  const float* grad_logprob = arguments.read<float>("grad_logprobs", grad_logprobs, ids.shape);
-  const float* grad_of_entropy = arguments.read<float>("grad_entropy", grad_entropy, shape);
-  const float* stats = arguments.read<float>("stats", stats_, with(shape, 3));
-  const uint8_t* kept = arguments.read<uint8_t>("mask", mask, shape);
-  const Temperatures temperatures(arguments, temperature, shape);
-  const std::vector<float> zeros(grad_logprob ? 0 : ids.count, 0.0f);
-  const auto upstream = [&](int64_t row) { return grad_logprob ? grad_logprob + row * ids.count : zeros.data(); };
-  const auto upstream_entropy = [&](int64_t row) { return grad_of_entropy ? grad_of_entropy[row] : 0.0f; };
-  const auto is_evaluated = [&](int64_t row) {
-    if (kept && kept[row] == 0) return false;
-    return upstream_entropy(row) != 0 ||
-           std::any_of(upstream(row), upstream(row) + ids.count, [](float g) { return g != 0; });
-  };
-
-  const auto evaluated = rows_where(from.count, is_evaluated);
-  for (const int64_t row : evaluated)
-    for (int64_t k = 0; k < ids.count; ++k)
-      if (ids[row][k] < 0 || ids[row][k] >= from.size)
-        fail("token_ids must be in [0, ", from.size, ") at kept rows, got ", ids[row][k], " at flat position ",
-             row * ids.count + k, " in the backward: they were others in the forward");
-  for_each_row(evaluated, from.size, Scratch(ids.count), [&](int64_t row, Scratch& scratch) {
-    const RowStats row_stats{stats[3 * row], stats[3 * row + 1], stats[3 * row + 2]};
-    sum_over_equal(ids[row], upstream(row), ids.count, scratch.order.data(), scratch.grad_at_ids.data());
-    kernels.gradient(from[row], to[row], from.size, row_stats,
-                     {ids[row], upstream(row), scratch.grad_at_ids.data(), scratch.at_ids.data(), ids.count,
-                      upstream_entropy(row), temperatures[row]},
-                     nullptr);
+  const auto evaluated = rows_where(from.count, [&](int64_t row) { return upstream.reaches(row); });
+  upstream.check_ids(evaluated);
+  for_each_row(evaluated, from.size, upstream.scratch(), [&](int64_t row, Upstream::Scratch& scratch) {
+    kernels.gradient(from[row], to[row], from.size, upstream.stats(row),
+                     upstream.gradient(row, upstream.ids[row], scratch), nullptr);
   });
-  const auto skipped = rows_where(from.count, [&](int64_t row) { return !is_evaluated(row); });
+  const auto skipped = rows_where(from.count, [&](int64_t row) { return !upstream.reaches(row); });
   for_each_row(skipped, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks, _tokens, backends, ops, reference
 from .advantages import arguments
-from .logprobs import _check_linear, _check_options, _check_positive
+from .logprobs import _check_linear, _check_options, _check_positive, head_options
 from .objectives import Aggregation, Objective
 from .ops import divergence as ops_divergence
 from .ops import hidden as ops_hidden
@@ -104,6 +104,7 @@ def exact_kl_from_hidden(
     ref_softcap: float | None = None,
     ref_logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
+    gradient_threshold: float | None = None,
     direction: Direction = "reverse",
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
@@ -123,6 +124,8 @@ def exact_kl_from_hidden(
         hidden: ``[B, T, H]``, or packed ``[T, H]`` or ``[1, T, H]``. ``weight``: ``[V, H]``, same dtype.
         ref_hidden, ref_weight: of the other model, whose ``H`` may be another; the vocabulary is the same.
         bias, softcap, logit_scale, chunk_tokens: as in :func:`fusedpo.linear_token_logprobs`; ``ref_*`` of the other.
+        gradient_threshold: as there; columns are active where an element of the gradient is larger than
+            ``gradient_threshold * |c|``, ``c`` being the gradient of the row's divergence over its temperature.
         Others as in :func:`exact_kl`.
 
     Returns as :func:`exact_kl`; differentiable with respect to ``hidden``, ``weight`` and ``bias``, once.
@@ -138,12 +141,12 @@ def exact_kl_from_hidden(
             f"ref_hidden and ref_weight must have the tokens {list(hidden.shape[:-1])} and the vocabulary "
             f"{weight.shape[0]} of hidden and weight, got {list(ref_hidden.shape)} and {list(ref_weight.shape)}"
         )
-    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    head = head_options(hidden, softcap, logit_scale, chunk_tokens, gradient_threshold)
     _check_options(softcap=ref_softcap, logit_scale=ref_logit_scale, chunk_tokens=None)
     given = (direction, temperature, mask, cu_seqlens, aggregation, length_norm, denominator, loss_scale)
     tokens = _Tokens("hidden", hidden, *given)
-    dtype, ref_dtype = ops_hidden.compute_dtype(hidden), ops_hidden.compute_dtype(ref_hidden)
-    way = _way(hidden.device.type, dtype, ref_dtype, loss_scale)
+    ref_dtype = ops_hidden.compute_dtype(ref_hidden)
+    way = _way(hidden.device.type, head.dtype, ref_dtype, loss_scale)
     if way == "reference" or torch.compiler.is_compiling():
         both = [
             reference.linear_logits(x, w, bias=b, softcap=cap, logit_scale=factor)
@@ -155,7 +158,7 @@ def exact_kl_from_hidden(
         if way == "reference":
             kl = reference.exact_kl(*both, direction=direction, temperature=temperature, mask=mask)
         else:
-            logits, ref_logits = (x.to(dtype) for x in both)
+            logits, ref_logits = (x.to(head.dtype) for x in both)
             rows = tokens.rows(temperature, scale=False)
             kl = ops_divergence.divergences(logits, ref_logits.detach(), rows, direction=direction, inplace=False)
         return ExactKLOutput(tokens.loss(kl), kl.detach())
@@ -168,7 +171,7 @@ def exact_kl_from_hidden(
         ops_hidden.rows_where(tokens.kept if mask is not None else None, tokens.kept.numel(), hidden.device),
         tokens.rows(temperature, scale=not deferred),
         direction=direction,
-        options=ops_hidden.Options(dtype, softcap, logit_scale, chunk_tokens),
+        options=head,
         ref_options=ops_hidden.Options(ref_dtype, ref_softcap, ref_logit_scale, None),
         deferred=deferred,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _checks, backends, ops, reference
 from ._batch import as_bool
 from .ops import hidden as ops_hidden
+from .ops import opaque_hidden as ops_opaque
 from .ops import token_logprobs as ops_token_logprobs
 
 __all__ = ["linear_token_logprobs", "token_logprobs"]
@@ -138,6 +139,7 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
+    gradient_threshold: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.
 
@@ -149,8 +151,16 @@ def linear_token_logprobs(
         softcap: ``softcap * tanh(logits / softcap)`` (Gemma). ``logit_scale``: multiplies the logits (Cohere). The
             order is matrix product, bias, ``logit_scale``, ``softcap``, ``temperature``.
         chunk_tokens: rows per chunk. None: as many as fit into a workspace of 256 MB (on accelerators 1 GB). The
-            reference and ``torch.compile`` hold a chunk's logits up to six times, in float32; compiled code depends on
-            the number of chunks. functorch transforms, which do not recompute, take all rows at a time.
+            reference holds a chunk's logits up to six times, in float32. functorch transforms, which do not recompute,
+            take all rows at a time.
+        gradient_threshold: leave small elements out of the gradient of the logits, and the matrix products with them.
+            None and 0 are exact. Otherwise at least 2^-64 and less than 1: the columns (tokens of the vocabulary) whose
+            probability is at most this in every row of a chunk, and which are no row's token, are left out of it. Each
+            element is at most ``gradient_threshold * |c|``, where ``c`` is the gradient of the row's log-prob over its
+            temperature (and ``|c|`` the sum of both sizes if its entropy has a gradient, too). What that costs depends
+            on how much probability the columns have together. Where more than half of the columns are active, and in
+            the reference, nothing is left out. On an accelerator, the number of active columns is read for each chunk,
+            a sync with the device.
         token_ids, temperature, mask, return_entropy: as in :func:`token_logprobs`.
 
     Returns as :func:`token_logprobs`; differentiable with respect to ``hidden``, ``weight`` and ``bias``, once. The
@@ -162,39 +172,72 @@ def linear_token_logprobs(
             call.
         ValueError: as :func:`token_logprobs`.
     """
-    token_ids, temperature, mask, softcap, logit_scale, chunk_tokens = _checks.taken(
-        token_ids, temperature, mask, softcap, logit_scale, chunk_tokens
+    token_ids, temperature, mask, softcap, logit_scale, chunk_tokens, gradient_threshold = _checks.taken(
+        token_ids, temperature, mask, softcap, logit_scale, chunk_tokens, gradient_threshold
     )
-    check_linear_token_logprobs(
-        hidden, weight, bias, token_ids, softcap, logit_scale, chunk_tokens, temperature=temperature, mask=mask
+    options = head_options(hidden, softcap, logit_scale, chunk_tokens, gradient_threshold)
+    check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask)
+    logprobs, entropy, _ = logprobs_from_hidden(
+        hidden, weight, bias, token_ids, temperature, mask, options, return_entropy=return_entropy
     )
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def logprobs_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    options: ops_hidden.Options,
+    *,
+    return_entropy: bool = True,
+    num_live: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`linear_token_logprobs` of arguments that were checked; the entropy is ``[0]`` if it is not asked for.
+
+    ``num_live``: how many tokens ``mask`` keeps. The third result (0-d), which the backward writes, is the largest
+    probability that the gradient of a row was left without; nan where it could be and the compiler forbids to write it.
+    """
     hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
-    dtype = ops_hidden.compute_dtype(hidden)
-    backend = ops_hidden.choose(hidden, dtype)
+    backend = ops_hidden.choose(hidden, options.dtype, opaque=True)
+    dropped = torch.zeros((), device=hidden.device)
     if backend == "reference":
+        chunk_tokens = options.chunk_tokens
         if chunk_tokens is None:
             row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
             chunk_tokens = ops_hidden.chunk_rows(hidden.shape[:-1].numel(), row_bytes, hidden.device.type)
-        return reference.linear_token_logprobs(
+        results = reference.linear_token_logprobs(
             hidden,
             weight,
             token_ids,
             bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
+            softcap=options.softcap,
+            logit_scale=options.logit_scale,
             temperature=temperature,
             mask=mask,
             return_entropy=return_entropy,
             chunk_tokens=chunk_tokens,
         )
-    rows = ops_hidden.rows_where(as_bool(mask), hidden.shape[:-1].numel(), hidden.device)
+        return (results, dropped.new_empty(0), dropped) if isinstance(results, Tensor) else (*results, dropped)
+    ids, temperature = ids_and_temperature(token_ids, temperature)
+    if ops_hidden.is_opaque(hidden):
+        inputs = ops_hidden.Inputs(hidden, weight, bias, ids, temperature, ids)
+        logprobs, entropy = ops_opaque.linear_token_logprobs(
+            inputs, as_bool(mask), options=options, return_entropy=return_entropy, backend=backend
+        )
+        dropped = dropped if options.gradient_threshold is None else dropped + torch.nan
+        return logprobs, entropy, dropped
+    rows = ops_hidden.rows_where(as_bool(mask), hidden.shape[:-1].numel(), hidden.device, num_live)
     logprobs, entropy = ops_hidden.linear_token_logprobs(
-        ops_hidden.Inputs(hidden, weight, bias, *ids_and_temperature(token_ids, temperature), rows),
-        options=ops_hidden.Options(dtype, softcap, logit_scale, chunk_tokens),
+        ops_hidden.Inputs(hidden, weight, bias, ids, temperature, rows),
+        options=options,
         return_entropy=return_entropy,
         backend=backend,
+        dropped=dropped,
     )
-    return (logprobs, entropy) if return_entropy else logprobs
+    return logprobs, entropy, dropped
 
 
 def ids_and_temperature(token_ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -218,6 +261,25 @@ def taken_if_differentiated(
     if hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
         hidden, weight, bias = _checks.taken(hidden, weight, bias)
     return hidden, weight, bias
+
+
+def head_options(
+    hidden: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_tokens: int | None,
+    gradient_threshold: float | None,
+) -> ops_hidden.Options:
+    """Checked, and as the kernels take them."""
+    _checks.floating("hidden", hidden)
+    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    if gradient_threshold is not None:
+        _checks.number("gradient_threshold", gradient_threshold, "a float or None")
+        if gradient_threshold != 0 and not 2.0**-64 <= gradient_threshold < 1:
+            given = _checks.brief(gradient_threshold)
+            raise ValueError(f"gradient_threshold must be 0, or at least 2^-64 and less than 1, got {given}")
+    threshold = float(gradient_threshold) if gradient_threshold else None
+    return ops_hidden.Options(ops_hidden.compute_dtype(hidden), softcap, logit_scale, chunk_tokens, threshold)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -292,15 +354,11 @@ def check_linear_token_logprobs(
     weight: Tensor,
     bias: Tensor | None,
     token_ids: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    chunk_tokens: int | None,
     *,
     temperature: float | Tensor,
     mask: Tensor | None,
 ) -> None:
     _check_linear(hidden, weight, bias)
-    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
     _check_rows(hidden.shape[:-1], hidden, "hidden", token_ids, temperature, mask)
     _check_values(token_ids, weight.shape[0], temperature, mask)
 

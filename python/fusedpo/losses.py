@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from .logprobs import (
     check_temperature,
     check_vocabulary,
     checked_token_logprobs,
+    head_options,
     ids_and_temperature,
-    linear_token_logprobs,
+    logprobs_from_hidden,
     taken_if_differentiated,
 )
 from .objectives import Objective, as_objective
 from .ops import hidden as ops_hidden
 from .ops import one_pass as ops_one_pass
+from .ops import opaque_hidden as ops_opaque
 from .ops import policy_loss as ops_policy_loss
 from .reference import PolicyLossOutput
 
@@ -150,7 +152,7 @@ def policy_loss_from_logits(
     _checks.same_device("token_ids", token_ids, "logits", logits)
     check_temperature(temperature, token_ids.shape, "logits", logits)
     backend = None
-    if ops.require_grad(logits):
+    if ops.require_grad(logits) and not ops.must_be_functional():
         backend = _one_pass_backend(logits.device, (logits.dtype,), batch, objective)
     if backend is not None and not backends.takes_two_passes(logits, backend):
         results = ops_one_pass.policy_loss_from_logits(
@@ -177,6 +179,7 @@ def policy_loss_from_hidden(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
+    gradient_threshold: float | None = None,
     num_live: int | None = None,
     skip_zero_advantages: bool = False,
     mask: Tensor | None = None,
@@ -197,7 +200,7 @@ def policy_loss_from_hidden(
     Args:
         hidden: ``[B, T, H]``, or packed ``[T, H]`` or ``[1, T, H]``: the last hidden state. ``weight``: ``[V, H]``,
             same dtype.
-        bias, softcap, logit_scale, chunk_tokens: as in :func:`fusedpo.linear_token_logprobs`.
+        bias, softcap, logit_scale, chunk_tokens, gradient_threshold: as in :func:`fusedpo.linear_token_logprobs`.
         num_live: how many tokens ``mask`` keeps, if the caller knows: it spares the sync that counts them. A wrong
             number raises where data can be read at no cost (on the CPU, or under ``FUSEDPO_DEBUG=1``) and gives a wrong
             result elsewhere. With ``skip_zero_advantages`` it spares nothing.
@@ -205,14 +208,15 @@ def policy_loss_from_hidden(
             is 0, if the loss has neither a KL nor an entropy part and no ratio of another token looks at them. Loss and
             gradients are still those of the whole batch, whose tokens are counted for the denominator, for less work.
             The price: ``metrics`` are statistics of the tokens that were evaluated, ``rows`` of them, and no longer
-            comparable between steps with more and with fewer zeros. (The reference, and so ``torch.compile``, does not
-            save the work.)
+            comparable between steps with more and with fewer zeros. (The reference does not save the work.)
         Others as in :func:`policy_loss_from_logits`.
 
     Returns:
         As :func:`policy_loss_from_logits`; ``loss`` is differentiable with respect to ``hidden``, ``weight`` and
-        ``bias``, once. ``logprobs`` and ``entropy`` are 0 at tokens that are not evaluated. ``metrics`` has one more
-        name, ``rows``: how many tokens were evaluated, all kept ones (``tokens``) unless ``skip_zero_advantages``.
+        ``bias``, once. ``logprobs`` and ``entropy`` are 0 at tokens that are not evaluated. ``metrics`` has two more
+        names: ``rows``, how many tokens were evaluated, all kept ones (``tokens``) unless ``skip_zero_advantages``; and
+        ``dropped``, the largest probability, of all tokens, that ``gradient_threshold`` has left out of the gradient
+        of one (0 where nothing is; where it takes two passes, the backward writes it).
 
     Raises:
         As :func:`policy_loss_from_logits` and :func:`fusedpo.linear_token_logprobs`.
@@ -220,9 +224,10 @@ def policy_loss_from_hidden(
     objective = as_objective(objective)
     given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
     batch = checked(given, "hidden", hidden, objective, features=1)
-    token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live = _checks.taken(
-        token_ids, temperature, softcap, logit_scale, chunk_tokens, num_live
+    token_ids, temperature, softcap, logit_scale, chunk_tokens, gradient_threshold, num_live = _checks.taken(
+        token_ids, temperature, softcap, logit_scale, chunk_tokens, gradient_threshold, num_live
     )
+    head = head_options(hidden, softcap, logit_scale, chunk_tokens, gradient_threshold)
     _check_token_ids(token_ids, "hidden", hidden)
     if num_live is not None:
         _check_num_live(num_live, token_ids, batch.mask)
@@ -232,55 +237,33 @@ def policy_loss_from_hidden(
     if skip_zero_advantages:
         evaluated = ops_hidden.evaluated_tokens(token_ids, batch, objective)
         num_live = num_live if evaluated is batch.mask else None
-    head = ops_hidden.Options(ops_hidden.compute_dtype(hidden), softcap, logit_scale, chunk_tokens)
-    backend = ops_hidden.choose(hidden, head.dtype)
+    backend, opaque = ops_hidden.choose(hidden, head.dtype, opaque=True), ops_hidden.is_opaque(hidden)
+    of_tokens = batch.mask if backend != "reference" else evaluated
+    check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=of_tokens)
     one_pass = None
-    if backend == "reference":
-        logprobs, entropy = linear_token_logprobs(
-            hidden,
-            weight,
-            token_ids,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            mask=evaluated,
-            chunk_tokens=chunk_tokens,
-            return_entropy=True,
+    if backend != "reference" and ops.require_grad(hidden, weight, bias):
+        dtypes = (head.dtype, *(x.dtype for x in (hidden, weight, bias) if x is not None))
+        one_pass = _one_pass_backend(hidden.device, dtypes, batch, objective)
+    if one_pass is None:
+        logprobs, entropy, dropped = logprobs_from_hidden(
+            hidden, weight, bias, token_ids, temperature, evaluated, head, num_live=num_live
         )
-    else:
-        check_linear_token_logprobs(
-            hidden,
-            weight,
-            bias,
-            token_ids,
-            softcap,
-            logit_scale,
-            chunk_tokens,
-            temperature=temperature,
-            mask=batch.mask,
-        )
-        hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
-        rows = ops_hidden.rows_where(as_bool(evaluated), token_ids.numel(), hidden.device, num_live)
-        inputs = ops_hidden.Inputs(hidden, weight, bias, *ids_and_temperature(token_ids, temperature), rows)
-        if ops.require_grad(hidden, weight, bias):
-            dtypes = (head.dtype, *(x.dtype for x in (hidden, weight, bias) if x is not None))
-            one_pass = _one_pass_backend(hidden.device, dtypes, batch, objective)
-        if one_pass is None:
-            logprobs, entropy = ops_hidden.linear_token_logprobs(
-                inputs, options=head, return_entropy=True, backend=backend
-            )
-    if one_pass is not None:
-        arguments = batch.as_kernels_take_it(token_ids)
-        out = _output(
-            *ops_hidden.policy_loss_from_hidden(inputs, arguments, objective=objective, options=head, backend=one_pass)
-        )
-    else:
         out = _policy_loss(logprobs, entropy, batch, objective)
+    else:
+        hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
+        of_batch, mask = batch.as_kernels_take_it(token_ids), as_bool(evaluated)
+        inputs = ops_hidden.Inputs(hidden, weight, bias, *ids_and_temperature(token_ids, temperature), token_ids)
+        how: dict[str, Any] = {"objective": objective, "options": head, "backend": one_pass}
+        if opaque:
+            *results, dropped = ops_opaque.policy_loss_from_hidden(inputs, mask, of_batch, **how)
+        else:
+            rows = ops_hidden.rows_where(mask, token_ids.numel(), hidden.device, num_live)
+            *results, dropped = ops_hidden.policy_loss_from_hidden(inputs._replace(rows=rows), of_batch, **how)
+        out = _output(*results)
     tokens, of = out.metrics["tokens"], out.metrics
     if evaluated is not batch.mask:
         of = _policy_loss(out.logprobs, out.entropy, batch._replace(mask=evaluated), objective).metrics
-    return out._replace(metrics={**of, "tokens": tokens, "rows": of["tokens"]})
+    return out._replace(metrics={**of, "tokens": tokens, "rows": of["tokens"], "dropped": dropped.to(tokens.dtype)})
 
 
 def _policy_loss(
@@ -314,7 +297,7 @@ def _one_pass_backend(
 
     ``dtypes`` are that of the logits, and those of what they are computed from.
     """
-    if not ops_one_pass.is_possible(objective) or ops.must_be_functional():
+    if not ops_one_pass.is_possible(objective):
         return None
     if torch.float16 in dtypes and not isinstance(batch.loss_scale, Tensor) and batch.loss_scale <= 1:
         return None  # a GradScaler's factor comes with the upstream gradient: before it, gradients may be too small

@@ -58,8 +58,8 @@ class PolicyLoss(nn.Module):
     Args:
         objective: what is computed; a string is the name of a preset with its defaults.
         defaults: keyword arguments that all of those functions, or some of them, take: ``temperature``, ``inplace``,
-            ``softcap``, ``logit_scale``, ``chunk_tokens``, ``skip_zero_advantages``, ``loss_scale``, ``reduction``. A
-            call may give another value.
+            ``softcap``, ``logit_scale``, ``chunk_tokens``, ``gradient_threshold``, ``skip_zero_advantages``,
+            ``loss_scale``, ``reduction``. A call may give another value.
 
     Raises:
         TypeError: ``objective`` is neither an ``Objective`` nor a string, or a default has another name. ValueError: no
@@ -67,8 +67,8 @@ class PolicyLoss(nn.Module):
     """
 
     DEFAULTS = (
-        *("temperature", "inplace", "softcap", "logit_scale", "chunk_tokens", "skip_zero_advantages"),
-        *("loss_scale", "reduction"),
+        *("temperature", "inplace", "softcap", "logit_scale", "chunk_tokens", "gradient_threshold"),
+        *("skip_zero_advantages", "loss_scale", "reduction"),
     )
 
     def __init__(self, objective: Objective | str, **defaults: Any) -> None:
@@ -118,7 +118,7 @@ class PolicyLoss(nn.Module):
         **arguments: Unpack[_FromHidden],
     ) -> PolicyLossOutput:
         """:func:`fusedpo.policy_loss_from_hidden` with this objective."""
-        names = ("loss_scale", "temperature", "softcap", "logit_scale", "chunk_tokens", "skip_zero_advantages")
+        names = set(self.DEFAULTS) - {"inplace", "reduction"}
         given = self._with(*names, **arguments)
         return policy_loss_from_hidden(hidden, weight, token_ids, old_logprobs, advantages, **given)
 

@@ -16,7 +16,7 @@ from . import _checks, _tokens, ops
 from ._dtypes import wide
 from .advantages import arguments
 from .advantages.samples import Array, samples
-from .logprobs import check_linear_token_logprobs, linear_token_logprobs, token_logprobs
+from .logprobs import check_linear_token_logprobs, head_options, logprobs_from_hidden, token_logprobs
 from .ops import hidden as ops_hidden
 from .ops import units as ops_units
 from .preference_objectives import Preference
@@ -186,6 +186,7 @@ def preference_loss_from_hidden(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
+    gradient_threshold: float | None = None,
     temperature: float | Tensor = 1.0,
     skip_shared_prefix: bool = False,
     **options: Any,
@@ -198,12 +199,14 @@ def preference_loss_from_hidden(
     and under ``torch.compile``, functorch and the reference. ``metrics["products"]`` says how many it takes.
 
     Args:
-        hidden, weight, bias, softcap, logit_scale, chunk_tokens: as in :func:`fusedpo.linear_token_logprobs`.
+        hidden, weight, bias, softcap, logit_scale, chunk_tokens, gradient_threshold: as in
+            :func:`fusedpo.linear_token_logprobs`.
         Others as in :func:`preference_loss_from_logits`.
 
     Returns:
         As :func:`preference_loss_from_logits`; differentiable with respect to ``hidden``, ``weight`` and ``bias``,
-        once. ``metrics`` has two more names: ``rows``, how many tokens were evaluated, and ``products``.
+        once. ``metrics`` has three more names: ``rows``, how many tokens were evaluated, ``products`` and
+        ``dropped`` (:func:`fusedpo.policy_loss_from_hidden`).
 
     Raises:
         As :func:`preference_loss_from_logits` and :func:`fusedpo.linear_token_logprobs`.
@@ -213,16 +216,14 @@ def preference_loss_from_hidden(
     loss = _PreferenceLoss(
         "hidden", hidden, token_ids, ref_logprobs, objective=objective, skip=skip_shared_prefix, **options
     )
-    linear: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "chunk_tokens": chunk_tokens}
+    head = head_options(hidden, softcap, logit_scale, chunk_tokens, gradient_threshold)
     mask = loss.evaluated.reshape(token_ids.shape)
-    check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask, **linear)
+    check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask)
 
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     products = 1 + needed[0] + needed[1]
-    dtype = ops_hidden.compute_dtype(hidden)
-    backend = ops_hidden.choose(hidden, dtype)
-    head, scale = ops_hidden.Options(dtype, **linear), options.get("loss_scale", 1.0)
-    rounded = torch.float16 in (hidden.dtype, dtype) and not isinstance(scale, Tensor) and scale <= 1
+    backend, scale = ops_hidden.choose(hidden, head.dtype), options.get("loss_scale", 1.0)
+    rounded = torch.float16 in (hidden.dtype, head.dtype) and not isinstance(scale, Tensor) and scale <= 1
     chunks = None
     if any(needed) and backend != "reference" and not rounded:
         chunks = ops_units.chunks_of_units(
@@ -230,7 +231,7 @@ def preference_loss_from_hidden(
         )
     if chunks is not None:
         rows = loss.evaluated.nonzero().squeeze(1)
-        value, logprobs, entropy = ops_units.loss_from_hidden(
+        value, logprobs, entropy, dropped = ops_units.loss_from_hidden(
             hidden,
             weight,
             bias,
@@ -243,12 +244,10 @@ def preference_loss_from_hidden(
         )
     else:
         products += any(needed)
-        logprobs, entropy = linear_token_logprobs(
-            hidden, weight, token_ids, bias=bias, temperature=temperature, mask=mask, return_entropy=True, **linear
-        )
+        logprobs, entropy, dropped = logprobs_from_hidden(hidden, weight, bias, token_ids, temperature, mask, head)
         value = loss(logprobs)
     counts = {"rows": loss.evaluated.sum(), "products": torch.tensor(float(products), device=hidden.device)}
-    metrics = {**loss.metrics(logprobs), **{name: x.float() for name, x in counts.items()}}
+    metrics = {**loss.metrics(logprobs), **{name: x.float() for name, x in counts.items()}, "dropped": dropped}
     return PolicyLossOutput(value, metrics, logprobs.detach(), entropy.detach())
 
 

@@ -14,6 +14,7 @@ from .logprobs import (
     as_kernels_take_them,
     check_linear_token_logprobs,
     check_token_logprobs,
+    head_options,
     ids_and_temperature,
     taken_if_differentiated,
 )
@@ -84,9 +85,8 @@ def linear_token_statistics(
     token_ids, temperature, mask, softcap, logit_scale, chunk_tokens = _checks.taken(
         token_ids, temperature, mask, softcap, logit_scale, chunk_tokens
     )
-    check_linear_token_logprobs(
-        hidden, weight, bias, token_ids, softcap, logit_scale, chunk_tokens, temperature=temperature, mask=mask
-    )
+    head_options(hidden, softcap, logit_scale, chunk_tokens, None)
+    check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask)
     _one_per_row(token_ids, hidden.shape[:-1])
     hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
     return TokenStatistics(

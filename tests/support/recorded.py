@@ -190,7 +190,8 @@ def hidden(scale: int) -> Iterator[tuple[str, Callable[[], Any]]]:
                 out = fusedpo.policy_loss_from_hidden(
                     states.clone().requires_grad_(), weight, ids, objective=objective, chunk_tokens=19, **given
                 )
-                return out.loss, out.metrics, out.logprobs, out.entropy
+                metrics = {metric: x for metric, x in out.metrics.items() if metric != "dropped"}
+                return out.loss, metrics, out.logprobs, out.entropy
 
             yield f"from_hidden {name}", run
 

@@ -66,6 +66,11 @@ def must_be_functional(*tensors: Tensor) -> bool:
     return bool(tensors) and any(isinstance(x, torch._subclasses.FakeTensor) for x in tensors)
 
 
+def is_transformed() -> bool:
+    """Whether functorch transforms what is called."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def are_batched(*gradients: Tensor | None) -> bool:
     """Whether ``torch.autograd.grad(is_grads_batched=True)`` asks for many gradients at a time."""
     return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import backends
 from . import apply, define, edge_to, once_differentiable
+from .active_columns import columns_above
 from .hidden import (
     Options,
     _Gradients,
@@ -233,8 +234,15 @@ def _walk(
             kl[of_chunk], grad_logits = kl_rows(
                 logits, ref_logits, part, direction, "in place" if any(needed) else "none"
             )
-            if grad_logits is not None:
+            if grad_logits is None:
+                continue
+            columns = None
+            if options.gradient_threshold is not None:
+                columns = columns_above(grad_logits, options.gradient_threshold * (part.scale / t).abs())
+            if columns is None:
                 gradients.add(of_chunk, states, grad_logits)
+            else:
+                gradients.add_columns(of_chunk, states, grad_logits.index_select(1, columns), columns)
         results: list[Tensor | None] = gradients.rounded() if any(needed) else [None, None, None]
     return kl.reshape(leading), results
 

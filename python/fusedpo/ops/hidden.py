@@ -7,8 +7,7 @@ positions among the flattened tokens) are those that are evaluated, all others c
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,14 +18,16 @@ from .. import backends, objectives
 from .._batch import Batch
 from ..objectives import Objective
 from ..reference.layout import layout
-from . import apply, are_batched, edge_to, must_be_functional, once_differentiable
+from . import apply, are_batched, edge_to, is_transformed, must_be_functional, once_differentiable
 from . import policy_loss as ops_policy_loss
+from .active_columns import gradient_of_active
 from .one_pass import scaled_once
 
 # Every chunk streams the weight and its gradient once: against that its products must be large.
 WORKSPACE_BYTES = {"cpu": 1 << 28}
 OTHER_WORKSPACE_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 20  # stays in a core's L2
+GATHERED_BYTES = 1 << 25  # of a matrix whose rows are gathered for a product
 
 
 class Options(NamedTuple):
@@ -36,6 +37,7 @@ class Options(NamedTuple):
     softcap: float | None
     logit_scale: float
     chunk_tokens: int | None
+    gradient_threshold: float | None = None  # leaves out what is smaller in the gradient of the logits
 
 
 class Inputs(NamedTuple):
@@ -62,39 +64,27 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
 
 
-def choose(hidden: Tensor, dtype: torch.dtype) -> str:
-    """The backend that computes from hidden states: where that must be functional the reference, kernels are not."""
+def choose(hidden: Tensor, dtype: torch.dtype, *, opaque: bool = False) -> str:
+    """The backend that computes from hidden states: the reference where kernels, which work in place, are not allowed.
+
+    ``opaque``: the caller takes the operators of :mod:`fusedpo.ops.opaque_hidden` where :func:`is_opaque` says so, and
+    needs the reference for functorch alone.
+    """
     backend = backends.choose("linear_token_logprobs", hidden.device.type, dtype)
-    if backend == "reference" or not must_be_functional(hidden):
+    allowed = not is_transformed() if opaque else not must_be_functional(hidden)
+    if backend == "reference" or allowed:
         return backend
     if backends.forced() is not None:
         raise backends.BackendUnavailable(
-            f"backend {backend!r} was forced for linear_token_logprobs, but its kernels work in place, which neither "
-            "torch.compile nor a functorch transform nor fake tensors allow: call it outside of them, or force "
-            "'reference' or nothing"
+            f"backend {backend!r} was forced for linear_token_logprobs, but its kernels work in place, which no "
+            "functorch transform allows: call it outside of them, or force 'reference' or nothing"
         )
-    if torch.compiler.is_compiling():
-        _warn_of_reference(backend)
     return "reference"
 
 
-_warned_of_reference = False
-
-
-def _warn_of_reference(backend: str) -> None:
-    """Once per process, and while a graph is traced, which it does not become a part of."""
-    global _warned_of_reference
-    if not _warned_of_reference:
-        _warned_of_reference = True
-        warnings.warn(
-            "policy_loss_from_hidden and linear_token_logprobs under torch.compile are the reference, which takes more "
-            f"time and memory than the {backend} kernels: these work in place. Call them outside of what is compiled",
-            stacklevel=2,
-        )
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler, and Triton, for everybody.
-_warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def is_opaque(hidden: Tensor) -> bool:
+    """Whether an operator without side effects has to stand for the kernels: under a tracer, and without data."""
+    return must_be_functional(hidden)
 
 
 def chunk_rows(rows: int, row_bytes: int, device: str) -> int:
@@ -161,6 +151,7 @@ class _Head:
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.capped = options.softcap is not None
         self.factor = options.logit_scale / (options.softcap or 1)
+        self.threshold = options.gradient_threshold
 
         chunk = options.chunk_tokens
         if chunk is None:
@@ -182,19 +173,23 @@ class _Head:
         torch.addmm(shift, hidden, self.weight.t(), beta=beta, alpha=self.factor, out=product)
         return torch.tanh(product, out=out) if self.capped else out
 
-    def through_cap(self, gradient: Tensor) -> Tensor:
-        """From the gradient of the logits to that of what was capped, in place."""
+    def through_cap(self, gradient: Tensor, columns: Tensor | None = None) -> Tensor:
+        """From the gradient of the logits, or of some ``columns``, to that of what was capped, in place."""
         if self._uncapped is None:
             return gradient
         # 1 - tanh(x)**2 has no digits left where tanh(x) is rounded to 1
-        cosh = self._uncapped[: gradient.shape[0]].cosh_()
+        uncapped = self._uncapped[: gradient.shape[0]]
+        cosh = (uncapped if columns is None else uncapped.index_select(1, columns)).cosh_()
         return gradient.div_(cosh).div_(cosh)
 
 
 class _Gradients:
-    """Of hidden states, weight and bias, as far as ``needed``: summed in float32 over the chunks, then rounded."""
+    """Of hidden states, weight and bias, as far as ``needed``: summed in float32 over the chunks, then rounded.
 
-    def __init__(self, head: _Head, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None):
+    ``dropped``: the largest probability that the gradient of a row was left without.
+    """
+
+    def __init__(self, head: _Head, needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.head, self.inputs = head, (hidden, weight, bias)
         self.first = True  # no chunk is added yet, and the sums hold whatever the memory held
         allocate = torch.empty if head.chunks else torch.zeros
@@ -204,6 +199,7 @@ class _Gradients:
         self.hidden = head.hidden.new_zeros(head.hidden.shape) if needed[0] else None
         self.weight = allocate(weight.shape, dtype=sum_dtype, device=device) if needed[1] else None
         self.bias = allocate((vocab, 1), dtype=torch.float32, device=device) if needed[2] else None
+        self.dropped = torch.zeros((), device=device)
 
     def add(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
         """``hidden`` and ``grad_logits`` (overwritten) of a chunk."""
@@ -218,11 +214,63 @@ class _Gradients:
             _add_product(self.bias, grad_logits.t(), ones, head.factor, self.first)
         self.first = False
 
+    def add_columns(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor, columns: Tensor) -> None:
+        """The same where the gradient of other ``columns`` of the logits than those of ``grad_logits`` is left out."""
+        head, grad_logits = self.head, self.head.through_cap(grad_logits, columns)
+        if grad_logits.numel() * grad_logits.element_size() <= GATHERED_BYTES:
+            grad_logits = grad_logits.contiguous()  # in rows that are far apart, products of few columns are slow
+        if self.hidden is not None:
+            product = torch.empty_like(hidden)
+            for part in _parts(hidden.shape[1], columns.numel() * hidden.element_size()):
+                weight = head.weight[:, part].index_select(0, columns)
+                product[:, part] = torch.addmm(hidden[:, part], grad_logits, weight, beta=0, alpha=head.factor)
+            self.hidden.index_copy_(0, rows, product.to(self.hidden.dtype))
+        if self.weight is not None:
+            _add_rows(self.weight, columns, grad_logits.t(), hidden, head.factor, self.first)
+        if self.bias is not None:
+            ones = hidden.new_ones((hidden.shape[0], 1))
+            _add_rows(self.bias, columns, grad_logits.t(), ones, head.factor, self.first)
+        self.first = False
+
+    def add_chunk(
+        self,
+        rows: Tensor,
+        hidden: Tensor,
+        logits: Tensor,
+        upstream: Sequence[Tensor | None],
+        token_ids: Tensor,
+        temperature: Tensor,
+        stats: Tensor,
+        backend: str,
+    ) -> None:
+        """From the ``logits`` (overwritten) of a chunk, and what arrives at log-probs and entropy of its rows.
+
+        With a threshold, products are of the columns that are active, unless these are too many to gain by that.
+        """
+        threshold, given = self.head.threshold, (logits, token_ids, temperature, stats)
+        found = None
+        if threshold is not None:
+            found = gradient_of_active(upstream, *given, threshold=threshold, backend=backend)
+        if found is None:
+            backward_out = getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)
+            backward_out(*upstream, logits, token_ids, temperature, None, stats, logits)
+            self.add(rows, hidden, logits)
+        else:
+            columns, dropped = found
+            self.dropped = torch.maximum(self.dropped, dropped.max())
+            self.add_columns(rows, hidden, logits[:, : columns.numel()], columns)
+
     def rounded(self) -> list[Tensor | None]:
         return [
             None if gradient is None or of is None else gradient.to(of.dtype).reshape(of.shape)
             for gradient, of in zip((self.hidden, self.weight, self.bias), self.inputs, strict=True)
         ]
+
+
+def _parts(size: int, bytes_each: int) -> list[slice]:
+    """Of ``size`` columns, as many at a time as fit into :data:`GATHERED_BYTES`."""
+    step = max(1, GATHERED_BYTES // max(1, bytes_each))
+    return [slice(first, first + step) for first in range(0, size, step)]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float, first: bool) -> None:
@@ -243,10 +291,71 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float, firs
             block.add_(torch.mm(rows, right), alpha=factor)
 
 
+def _add_rows(total: Tensor, rows: Tensor, left: Tensor, right: Tensor, factor: float, first: bool) -> None:
+    """``total[rows] += factor * left @ right``; if ``first``, whatever ``total`` held is nothing."""
+    if first:
+        total.zero_()
+    for part in _parts(rows.numel(), right.shape[1] * total.element_size()):
+        of_part = rows[part]
+        sums = total.new_empty((of_part.numel(), right.shape[1])) if first else total.index_select(0, of_part)
+        _add_product(sums, left[part], right, factor, first)
+        total.index_copy_(0, of_part, sums)
+
+
+def logprobs_of(inputs: Inputs, options: Options, return_entropy: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, entropy (``[0]`` if it is not asked for), and ``stats`` ``[tokens, 3]``, written at ``rows``."""
+    hidden, weight, bias, token_ids, temperature, rows = inputs
+    operator = getattr(torch.ops.fusedpo.token_logprobs, backend)
+    leading = hidden.shape[:-1]
+    ids, temperature = _per_row(token_ids, leading), _per_row(temperature, leading)
+    logprobs = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    entropy = logprobs.new_zeros(ids.shape[0] if return_entropy else 0)
+    stats = logprobs.new_empty((ids.shape[0], 3))
+    with _plain(hidden):
+        head = _Head(hidden, weight, bias, rows, options, gradients=False)
+        for chunk in head.chunks:
+            at = rows[chunk]
+            logits = head.logits(head.rows_of(at))
+            results = operator(logits, ids[at], _select(temperature, at), None, return_entropy)
+            logprobs[at], stats[at] = results[0], results[2]
+            if return_entropy:
+                entropy[at] = results[1]
+    return logprobs.reshape(token_ids.shape), entropy.reshape(leading if return_entropy else 0), stats
+
+
+def gradients_of_logprobs(
+    upstream: Sequence[Tensor | None],
+    inputs: Inputs,
+    stats: Tensor,
+    options: Options,
+    needed: Sequence[bool],
+    backend: str,
+) -> tuple[list[Tensor | None], Tensor]:
+    """Of hidden, weight and bias, and the largest probability that a row was left without.
+
+    ``upstream``: the gradients of the log-probs and of the entropy, each may be None.
+    """
+    hidden, weight, bias, token_ids, temperature, rows = inputs
+    leading = hidden.shape[:-1]
+    ids, temperature = _per_row(token_ids, leading), _per_row(temperature, leading)
+    flat = [None if g is None else _per_row(g.detach(), leading) for g in upstream]
+    with _plain(hidden):
+        head = _Head(hidden, weight, bias, rows, options, gradients=True)
+        gradients = _Gradients(head, needed, hidden, weight, bias)
+        for chunk in head.chunks:
+            at = rows[chunk]
+            states = head.rows_of(at)
+            logits = head.logits(states)
+            grads = [None if g is None else g[at] for g in flat]
+            gradients.add_chunk(at, states, logits, grads, ids[at], _select(temperature, at), stats[at], backend)
+        return gradients.rounded(), gradients.dropped
+
+
 class _LinearTokenLogprobs(torch.autograd.Function):
     """Keeps three numbers of each row; the backward computes the logits again.
 
-    Old-style, as :class:`_OnePass` is: what must be functional does not come here.
+    Old-style, as :class:`_OnePass` is: what must be functional does not come here. ``dropped``, if it is given, is
+    overwritten by the backward.
     """
 
     @staticmethod
@@ -260,34 +369,21 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         rows: Tensor,
         options: Options,
         return_entropy: bool,
+        dropped: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        operator = getattr(torch.ops.fusedpo.token_logprobs, backend)
-        leading = hidden.shape[:-1]
-        ids, temperature = _per_row(token_ids, leading), _per_row(temperature, leading)
-        logprobs = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        entropy = logprobs.new_zeros(ids.shape[0] if return_entropy else 0)
-        stats = logprobs.new_empty((rows.numel(), 3))
-        with _plain(hidden):
-            head = _Head(hidden, weight, bias, rows, options, gradients=False)
-            for chunk in head.chunks:
-                at = rows[chunk]
-                logits = head.logits(head.rows_of(at))
-                results = operator(logits, ids[at], _select(temperature, at), None, return_entropy)
-                logprobs[at], stats[chunk] = results[0], results[2]
-                if return_entropy:
-                    entropy[at] = results[1]
-        ctx.options, ctx.return_entropy, ctx.backend = options, return_entropy, backend
-        ctx.save_for_backward(hidden, weight, bias, ids, temperature, rows, stats)
+        inputs = Inputs(hidden, weight, bias, token_ids, temperature, rows)
+        logprobs, entropy, stats = logprobs_of(inputs, options, return_entropy, backend)
+        ctx.options, ctx.dropped, ctx.backend = options, dropped, backend
+        ctx.save_for_backward(*inputs, stats)
         ctx.set_materialize_grads(False)
-        logprobs, entropy = logprobs.reshape(token_ids.shape), entropy.reshape(leading if return_entropy else 0)
         if not return_entropy:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> Any:
-        none = (None,) * 6
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None) -> Any:
+        none = (None,) * (len(ctx.needs_input_grad) - 3)
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, *none
         if are_batched(grad_logprobs, grad_entropy):
@@ -295,24 +391,59 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 "linear_token_logprobs: is_grads_batched is not supported, the kernels work in place; use "
                 "fusedpo.backend('reference') for it, or torch.func.jacrev"
             )
-        operator = getattr(torch.ops.fusedpo.token_logprobs_backward_out, ctx.backend)
-        hidden, weight, bias, ids, temperature, rows, stats = ctx.saved_tensors
-        upstream = [
-            None if g is None else _per_row(g.detach(), hidden.shape[:-1]) for g in (grad_logprobs, grad_entropy)
-        ]
-        with _plain(hidden):
-            head = _Head(hidden, weight, bias, rows, ctx.options, gradients=True)
-            gradients = _Gradients(head, ctx.needs_input_grad[:3], hidden, weight, bias)
-            for chunk in head.chunks:
-                at = rows[chunk]
-                states = head.rows_of(at)
-                logits = head.logits(states)
-                grads = (None if g is None else g[at] for g in upstream)
-                operator(*grads, logits, ids[at], _select(temperature, at), None, stats[chunk], logits)
+        *tensors, stats = ctx.saved_tensors
+        inputs, upstream = Inputs(*tensors), (grad_logprobs, grad_entropy)
+        results, dropped = gradients_of_logprobs(
+            upstream, inputs, stats, ctx.options, ctx.needs_input_grad[:3], ctx.backend
+        )
+        if ctx.dropped is not None:
+            ctx.dropped.copy_(dropped)
+        return *_once_differentiable("linear_token_logprobs", results, *inputs[:3], *upstream), *none
+
+
+def loss_and_gradients(
+    inputs: Inputs,
+    batch: Batch,
+    encoded: tuple[Sequence[int], Sequence[float]],
+    options: Options,
+    needed: Sequence[bool],
+    backend: str,
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """Loss, metrics, log-probs, entropy and the largest probability that a row was left without; and the gradients.
+
+    ``encoded``: the objective (:func:`fusedpo.ops.policy_loss.encode`).
+    """
+    hidden, weight, bias, token_ids, temperature, rows = inputs
+    operators, threshold = torch.ops.fusedpo, options.gradient_threshold
+    # two tensors: results of an operator share no memory
+    logprobs, entropy = (torch.zeros(token_ids.shape, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    ids, temperatures = token_ids.reshape(-1), _per_row(temperature, token_ids.shape)
+    arguments = (logprobs, entropy, *batch, *encoded, False)
+    if threshold is None:
+        scale = ops_policy_loss.token_scale(logprobs, batch, encoded=encoded, backend=backend)
+    with _plain(hidden):
+        head = _Head(hidden, weight, bias, rows, options, gradients=True)
+        gradients = _Gradients(head, needed, hidden, weight, bias)
+        for chunk in reversed(head.chunks):  # windows look ahead
+            at = rows[chunk]
+            states = head.rows_of(at)
+            logits = head.logits(states)
+            if threshold is None:
+                getattr(operators.one_pass, backend)(
+                    *(logits, logits, logprobs, entropy, at, token_ids, temperature, *batch.tokens, scale, *encoded)
+                )
                 gradients.add(at, states, logits)
-            results = gradients.rounded()
-        sources = (hidden, weight, bias, grad_logprobs, grad_entropy)
-        return *_once_differentiable("linear_token_logprobs", results, *sources), *none
+                continue
+            of_rows = ids[at], _select(temperatures, at)
+            results = getattr(operators.token_logprobs, backend)(logits, *of_rows, None, True)
+            logprobs.view(-1)[at], entropy.view(-1)[at] = results[:2]
+            # of all tokens, which is little against the products; those before the chunk are not used
+            coefficients = getattr(operators.policy_loss, backend)(*arguments)[2:4]
+            upstream = [c.view(-1)[at] if c.numel() else None for c in coefficients]
+            gradients.add_chunk(at, states, logits, upstream, *of_rows, results[2], backend)
+        results = gradients.rounded()
+    loss, metrics, *_ = getattr(operators.policy_loss, backend)(*arguments)
+    return (loss, metrics, logprobs, entropy, gradients.dropped), results
 
 
 class _OnePass(torch.autograd.Function):
@@ -332,29 +463,14 @@ class _OnePass(torch.autograd.Function):
         options: Options,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        operator = getattr(torch.ops.fusedpo.one_pass, backend)
-        logprobs, entropy = torch.zeros((2, *token_ids.shape), dtype=torch.float32, device=hidden.device).unbind()
-        scale = ops_policy_loss.token_scale(logprobs, batch, objective=objective, backend=backend)
-        tokens = (*batch.tokens, scale)
+        inputs = Inputs(hidden, weight, bias, token_ids, temperature, rows)
         encoded = ops_policy_loss.encode(objective)
-        with _plain(hidden):
-            head = _Head(hidden, weight, bias, rows, options, gradients=True)
-            gradients = _Gradients(head, ctx.needs_input_grad[:3], hidden, weight, bias)
-            for chunk in reversed(head.chunks):  # windows look ahead
-                at = rows[chunk]
-                states = head.rows_of(at)
-                logits = head.logits(states)
-                operator(logits, logits, logprobs, entropy, at, token_ids, temperature, *tokens, *encoded)
-                gradients.add(at, states, logits)
-            results = gradients.rounded()
-        loss, metrics = ops_policy_loss.policy_loss(
-            logprobs, entropy, batch, objective=objective, per_token=False, backend=backend
-        )
+        outputs, results = loss_and_gradients(inputs, batch, encoded, options, ctx.needs_input_grad[:3], backend)
         ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(x) for x in (hidden, weight, bias)]
         ctx.save_for_backward(*results)
-        ctx.mark_non_differentiable(metrics, logprobs, entropy)
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        return loss, metrics, logprobs, entropy
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
@@ -387,16 +503,23 @@ def _uncapped(inputs: Inputs, options: Options) -> Inputs:
 
 
 def linear_token_logprobs(
-    inputs: Inputs, *, options: Options, return_entropy: bool, backend: str
+    inputs: Inputs, *, options: Options, return_entropy: bool, backend: str, dropped: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy of the rows, 0 elsewhere, by the kernels of ``backend``; ids may be ``[*tokens, K]``."""
-    args = (*_uncapped(inputs, options), options, return_entropy, backend)
+    """Log-probs and entropy of the rows, 0 elsewhere, by the kernels of ``backend``; ids may be ``[*tokens, K]``.
+
+    ``dropped`` (0-d) is overwritten by the backward: the largest probability that the gradient of a row was left
+    without.
+    """
+    args = (*_uncapped(inputs, options), options, return_entropy, dropped, backend)
     return apply("linear_token_logprobs", _LinearTokenLogprobs, *args)
 
 
 def policy_loss_from_hidden(
     inputs: Inputs, batch: Batch, *, objective: Objective, options: Options, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics, log-probs and entropy, 0 at tokens that are not in the rows; ``batch`` as kernels take it."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics, log-probs and entropy, 0 at tokens that are not in the rows; ``batch`` as kernels take it.
+
+    And the largest probability that the gradient of a row was left without.
+    """
     args = (*_uncapped(inputs, options), batch, objective, options, backend)
     return apply("policy_loss_from_hidden", _OnePass, *args)

@@ -110,15 +110,16 @@ class _OnePass(torch.autograd.Function):
         if backend != "triton":  # which writes the zeros of skipped tokens itself
             outputs.zero_()
         logprobs, entropy = outputs.unbind()
+        encoded = ops_policy_loss.encode(objective)
         if backend == "triton" and objective.aggregation in ("token-mean", "token-sum"):
             scale, denominator = batch.loss_scale, batch.denominator
         else:
-            scale = ops_policy_loss.token_scale(logprobs, batch, objective=objective, backend=backend)
+            scale = ops_policy_loss.token_scale(logprobs, batch, encoded=encoded, backend=backend)
             denominator = None
         gradient = logits if inplace else logits.new_empty(logits.shape)
         getattr(torch.ops.fusedpo.one_pass, backend)(
             *(logits, gradient, logprobs, entropy, None, token_ids, temperature),
-            *(*batch.tokens, scale, *ops_policy_loss.encode(objective), denominator),
+            *(*batch.tokens, scale, *encoded, denominator),
         )
         if inplace:
             torch.autograd.graph.increment_version(logits)

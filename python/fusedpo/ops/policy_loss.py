@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -179,9 +180,12 @@ def policy_loss(
     return loss, metrics
 
 
-def token_scale(logprobs: Tensor, batch: Batch, *, objective: Objective, backend: str) -> Tensor:
-    """What the loss of each token is multiplied by, by the kernels of ``backend``."""
+def token_scale(
+    logprobs: Tensor, batch: Batch, *, encoded: tuple[Sequence[int], Sequence[float]], backend: str
+) -> Tensor:
+    """What the loss of each token is multiplied by, by the kernels of ``backend``; ``encoded``: see :func:`encode`."""
+    parts, values = encoded
     return getattr(torch.ops.fusedpo.token_scale, backend)(
         *(logprobs, batch.mask, batch.cu_seqlens, batch.denominator, batch.loss_scale),
-        *(AGGREGATION_NUMBERS[objective.aggregation], float(objective.length_norm or 0)),
+        *(parts[6], values[3]),
     )

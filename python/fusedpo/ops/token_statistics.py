@@ -72,16 +72,16 @@ class LinearTokenStatistics(_LinearTokenLogprobs):
         ids, temperature = _per_row(token_ids, leading), _per_row(temperature, leading)
         results = list(torch.zeros((4, *ids.shape), dtype=torch.float32, device=ids.device).unbind())
         results.append(torch.zeros_like(ids, dtype=torch.bool))
-        stats = results[0].new_empty((rows.numel(), 3))
+        stats = results[0].new_empty((ids.shape[0], 3))
         with _plain(hidden):
             head = _Head(hidden, weight, bias, rows, options, gradients=False)
             for chunk in head.chunks:
                 at = rows[chunk]
                 logits = head.logits(head.rows_of(at))
-                *first, stats[chunk], squares, mean, top1 = operator(logits, ids[at], _select(temperature, at), None)
+                *first, stats[at], squares, mean, top1 = operator(logits, ids[at], _select(temperature, at), None)
                 for result, values in zip(results, (*first, squares, mean, top1), strict=True):
                     result[at] = values
-        ctx.options, ctx.return_entropy, ctx.backend = options, True, backend
+        ctx.options, ctx.dropped, ctx.backend = options, None, backend
         ctx.save_for_backward(hidden, weight, bias, ids, temperature, rows, stats)
         ctx.set_materialize_grads(False)
         results = [result.reshape(leading) for result in results]

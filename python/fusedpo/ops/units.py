@@ -70,7 +70,6 @@ class _ByUnits(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         forward = getattr(torch.ops.fusedpo.token_logprobs, backend)
-        backward_out = getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)
         leading = hidden.shape[:-1]
         ids, temperature = token_ids.reshape(-1), _per_row(temperature, leading)
         logprobs, entropy = torch.zeros((2, *token_ids.shape), dtype=torch.float32, device=hidden.device).unbind()
@@ -83,21 +82,21 @@ class _ByUnits(torch.autograd.Function):
             for at in chunks:
                 states = head.rows_of(at)
                 logits = head.logits(states)
-                of_rows = (ids[at], _select(temperature, at), None)
-                logprobs.view(-1)[at], entropy.view(-1)[at], stats = forward(logits, *of_rows, True)
+                of_rows = (ids[at], _select(temperature, at))
+                logprobs.view(-1)[at], entropy.view(-1)[at], stats = forward(logits, *of_rows, None, True)
                 # of all tokens, which is little against the products; those of the other units are not used
                 with torch.enable_grad():
                     leaf = logprobs.detach().requires_grad_()
                     (coefficients,) = torch.autograd.grad(loss_of(leaf), leaf)
-                backward_out(coefficients.view(-1)[at], None, logits, *of_rows, stats, logits)
-                gradients.add(at, states, logits)
+                upstream = (coefficients.view(-1)[at], None)
+                gradients.add_chunk(at, states, logits, upstream, *of_rows, stats, backend)
             results = gradients.rounded()
         loss = loss_of(logprobs)
         ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(x) for x in (hidden, weight, bias)]
         ctx.save_for_backward(*results)
-        ctx.mark_non_differentiable(logprobs, entropy)
+        ctx.mark_non_differentiable(logprobs, entropy, gradients.dropped)
         ctx.set_materialize_grads(False)
-        return loss, logprobs, entropy
+        return loss, logprobs, entropy, gradients.dropped
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
@@ -118,8 +117,10 @@ def loss_from_hidden(
     *,
     options: Options,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss_of(logprobs)``, the log-probs and the entropy of the tokens in ``chunks``, both 0 elsewhere.
+
+    And the largest probability that the gradient of a row was left without.
 
     A chunk holds positions among the flattened tokens. The gradient of ``loss_of`` with respect to the log-probs of a
     chunk must not depend on those of the chunks after it.
