@@ -35,15 +35,17 @@ Shape with(Shape shape, int64_t size) {
 
 // What a thread needs for the gradient of a row.
 struct Scratch {
-  explicit Scratch(int64_t num_ids) : order(num_ids), grad_at_ids(num_ids), at_ids(num_ids) {}
-  std::vector<int64_t> order;
+  explicit Scratch(int64_t num_ids) : ids(num_ids), order(num_ids), grad_at_ids(num_ids), at_ids(num_ids) {}
+  std::vector<int64_t> ids, order;
   std::vector<double> grad_at_ids;
   std::vector<float> at_ids;
 };
 
-// `out`: the gradient of the logits, which may overwrite them. Either upstream gradient may be absent.
+// `out`: the gradient of the logits, which may overwrite them. Either upstream gradient may be absent. With
+// `vocab_start`, the logits are columns of a larger vocabulary, from this one on.
 void token_logprobs_backward_out(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
-                                 Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats_, Tensor out) {
+                                 Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats_, Tensor out,
+                                 std::optional<int64_t> vocab_start) {
   const Shape shape = rows_of(logits);
   Arguments arguments("logits", logits);
   const Rows from("logits", logits), to = output_rows(arguments, logits, out);
@@ -65,15 +67,16 @@ void token_logprobs_backward_out(OptionalTensor grad_logprobs, OptionalTensor gr
 
   const auto evaluated = rows_where(from.count, is_evaluated);
   for (const int64_t row : evaluated)
-    for (int64_t k = 0; k < ids.count; ++k)
+    for (int64_t k = 0; k < ids.count && !vocab_start; ++k)
       if (ids[row][k] < 0 || ids[row][k] >= from.size)
         fail("token_ids must be in [0, ", from.size, ") at kept rows, got ", ids[row][k], " at flat position ",
              row * ids.count + k, " in the backward: they were others in the forward");
   for_each_row(evaluated, from.size, Scratch(ids.count), [&](int64_t row, Scratch& scratch) {
     const RowStats row_stats{stats[3 * row], stats[3 * row + 1], stats[3 * row + 2]};
+    for (int64_t k = 0; k < ids.count; ++k) scratch.ids[k] = ids[row][k] - vocab_start.value_or(0);
     sum_over_equal(ids[row], upstream(row), ids.count, scratch.order.data(), scratch.grad_at_ids.data());
     kernels.gradient(from[row], to[row], from.size, row_stats,
-                     {ids[row], upstream(row), scratch.grad_at_ids.data(), scratch.at_ids.data(), ids.count,
+                     {scratch.ids.data(), upstream(row), scratch.grad_at_ids.data(), scratch.at_ids.data(), ids.count,
                       upstream_entropy(row), temperatures[row]},
                      nullptr);
   });

@@ -27,6 +27,7 @@ BACKENDS = ("reference", "native", "triton")
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "token_statistics": {"native": ("cpu",), "triton": ("cuda", "xpu")},
+    "row_stats": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "linear_token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "one_pass": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
     "exact_kl": {"native": ("cpu",), "triton": ("cuda", "xpu")},

@@ -99,7 +99,7 @@ _warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def chunk_rows(rows: int, row_bytes: int, device: str) -> int:
     """How many of the ``rows`` make a chunk: as few chunks as the workspace allows, of equal size."""
-    most = max(1, WORKSPACE_BYTES.get(device, OTHER_WORKSPACE_BYTES) // row_bytes)
+    most = max(1, WORKSPACE_BYTES.get(device, OTHER_WORKSPACE_BYTES) // max(1, row_bytes))
     chunks = -(-rows // most)
     return -(-rows // chunks) if chunks > 1 else rows
 
@@ -199,11 +199,12 @@ class _Gradients:
         self.first = True  # no chunk is added yet, and the sums hold whatever the memory held
         allocate = torch.empty if head.chunks else torch.zeros
         one_product = len(head.chunks) == 1 and weight.dtype == head.weight.dtype
-        sum_dtype = weight.dtype if one_product else torch.float32
+        sum_dtype = weight.dtype if one_product else torch.promote_types(weight.dtype, torch.float32)
         device, vocab = hidden.device, weight.shape[0]
         self.hidden = head.hidden.new_zeros(head.hidden.shape) if needed[0] else None
         self.weight = allocate(weight.shape, dtype=sum_dtype, device=device) if needed[1] else None
-        self.bias = allocate((vocab, 1), dtype=torch.float32, device=device) if needed[2] else None
+        bias_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.bias = allocate((vocab, 1), dtype=bias_dtype, device=device) if needed[2] else None
 
     def add(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
         """``hidden`` and ``grad_logits`` (overwritten) of a chunk."""
@@ -211,12 +212,16 @@ class _Gradients:
         if self.hidden is not None:
             product = torch.addmm(hidden, grad_logits, head.weight, beta=0, alpha=head.factor)
             self.hidden.index_copy_(0, rows, product.to(self.hidden.dtype))
+        self.hidden_is_there()
         if self.weight is not None:
             _add_product(self.weight, grad_logits.t(), hidden, head.factor, self.first)
         if self.bias is not None:
             ones = hidden.new_ones((hidden.shape[0], 1))
             _add_product(self.bias, grad_logits.t(), ones, head.factor, self.first)
         self.first = False
+
+    def hidden_is_there(self) -> None:
+        """Called once a chunk; what is split over ranks adds them up."""
 
     def rounded(self) -> list[Tensor | None]:
         return [
