@@ -344,3 +344,22 @@ def check_oracles(group):
 
 def test_against_loss_parallel_megatron_and_verl():
     ranks.run(check_oracles, 2)
+
+
+def check_adapters(group):
+    from fusedpo.integrations import areal, slime
+
+    logits = torch.randn(6, 40, generator=rng())
+    ids = torch.randint(0, 40, (6,), generator=rng(1))
+    shard = logits.chunk(group.size(), -1)[group.rank()]
+    want = fusedpo.token_logprobs(logits, ids, return_entropy=True)
+    found, entropy = slime.calculate_log_probs_and_entropy(shard, ids, group, with_entropy=True)
+    assert_close(found[:, 0], want[0], rtol=1e-6, atol=1e-6)
+    assert_close(entropy, want[1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(slime.calculate_log_probs_and_entropy(shard, ids, group)[0], found)
+    assert torch.equal(areal.gather_logprobs(shard, ids, tp_group=group), found[:, 0])
+    assert torch.equal(areal.gather_logprobs_entropy(shard, ids, tp_group=group)[1], entropy)
+
+
+def test_log_probs_of_slime_and_areal():
+    ranks.run(check_adapters, 2)
