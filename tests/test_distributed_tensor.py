@@ -1,5 +1,8 @@
 """The vocabulary split over processes: log-probs, losses and gradients are those of one process."""
 
+import sys
+import types
+
 import pytest
 import torch
 from support import ranks
@@ -347,7 +350,7 @@ def test_against_loss_parallel_megatron_and_verl():
 
 
 def check_adapters(group):
-    from fusedpo.integrations import areal, slime
+    from fusedpo.integrations import areal, slime, verl
 
     logits = torch.randn(6, 40, generator=rng())
     ids = torch.randint(0, 40, (6,), generator=rng(1))
@@ -359,7 +362,42 @@ def check_adapters(group):
     assert torch.equal(slime.calculate_log_probs_and_entropy(shard, ids, group)[0], found)
     assert torch.equal(areal.gather_logprobs(shard, ids, tp_group=group), found[:, 0])
     assert torch.equal(areal.gather_logprobs_entropy(shard, ids, tp_group=group)[1], entropy)
+    state = types.ModuleType("megatron.core.parallel_state")
+    state.get_tensor_model_parallel_group = lambda: group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "megatron.core.parallel_state", state)
+        patch.setattr(verl.importlib, "import_module", lambda name: sys.modules[name])
+        assert torch.equal(verl.vocab_parallel_log_probs_from_logits(shard, ids), found[:, 0])
+        assert torch.equal(verl.vocab_parallel_entropy(shard), entropy)
+        assert torch.equal(verl.vocab_parallel_entropy_with_chunking(shard, 2), entropy)
 
 
 def test_log_probs_of_slime_and_areal():
     ranks.run(check_adapters, 2)
+
+
+def check_compiled(group):
+    """One graph for three lengths, with the collective and the row kernels in it."""
+    rank, world = group.rank(), group.size()
+    start, width = bounds(world, rank, "uneven")
+
+    def loss(x, ids):
+        logprobs, entropy = fusedpo.token_logprobs(x, ids, tp_group=group, vocab_start=start, return_entropy=True)
+        return (logprobs * 2 - entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 6, 9):
+        logits = torch.randn(rows, V, generator=rng(rows))[:, start : start + width].contiguous()
+        ids = torch.randint(0, V, (rows,), generator=rng(rows))
+        results = []
+        for function in (compiled, loss):
+            x = logits.clone().requires_grad_()
+            value = function(x, ids)
+            value.backward()
+            results.append((value.detach(), x.grad))
+        for found, want in zip(*results, strict=True):
+            assert_close(found, want, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_with_a_group():
+    ranks.run(check_compiled, 2)

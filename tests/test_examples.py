@@ -161,3 +161,16 @@ def test_comparison_with_trl(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert read(tmp_path, "trl")
     assert (tmp_path / "trl.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("how", ["tensor", "context"])
+def test_training_on_two_processes_is_that_on_one(how: str, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    small = ("--warmup-steps", "40", "--steps", "4", "--prompts", "8", "--group-size", "4", "--minibatch", "16")
+    command = [*launcher, str(EXAMPLES / "train_distributed.py"), f"--{how}", "2", "--min-rise", "-1", *small]
+    result = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr  # the losses of the first steps among what is checked
+    curves = read(tmp_path, "distributed")["curves"]
+    assert curves["split"]["reward"][0] == curves["one process"]["reward"][0]

@@ -40,7 +40,7 @@ Tensor row_stats(Tensor logits, Tensor token_ids, Tensor temperature, OptionalTe
       fail("temperature must be positive and finite, got ", std::to_string(temperatures[row]), " at row ", row);
   for_each_row(evaluated, rows.size, [&](int64_t row) {
     const char* x = rows[row];
-    const RowStats stats = kernels.reduce(x, rows.size, temperatures[row], return_entropy);
+    const RowStats stats = kernels.reduce(x, rows.size, temperatures[row], return_entropy, nullptr);
     float* of = out + (1 + row) * columns;
     of[0] = stats.reference, of[1] = stats.rest;
     if (return_entropy) of[2] = stats.weighted;

@@ -10,6 +10,11 @@ from . import _checks, _names
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective, as_objective
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .distributed import ContextParallel
+
 __all__ = ["LossHead", "PolicyLoss"]
 
 
@@ -22,6 +27,7 @@ class _Shared(TypedDict, total=False):
     is_weights: Tensor | None
     denominator: float | Tensor | None
     loss_scale: float | Tensor
+    cp: ContextParallel | None
 
 
 class _FromLogprobs(_Shared, total=False):
@@ -29,12 +35,18 @@ class _FromLogprobs(_Shared, total=False):
     reduction: Literal["mean", "none"]
 
 
-class _FromLogits(_Shared, total=False):
+class _Split(_Shared, total=False):
+    tp_group: ProcessGroup | None
+    vocab_start: int | None
+    vocab_size: int | None
+
+
+class _FromLogits(_Split, total=False):
     temperature: float | Tensor
     inplace: bool
 
 
-class _FromHidden(_Shared, total=False):
+class _FromHidden(_Split, total=False):
     temperature: float | Tensor
     bias: Tensor | None
     softcap: float | None
@@ -156,19 +168,18 @@ class LossHead(nn.Linear):
         device: Any = None,
         dtype: Any = None,
         *,
-        objective: Objective | None = None,
+        objective: Objective | str | None = None,
         **defaults: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        if objective is not None and not isinstance(objective, Objective):
-            raise TypeError(f"objective must be a fusedpo.Objective or None, got {type(objective).__name__}")
         unknown = [name for name in defaults if name not in PolicyLoss.DEFAULTS]
         if unknown:
             raise TypeError(f"defaults must be among {PolicyLoss.DEFAULTS}, got {_checks.brief(unknown[0])}")
-        self.objective, self.defaults = objective, defaults
+        self.objective = None if objective is None else as_objective(objective)
+        self.defaults = defaults
 
     @classmethod
-    def of(cls, linear: nn.Linear, objective: Objective | None = None, **defaults: Any) -> LossHead:
+    def of(cls, linear: nn.Linear, objective: Objective | str | None = None, **defaults: Any) -> LossHead:
         """One that shares the parameters of ``linear``."""
         head = cls(linear.in_features, linear.out_features, False, "meta", objective=objective, **defaults)
         head.weight, head.bias = linear.weight, linear.bias

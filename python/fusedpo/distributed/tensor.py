@@ -169,7 +169,6 @@ def token_logprobs(
     """:func:`fusedpo.token_logprobs` of logits that are split, padded, or both."""
     wrapper = logits if _checks.is_dtensor(logits) else None
     if wrapper is not None:
-        _checks.whole_number("dimensions of logits", logits.dim(), at_least=2)
         where = shards.placed("logits", logits, -1)
         token_ids, temperature, mask = (
             where.local(name, x) for name, x in (("token_ids", token_ids), ("temperature", temperature), ("mask", mask))
