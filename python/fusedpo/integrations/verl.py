@@ -367,9 +367,9 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
 
 def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """``verl.utils.megatron.tensor_parallel``'s: ``[...]`` from this rank's equal part of the vocabulary, ``[..., V_r]``.
+    """That of ``verl.utils.megatron.tensor_parallel``: ``[...]`` from this rank's part of the vocabulary, ``[..., V_r]``.
 
-    The group is Megatron's tensor-parallel one. Columns that Megatron adds to make the parts equal count as vocabulary,
+    The group is Megatron's tensor-parallel one, whose ranks hold equal parts. Columns that Megatron adds to make the parts equal count as vocabulary,
     as they do in verl.
     """
     return token_logprobs(logits, labels, tp_group=_tensor_parallel_group())
@@ -383,7 +383,7 @@ def vocab_parallel_entropy(vocab_parallel_logits: Tensor) -> Tensor:
 
 
 def vocab_parallel_entropy_with_chunking(vocab_parallel_logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    """:func:`vocab_parallel_entropy`, which allocates nothing of the size of the logits: ``chunk_size`` is not needed."""
+    """:func:`vocab_parallel_entropy`, which allocates nothing of the size of the logits."""
     return vocab_parallel_entropy(vocab_parallel_logits)
 
 
