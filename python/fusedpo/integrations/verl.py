@@ -367,10 +367,10 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
 
 def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """That of ``verl.utils.megatron.tensor_parallel``: ``[...]`` from this rank's part of the vocabulary, ``[..., V_r]``.
+    """That of ``verl.utils.megatron.tensor_parallel``: ``[...]`` from this rank's part of the logits, ``[..., V_r]``.
 
-    The group is Megatron's tensor-parallel one, whose ranks hold equal parts. Columns that Megatron adds to make the parts equal count as vocabulary,
-    as they do in verl.
+    The group is Megatron's tensor-parallel one, whose ranks hold equal parts. Columns that Megatron adds to make them
+    equal count as vocabulary, as they do in verl.
     """
     return token_logprobs(logits, labels, tp_group=_tensor_parallel_group())
 
