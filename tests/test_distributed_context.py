@@ -180,6 +180,22 @@ def test_targets_advantages_and_denominators(world):
     ranks.run(check_others, world)
 
 
+def check_nothing(group):
+    """No token at all, and tokens none of which is kept."""
+    cp, objective = ContextParallel(group), fusedpo.objectives.grpo()
+    for shape in ((2, 0), (0, 4), (2, 4)):
+        x = torch.zeros(shape, requires_grad=True)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        out = fusedpo.policy_loss(x, None, torch.ones(shape), objective=objective, mask=mask, cp=cp)
+        out.loss.backward()
+        assert out.loss == 0
+        assert not x.grad.any()
+
+
+def test_no_token():
+    ranks.run(check_nothing, 2)
+
+
 def check_refusals(group):
     lp, mask, cu, _given = pack(group.size(), torch.float32)
     each = lp.numel() // group.size()

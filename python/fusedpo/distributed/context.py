@@ -153,8 +153,9 @@ class Tokens:
             dtype = torch.float64
         rows = [x.detach().to(dtype).reshape(-1) for x in given]
         parts = gather(torch.stack(rows), self.cp.group)  # [P, arrays, rows * tokens per rank]
-        parts = parts.reshape(self.order.shape[0], len(given), -1, self.order.shape[1])
-        parts = parts.permute(1, 2, 0, 3).reshape(len(given), -1, self.order.numel())
+        ranks, count, lines = *self.order.shape, self.shape[:-1].numel()
+        parts = parts.reshape(ranks, len(given), lines, count)
+        parts = parts.permute(1, 2, 0, 3).reshape(len(given), lines, ranks * count)
         whole = torch.empty_like(parts).index_copy_(-1, self.order.reshape(-1), parts).reshape(len(given), *self.whole)
         results = iter(whole.unbind())
         return [None if x is None else next(results).to(x.dtype) for x in local]
