@@ -323,13 +323,14 @@ def check_oracles(group):
     except ImportError:
         return False
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import cross_entropy
 
-    parallel_state.get_tensor_model_parallel_group = lambda *_, **__: group
-    parallel_state.get_tensor_model_parallel_rank = lambda: rank
-    parallel_state.get_tensor_model_parallel_world_size = lambda: world
+    for module in (parallel_state, cross_entropy):
+        module.get_tensor_model_parallel_group = lambda *_, **__: group
+        module.get_tensor_model_parallel_rank = lambda: rank
+        module.get_tensor_model_parallel_world_size = lambda: world
     theirs = shard.clone().requires_grad_()
-    found = -vocab_parallel_cross_entropy((theirs * 1)[:, None], ids[:, None])[:, 0]
+    found = -cross_entropy.vocab_parallel_cross_entropy((theirs * 1)[:, None], ids[:, None])[:, 0]
     found.sum().backward()
     assert_close(found, logprobs, rtol=1e-6, atol=1e-6)
     assert_close(theirs.grad, gradient, rtol=1e-5, atol=1e-6)

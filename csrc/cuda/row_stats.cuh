@@ -97,15 +97,15 @@ __global__ void __launch_bounds__(kStatsThreads) row_stats_kernel(const __grid_c
     Sums mine;
     for (int j = first_vector(x) + (int)threadIdx.x * kVector; j < rows.size; j += (int)blockDim.x * kVector) {
       const Vector<T> v = load(x, rows.size, j);
-      float elements[kVector];
+      float elements[1][kVector];
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) elements[e] = to_float(v.element[e]);
-      mine = merge(mine, sums_of(elements, scale), scale);
+      for (int e = 0; e < kVector; ++e) elements[0][e] = to_float(v.element[e]);
+      add(mine, elements, scale);
     }
     const Sums sums = merge_over_block(mine, scale);
     if (threadIdx.x == 0) {
-      out[0] = sums.top == -kInfinity ? 0 : sums.top;
-      out[1] = sums.at_top - 1 + sums.rest;
+      out[0] = reference_of(sums.top);
+      out[1] = sums.top == -kInfinity ? sums.rest - 1 : sums.rest;  // nan stays nan
       if (c.entropy) out[2] = sums.weighted * kLn2;
     }
     for (int64_t k = threadIdx.x; k < rows.num_ids; k += blockDim.x) {

@@ -6,7 +6,7 @@ results have the same bits on all of them. The backward reads the columns again,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +28,18 @@ if TYPE_CHECKING:
 HALVES_FROM = 600
 
 
-def operators(backend: str) -> Any:
-    """``row_stats``, ``merge_row_stats`` and ``token_logprobs_backward`` of a backend."""
+class Operators(NamedTuple):
+    row_stats: Any
+    merge_row_stats: Any
+    token_logprobs_backward: Any
+
+
+def operators(backend: str) -> Operators:
+    """Those of a backend."""
     if backend == "reference":
-        return reference
-
-    class Operators:
-        row_stats = getattr(torch.ops.fusedpo.row_stats, backend)
-        merge_row_stats = getattr(torch.ops.fusedpo.merge_row_stats, backend)
-        token_logprobs_backward = getattr(torch.ops.fusedpo.token_logprobs_backward, backend)
-
-    return Operators
+        return Operators(reference.row_stats, reference.merge_row_stats, reference.token_logprobs_backward)
+    of = torch.ops.fusedpo
+    return Operators(*(getattr(op, backend) for op in (of.row_stats, of.merge_row_stats, of.token_logprobs_backward)))
 
 
 def pieces(rows: torch.Size, shard: Shard, device: torch.device) -> list[slice]:
