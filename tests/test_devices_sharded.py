@@ -28,10 +28,8 @@ def spread(request):
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("logits", lambda spread: fusedpo.token_logprobs(spread(torch.ones(T, V)), IDS)),
         ("token_ids", lambda spread: fusedpo.token_logprobs(torch.ones(T, V), spread(IDS))),
         ("mask", lambda spread: fusedpo.token_logprobs(torch.ones(T, V), IDS, mask=spread(ONES))),
-        ("logits", lambda spread: fusedpo.policy_loss_from_logits(spread(torch.ones(T, V)), IDS, **PPO)),
         ("hidden", lambda spread: fusedpo.linear_token_logprobs(spread(HIDDEN), WEIGHT, IDS)),
         ("weight", lambda spread: fusedpo.linear_token_logprobs(HIDDEN, spread(WEIGHT), IDS)),
         ("bias", lambda spread: fusedpo.linear_token_logprobs(HIDDEN, WEIGHT, IDS, bias=spread(torch.ones(V)))),
@@ -45,6 +43,17 @@ def spread(request):
     ],
 )
 def test_refused_by_name(implementation, name, call, spread):
-    message = rf"^{name} must be a whole plain tensor, got a DTensor.*{name}\.full_tensor\(\)"
+    message = rf"^{name} must be a whole plain tensor, got a DTensor.*{name}\.to_local\(\).*LossHead"
     with fusedpo.backend(implementation), pytest.raises(TypeError, match=message):
         call(spread)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "auto"])
+def test_logits_that_hold_the_whole_vocabulary_are_refused(implementation, spread):
+    """Those whose vocabulary is split are not: test_distributed_tensor.py."""
+    logits = spread(torch.ones(T, V))
+    if logits.placements[0].is_shard(1):
+        return
+    for call in (fusedpo.token_logprobs, lambda x, ids: fusedpo.policy_loss_from_logits(x, ids, **PPO)):
+        with fusedpo.backend(implementation), pytest.raises(TypeError, match=r"^logits must be a plain.*to_local\(\)"):
+            call(logits, IDS)

@@ -185,3 +185,16 @@ def test_the_recipe_for_a_real_model_scores_answers() -> None:
     said = ["so it is #### 1,234.", "#### 12", "1234", "#### 1 and then #### 1234"]
     completions = [[{"role": "assistant", "content": text}] for text in said]
     assert module.correct(completions, ["1234"] * 4, prompts=None) == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("how", ["tensor", "context"])
+def test_training_on_two_processes_is_that_on_one(how: str, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    small = ("--warmup-steps", "40", "--steps", "4", "--prompts", "8", "--group-size", "4", "--minibatch", "16")
+    command = [*launcher, str(EXAMPLES / "train_distributed.py"), f"--{how}", "2", "--min-rise", "-1", *small]
+    result = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr  # the losses of the first steps among what is checked
+    curves = read(tmp_path, "distributed")["curves"]
+    assert curves["split"]["reward"][0] == curves["one process"]["reward"][0]

@@ -428,6 +428,22 @@ def test_rows_in_chunks_from_the_end(ahead):
     assert torch.equal(entropy, args[1])
 
 
+@pytest.mark.parametrize("ahead", [3, 40])
+def test_windows_look_over_rows_that_are_not_there(ahead):
+    """The log-probs of tokens that are not in `rows` are there already, whether behind the last of them or before."""
+    batch = one_pass.batch((30,), 64, kept=0.6)
+    objective = O.Objective(O.Trace(0, ahead), O.PPOClip(), entropy_coef=0.1)
+    args = arguments(batch, objective)
+    whole = torch.empty_like(batch["logits"])
+    torch.ops.fusedpo.one_pass.native(batch["logits"], whole, *args)
+    rows = batch["mask"].nonzero()[:, 0]
+    rows = torch.cat((rows[2:5], rows[-5:-2]))
+    logits, logprobs = batch["logits"][rows], args[0].clone()
+    logprobs[rows] = 0  # those in `rows` are written before they are looked at
+    torch.ops.fusedpo.one_pass.native(logits, logits, logprobs, args[1].clone(), rows, *args[3:])
+    assert torch.equal(logits, whole[rows])
+
+
 @pytest.mark.parametrize("rows", [[3, 2], [2, 2], [-1], [30], [1]], ids=str)
 def test_rows_that_are_none(rows):
     batch = one_pass.batch((30,), 64, kept=1)

@@ -85,6 +85,7 @@ def test_from_hidden_is_from_logits(objective, chunk_tokens):
     logits = 4.0 * torch.tanh(0.5 * (others[0] @ others[1].T + others[2]) / 4.0)
     expected = fusedpo.policy_loss_from_logits(logits, **batch, temperature=0.7, objective=objective)
     assert out.metrics.pop("rows") == batch["mask"].sum()
+    assert out.metrics.pop("dropped") == 0
     torch.testing.assert_close(out, expected)
     gradients = [torch.autograd.grad(*pair) for pair in ((out.loss, leaves), (expected.loss, others))]
     torch.testing.assert_close(*gradients)

@@ -14,6 +14,7 @@ _OPERATORS = {
     "logprobs": ("token_logprobs", "token_logprobs_backward_out"),
     "one_pass": ("one_pass", "scale_"),
     "token_statistics": ("token_statistics",),
+    "row_stats": ("row_stats", "merge_row_stats"),
     "policy_loss": ("policy_loss", "policy_loss_backward", "token_scale"),
 }
 
@@ -24,7 +25,7 @@ def _find(module: str, operator: str) -> Callable[..., Any]:
 
 
 def _launcher(module: str, operator: str) -> Callable[..., Any]:
-    return lambda *args: _find(module, operator)(*args)
+    return lambda *args, **kwargs: _find(module, operator)(*args, **kwargs)
 
 
 for _module, _names in _OPERATORS.items():

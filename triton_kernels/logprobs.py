@@ -426,6 +426,7 @@ def token_logprobs_backward_out(
     mask: Tensor | None,
     stats: Tensor,
     out: Tensor,
+    vocab_start: int | None = None,
 ) -> None:
     """The operator ``fusedpo::token_logprobs_backward_out``."""
     expect(logits.dim() > 0, "rows must have at least one dimension")
@@ -441,7 +442,9 @@ def token_logprobs_backward_out(
     num_rows = rows.numel()
     if num_rows == 0:
         return
-    if _checks.values_are_free(token_ids):
+    if vocab_start is not None:
+        token_ids = token_ids - vocab_start  # other columns count in the sum, and have no place in the row
+    elif _checks.values_are_free(token_ids):
         reached = _reached(grad_logprobs, grad_entropy, mask, rows)
         check_values(vocab_size, token_ids, temperature, reached)
     num_ids = token_ids.numel() // num_rows

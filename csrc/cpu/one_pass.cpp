@@ -152,7 +152,7 @@ struct Walk : BatchArguments {
     log_traces.resize(batch.num_tokens);
     tokens.log_trace = {log_traces.data(), true};
     if (token_of.empty()) return;
-    for (int64_t t = token_of.back() + 1; t < batch.num_tokens; ++t) log_ratios[t] = is_kept(t) ? log_ratio_at(t) : 0;
+    for (int64_t t = token_of.front() + 1; t < batch.num_tokens; ++t) log_ratios[t] = is_kept(t) ? log_ratio_at(t) : 0;
   }
 
   float log_ratio_at(int64_t t) const { return log_ratio(tokens.logprobs.data[t], tokens.old_logprobs.data[t]); }

@@ -360,6 +360,7 @@ void gradient_row(const T* row, T* grad, const T* next, int64_t size, const RowS
   for (int64_t k = 0; k < up.num_ids; ++k) total += up.grad_logprobs[k];
 
   for (int64_t k = 0; k < up.num_ids; ++k) {
+    if (!up.is_here(k, size)) continue;
     const double x = to_float(row[up.token_ids[k]]);
     const double logprob = (x - stats.reference) / up.temperature - log_sum;
     double value = (up.grad_at_ids[k] - total) - total * std::expm1(logprob);
@@ -376,7 +377,8 @@ void gradient_row(const T* row, T* grad, const T* next, int64_t size, const RowS
   } else {
     gradient_sweep(row, grad, next, size, exponents, (float)(normaliser * -total));
   }
-  for (int64_t k = 0; k < up.num_ids; ++k) grad[up.token_ids[k]] = from_float<T>(up.scratch[k]);
+  for (int64_t k = 0; k < up.num_ids; ++k)
+    if (up.is_here(k, size)) grad[up.token_ids[k]] = from_float<T>(up.scratch[k]);
 }
 
 template <class T>

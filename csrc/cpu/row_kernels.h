@@ -28,13 +28,16 @@ struct RowStatistics {
 
 // What reaches the log-probs and the entropy of one row from above.
 struct RowGradient {
-  const int64_t* token_ids;    // [num_ids], the ids whose log-probs were taken; repeats are fine
+  const int64_t* token_ids;    // [num_ids], the ids whose log-probs were taken; repeats are fine, and other columns too
   const float* grad_logprobs;  // [num_ids]
   const double* grad_at_ids;   // [num_ids], the sum of grad_logprobs over all places of that id
   float* scratch;              // [num_ids]
   int64_t num_ids;
   float grad_entropy;
   float temperature;
+
+  // Other columns are those of other ranks.
+  bool is_here(int64_t k, int64_t size) const { return token_ids[k] >= 0 && token_ids[k] < size; }
 };
 
 // The kernels of one dtype. Pointers are to elements of that dtype; `size` is V. A reduction and a gradient each fetch

@@ -8,17 +8,20 @@
 namespace fusedpo::cpu {
 namespace {
 
-// `out`: the gradient of the logits, which may overwrite them. Either upstream gradient may be absent.
+// `out`: the gradient of the logits, which may overwrite them. Either upstream gradient may be absent. With
+// `vocab_start`, the logits are columns of a larger vocabulary, from this one on.
 void token_logprobs_backward_out(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
-                                 Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats, Tensor out) {
+                                 Tensor token_ids, Tensor temperature, OptionalTensor mask, Tensor stats, Tensor out,
+                                 std::optional<int64_t> vocab_start) {
   const Upstream upstream(logits, grad_logprobs, grad_entropy, token_ids, temperature, mask, stats);
   const Rows from("logits", logits), to = output_rows(upstream.arguments, logits, out);
   const RowKernels& kernels = row_kernels_for("logits", logits);
   const auto evaluated = rows_where(from.count, [&](int64_t row) { return upstream.reaches(row); });
-  upstream.check_ids(evaluated);
+  if (!vocab_start) upstream.check_ids(evaluated);
   for_each_row(evaluated, from.size, upstream.scratch(), [&](int64_t row, Upstream::Scratch& scratch) {
+    for (int64_t k = 0; k < upstream.ids.count; ++k) scratch.places[k] = upstream.ids[row][k] - vocab_start.value_or(0);
     kernels.gradient(from[row], to[row], from.size, upstream.stats(row),
-                     upstream.gradient(row, upstream.ids[row], scratch), nullptr);
+                     upstream.gradient(row, scratch.places.data(), scratch), nullptr);
   });
   const auto skipped = rows_where(from.count, [&](int64_t row) { return !upstream.reaches(row); });
   for_each_row(skipped, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });

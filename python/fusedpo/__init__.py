@@ -7,11 +7,12 @@ forward trace, trust region, KL and aggregation. Layer 3, :mod:`fusedpo.advantag
 
 from fusedpo._cli import VERSION  # first: the help of the command line does not wait for torch
 
-from . import advantages, corrections, covariance, nn, objectives, reference
+from . import advantages, corrections, covariance, distributed, nn, objectives, reference
 from ._warmup import warmup
 from .aggregation import aggregate, global_denominator, prompt_weights, to_floats
 from .alignment import cu_seqlens, next_tokens, shift
 from .backends import BackendUnavailable, backend
+from .distributed import ContextParallel
 from .divergence import ExactKLOutput, exact_kl, exact_kl_from_hidden
 from .logprobs import linear_token_logprobs, token_logprobs
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
@@ -33,6 +34,7 @@ __version__ = VERSION
 
 __all__ = [
     "BackendUnavailable",
+    "ContextParallel",
     "ExactKLOutput",
     "OREOLossOutput",
     "Objective",
@@ -45,6 +47,7 @@ __all__ = [
     "corrections",
     "covariance",
     "cu_seqlens",
+    "distributed",
     "exact_kl",
     "exact_kl_from_hidden",
     "global_denominator",

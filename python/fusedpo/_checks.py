@@ -29,6 +29,13 @@ _brief.maxother = _brief.maxstring = _brief.maxlong = 200
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _OTHERS = (type(None), float, int, bool, str)  # what arguments mostly are beside tensors
 
+# full_tensor() alone gives a parameter that FSDP2 shards a wrong gradient: each rank keeps its slice of its own.
+WAYS_TO_GATHER = (
+    "and for a parameter of FSDP2 call this inside the forward of the module that owns it (fusedpo.nn.LossHead is such "
+    "a module), in a method given to torch.distributed.fsdp.register_fsdp_forward_method, or pass "
+    'full_tensor(grad_placements=[Partial("avg")]); DeepSpeed ZeRO-3: inside deepspeed.zero.GatheredParameters'
+)
+
 DEBUG = os.environ.get("FUSEDPO_DEBUG", "0") not in ("", "0")
 
 
@@ -76,10 +83,10 @@ def taken(*values: Any) -> tuple[Any, ...]:
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
+    if is_dtensor(value):
         raise TypeError(
-            f"{name} must be a whole plain tensor, got a DTensor: gather it before the call ({name}.full_tensor(); "
-            "parameters of FSDP2 once per step)"
+            f"{name} must be a whole plain tensor, got a DTensor: {name}.to_local() where every rank holds all of it, "
+            f"{WAYS_TO_GATHER}"
         )
     if value.is_nested:
         raise TypeError(
@@ -88,6 +95,10 @@ def is_tensor(name: str, value: object) -> None:
         )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense, strided tensor, got the layout {value.layout}: {name}.to_dense()")
+
+
+def is_dtensor(value: object) -> bool:
+    return type(value).__name__ == "DTensor"
 
 
 def floating(name: str, tensor: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from .objectives import Aggregation, Objective, as_objective
 from .reference import aggregation as reference
 from .reference.advantages.segments import Groups, group_labels, result_dtype, widened
 from .reference.layout import Layout, layout
+
+if TYPE_CHECKING:
+    from .distributed import ContextParallel
 
 __all__ = ["aggregate", "global_denominator", "prompt_weights", "to_floats"]
 
@@ -29,6 +32,7 @@ def aggregate(
     denominator: float | Tensor | None = None,
     group_size: int | None = None,
     group_ids: Array | None = None,
+    cp: ContextParallel | None = None,
 ) -> Tensor:
     """What :func:`fusedpo.policy_loss` does with the losses of tokens, for a loss of your own.
 
@@ -37,7 +41,7 @@ def aggregate(
 
     Args:
         tokens: floating-point, padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``.
-        mask, cu_seqlens, denominator: as in :func:`fusedpo.policy_loss`.
+        mask, cu_seqlens, denominator, cp: as in :func:`fusedpo.policy_loss`; with ``cp`` the result is a share, too.
         aggregation, length_norm: as in :class:`fusedpo.Objective`.
         group_size, group_ids: which sequences answer the same prompt, as in :mod:`fusedpo.advantages`;
             ``"prompt-mean"`` needs one of them.
@@ -55,6 +59,12 @@ def aggregate(
         raise ValueError(f"group_size and group_ids have no meaning with aggregation={_checks.brief(aggregation)}")
     Objective(aggregation="token-mean" if aggregation == "prompt-mean" else aggregation, length_norm=length_norm)
     _checks.floating("tokens", tokens)
+    if cp is not None:
+        if aggregation == "prompt-mean":
+            raise ValueError("aggregation must be one of fusedpo.Objective with cp, got 'prompt-mean'")
+        from .distributed.context_loss import aggregate as share
+
+        return share(tokens, aggregation, mask, cu_seqlens, length_norm, denominator, cp)
     _tokens.check_layout("tokens", tokens, mask, cu_seqlens)
     where = layout(tokens, cu_seqlens)
     kept = where.kept(mask)
@@ -119,19 +129,27 @@ def global_denominator(
     objective: Objective | str,
     group: dist.ProcessGroup | None = None,
     cu_seqlens: Tensor | None = None,
+    *,
+    cp: ContextParallel | None = None,
+    gradients: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """The ``denominator`` with which data-parallel training takes the mean over the batch of all ranks.
+    """The ``denominator`` with which training on several ranks takes the mean over the batch of all of them.
 
     Each rank passes the mask of its part of the batch: the micro-batches that one optimiser step accumulates, together
     (or one by one, and adds up the results). Counted is what ``objective.aggregation`` averages over, kept tokens for
-    ``token-mean`` and sequences with a kept token for ``seq-mean-*``, over all ranks, and divided by the number of
-    ranks: ``DistributedDataParallel`` and FSDP average the gradients of ranks, so the sum of their losses is divided
-    by the global count. ``seq-mean-token-sum-norm`` needs a ``length_norm`` besides, or ranks divide by different
-    widths. ``token-sum`` divides by nothing: there, the number of ranks belongs into ``loss_scale``.
+    ``token-mean`` and sequences with a kept token for ``seq-mean-*``, over all ranks. ``DistributedDataParallel`` and
+    FSDP average the gradients of ranks, so the sum of their losses is divided by that count over the number of ranks;
+    with ``gradients="sum"``, for engines that add gradients up, by the count itself. ``seq-mean-token-sum-norm`` needs
+    a ``length_norm`` besides, or ranks divide by different widths. ``token-sum`` divides by nothing: there, the number
+    of ranks belongs into ``loss_scale``.
 
     Args:
         mask: ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; nonzero keeps a token.
-        group: the ranks between which the batch is split; None: all. Without ``torch.distributed``, one rank.
+        group: the ranks between which the batch is split, and over which gradients are averaged or added, those of
+            ``cp`` among them; None: all. Without ``torch.distributed``, one rank.
+        cp: how sequences are split, where they are: without it, a sequence would count once on each rank that holds a
+            piece of it. ``mask`` holds the tokens of this rank then, ``cu_seqlens`` the offsets of the whole.
+        gradients: what the engine makes of the gradients of ranks: their mean, or their sum.
 
     Returns:
         0-d float32, on the device of ``mask``. It stays there: nothing waits for the device.
@@ -142,8 +160,18 @@ def global_denominator(
     objective = as_objective(objective)
     if objective.aggregation == "token-sum":
         raise ValueError("objective must average over something, got aggregation='token-sum'")
+    if gradients not in ("mean", "sum"):
+        raise ValueError(f"gradients must be 'mean' or 'sum', got {_checks.brief(gradients)}")
     _checks.is_tensor("mask", mask)
-    _tokens.check_layout("mask", mask, mask, cu_seqlens)
+    copies = 1  # of each sequence that is counted
+    if cp is None:
+        _tokens.check_layout("mask", mask, mask, cu_seqlens)
+    else:
+        where = cp.tokens("mask", mask, cu_seqlens)
+        if objective.aggregation != "token-mean":
+            gathered = where.gathered(mask != 0)[0]
+            assert gathered is not None
+            mask, copies = gathered, cp.size
     kept = mask.reshape(-1) != 0
     if objective.aggregation == "token-mean":
         count = kept.sum()
@@ -153,7 +181,7 @@ def global_denominator(
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count, group=group)
         ranks = dist.get_world_size(group)
-    return count.to(torch.float32) / ranks
+    return count.to(torch.float32) / (copies if gradients == "sum" else copies * ranks)
 
 
 def to_floats(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:

@@ -8,11 +8,15 @@ belongs to token t. :func:`next_tokens` moves ids and masks, :func:`shift` every
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import _checks, reference
+
+if TYPE_CHECKING:
+    from .distributed import ContextParallel
 
 __all__ = ["cu_seqlens", "next_tokens", "shift"]
 
@@ -24,6 +28,7 @@ def next_tokens(
     *,
     attention_mask: Tensor | None = None,
     ignore_index: int | None = -100,
+    cp: ContextParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The token that each position predicts, and which positions predict a kept one.
 
@@ -38,6 +43,8 @@ def next_tokens(
         cu_seqlens: ``[num_sequences + 1]``, int32 or int64: where each packed sequence starts, and their number.
         attention_mask: like ``mask``, 0 at padding. Padding is not predicted and, on the left, predicts nothing.
         ignore_index: tokens with this id are not kept. None: all ids count.
+        cp: how sequences are split over ranks (:class:`fusedpo.ContextParallel`): the token after the last one of a
+            piece lies on another rank. Calling this before the batch is split needs no communication.
 
     Returns:
         ``token_ids`` and a bool ``mask``, shaped like ``input_ids``: at t, id and mask of t+1. The last position
@@ -47,6 +54,11 @@ def next_tokens(
         TypeError: dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets.
     """
     _checks.integer("input_ids", input_ids)
+    if cp is not None:
+        from .distributed.context import on_whole_sequences
+
+        given = {"input_ids": input_ids, "mask": mask, "attention_mask": attention_mask}
+        return on_whole_sequences(next_tokens, cp, cu_seqlens, given, ignore_index=ignore_index)
     _check_layout("input_ids", input_ids, cu_seqlens)
     _checks.mask(mask, tuple(input_ids.shape), "like input_ids", "input_ids", input_ids)
     kept = None if mask is None else mask != 0
@@ -64,7 +76,7 @@ def next_tokens(
     return token_ids, predicts if attention_mask is None else predicts & is_token
 
 
-def shift(x: Tensor, cu_seqlens: Tensor | None = None, *, fill: float = 0) -> Tensor:
+def shift(x: Tensor, cu_seqlens: Tensor | None = None, *, fill: float = 0, cp: ContextParallel | None = None) -> Tensor:
     """``x`` at the next token: at position t what stood at t + 1 of the same sequence, ``fill`` at its last position.
 
     For values per token that come with the token that they belong to: ``old_logprobs`` and ``ref_logprobs`` of an
@@ -74,13 +86,17 @@ def shift(x: Tensor, cu_seqlens: Tensor | None = None, *, fill: float = 0) -> Te
     Args:
         x: any real dtype, padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; ``[T]`` without
             ``cu_seqlens`` is one sequence.
-        cu_seqlens: as in :func:`next_tokens`.
+        cu_seqlens, cp: as in :func:`next_tokens`; with ``cp`` nothing is differentiable.
 
     Returns shape and dtype of ``x``; differentiable with respect to it.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets.
     """
+    if cp is not None:
+        from .distributed.context import on_whole_sequences
+
+        return on_whole_sequences(shift, cp, cu_seqlens, {"x": x}, fill=fill)
     _checks.real("x", x)
     _check_layout("x", x, cu_seqlens)
     _checks.number("fill", fill)

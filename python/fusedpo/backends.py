@@ -27,6 +27,7 @@ BACKENDS = ("reference", "native", "triton")
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "token_statistics": {"native": ("cpu",), "triton": ("cuda", "xpu")},
+    "row_stats": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
     "linear_token_logprobs": {"native": ("cpu",), "triton": ("cuda", "xpu")},
     "one_pass": {"native": ("cpu", "cuda"), "triton": ("cuda", "xpu")},
     "exact_kl": {"native": ("cpu",), "triton": ("cuda", "xpu")},
@@ -40,7 +41,7 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 # Kernels that run only when their backend is forced: nothing in bench/results shows yet that they are right and faster.
-_UNPROVEN = {("one_pass", "native", "cuda")}
+_UNPROVEN = {("one_pass", "native", "cuda"), ("row_stats", "native", "cuda")}
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ORDER = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference; other devices: triton

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from ._batch import as_bool
 from .ops import hidden as ops_hidden
 from .ops import opaque_hidden as ops_opaque
 from .ops import token_logprobs as ops_token_logprobs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_token_logprobs", "token_logprobs"]
 
@@ -26,6 +29,9 @@ def token_logprobs(
     mask: Tensor | None = ...,
     return_entropy: Literal[False] = ...,
     inplace_backward: bool = ...,
+    tp_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    vocab_size: int | None = ...,
 ) -> Tensor: ...
 @overload
 def token_logprobs(
@@ -36,6 +42,9 @@ def token_logprobs(
     mask: Tensor | None = ...,
     return_entropy: Literal[True],
     inplace_backward: bool = ...,
+    tp_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    vocab_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
@@ -45,6 +54,9 @@ def token_logprobs(
     mask: Tensor | None = None,
     return_entropy: bool = False,
     inplace_backward: bool = False,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each token under ``softmax(logits / temperature)``, and the entropy of that distribution.
 
@@ -59,6 +71,12 @@ def token_logprobs(
         inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves a tensor of their
             size. A use of the logits that was saved before raises then; reading them afterwards gives the gradient,
             undetected. Ignored by the reference, under ``torch.compile`` and where rows share memory.
+        tp_group: the ranks between which the vocabulary is split, in the order of their columns (:mod:`.distributed`).
+            ``logits`` are then those of this rank, ``[..., V_r]``, V_r may differ between ranks and be 0; all other
+            arguments, ids of the whole vocabulary, and both results are the same on all ranks. A ``DTensor`` whose
+            placements split the vocabulary says all that by itself.
+        vocab_start: the first column of this rank; None: ``rank * V_r``, which is right where all hold equally many.
+        vocab_size: how many columns count, over all ranks; those after them are padding, of probability 0.
 
     Returns:
         ``logprobs`` in nats, shaped like ``token_ids``, float32; with ``return_entropy`` a tuple with the entropy
@@ -69,8 +87,15 @@ def token_logprobs(
 
     Raises:
         TypeError: dtypes. ValueError: shapes, devices, ids out of range and a temperature that is not positive (on the
-            CPU; on other devices under ``FUSEDPO_DEBUG=1``).
+            CPU; on other devices under ``FUSEDPO_DEBUG=1``), columns of ranks that do not follow each other (elsewhere
+            NaN).
     """
+    if tp_group is not None or vocab_start is not None or vocab_size is not None or _checks.is_dtensor(logits):
+        from .distributed import tensor
+
+        given: dict[str, Any] = {"temperature": temperature, "mask": mask, "return_entropy": return_entropy}
+        given.update(tp_group=tp_group, vocab_start=vocab_start, vocab_size=vocab_size)
+        return tensor.token_logprobs(logits, token_ids, inplace_backward=inplace_backward, **given)
     token_ids, temperature, mask = _checks.taken(token_ids, temperature, mask)
     check_token_logprobs(logits, token_ids, temperature, mask)
     logprobs, entropy = checked_token_logprobs(logits, token_ids, temperature, mask, return_entropy, inplace_backward)
@@ -140,6 +165,9 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
     gradient_threshold: float | None = None,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.
 
@@ -162,16 +190,29 @@ def linear_token_logprobs(
             the reference, nothing is left out. On an accelerator, the number of active columns is read for each chunk,
             a sync with the device.
         token_ids, temperature, mask, return_entropy: as in :func:`token_logprobs`.
+        tp_group, vocab_start, vocab_size: as there, of a head that is split: ``weight`` ``[V_r, H]`` and ``bias``
+            ``[V_r]`` are those of this rank. ``hidden`` is the same on all ranks, and so is its gradient, which is
+            summed over them; or it holds the tokens of this rank, one of P equal parts of ``token_ids``, which are
+            whole, and so does its gradient. ``hidden`` and ``weight`` may be a ``DTensor`` each.
 
     Returns as :func:`token_logprobs`; differentiable with respect to ``hidden``, ``weight`` and ``bias``, once. The
     gradient of ``weight`` is summed in float32 and rounded to its dtype at the end (on the CPU in bfloat16, the product
     of each chunk is rounded before it is added); one that does not require gradients is not computed.
 
     Raises:
-        TypeError: dtypes; ``weight`` or ``bias`` is a DTensor or empty (a shard): gather it once per step, before the
-            call.
+        TypeError: dtypes; ``weight`` or ``bias`` is sharded by FSDP or ZeRO-3: the message names the ways that work.
         ValueError: as :func:`token_logprobs`.
     """
+    split = tp_group is not None or vocab_start is not None or vocab_size is not None
+    if split or (_checks.is_dtensor(weight) and _checks.is_dtensor(hidden)):
+        from .distributed import hidden as of_ranks
+
+        if gradient_threshold:
+            raise ValueError("gradient_threshold must be None or 0 where the vocabulary is split or padded")
+        given: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+        given.update(temperature=temperature, mask=mask, return_entropy=return_entropy, chunk_tokens=chunk_tokens)
+        given.update(tp_group=tp_group, vocab_start=vocab_start, vocab_size=vocab_size)
+        return of_ranks.linear_token_logprobs(hidden, weight, token_ids, **given)
     token_ids, temperature, mask, softcap, logit_scale, chunk_tokens, gradient_threshold = _checks.taken(
         token_ids, temperature, mask, softcap, logit_scale, chunk_tokens, gradient_threshold
     )
@@ -384,8 +425,8 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _check_whole(name: str, parameter: Tensor) -> None:
     if parameter.numel() == 0:
         raise TypeError(
-            f"{name} must be a whole plain tensor, got an empty tensor: gather it once per step before the call "
-            f"(FSDP2: {name}.full_tensor(); ZeRO-3: deepspeed.zero.GatheredParameters)"
+            f"{name} must be a whole plain tensor, got an empty one, as ZeRO-3 and FSDP leave behind: gather it, "
+            f"{_checks.WAYS_TO_GATHER}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ from .ops import opaque_hidden as ops_opaque
 from .ops import policy_loss as ops_policy_loss
 from .reference import PolicyLossOutput
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .distributed import ContextParallel
+
 __all__ = ["PolicyLossOutput", "policy_loss", "policy_loss_from_hidden", "policy_loss_from_logits"]
 
 
@@ -44,6 +49,7 @@ def policy_loss(
     denominator: float | Tensor | None = None,
     loss_scale: float | Tensor = 1.0,
     reduction: Literal["mean", "none"] = "mean",
+    cp: ContextParallel | None = None,
 ) -> PolicyLossOutput:
     """The loss of ``objective``; its formulas are in :mod:`fusedpo.objectives`.
 
@@ -68,6 +74,9 @@ def policy_loss(
             as 1.
         loss_scale: a number or a 0-d tensor that multiplies the loss.
         reduction: ``"mean"`` aggregates as ``objective.aggregation`` says; ``"none"`` gives the loss of each token.
+        cp: how sequences are split over ranks (:class:`fusedpo.ContextParallel`). Arrays per token are those of this
+            rank then, ``cu_seqlens`` and arrays per sequence those of the whole; ``loss`` is this rank's share, its
+            gradient that of the sum of the shares of all ranks, and ``metrics`` are those of all their tokens.
 
     Returns:
         ``loss``: 0-d, or shaped like ``logprobs`` and 0 at masked tokens; float64 for float64 ``logprobs``, else
@@ -88,6 +97,10 @@ def policy_loss(
     """
     objective = as_objective(objective)
     given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    if cp is not None:
+        from .distributed import losses
+
+        return losses.policy_loss(logprobs, entropy, Batch(*given), objective, reduction, cp)
     batch = checked(given, "logprobs", logprobs, objective)
     if entropy is not None:
         (entropy,) = _checks.taken(entropy)
@@ -116,6 +129,10 @@ def policy_loss_from_logits(
     denominator: float | Tensor | None = None,
     loss_scale: float | Tensor = 1.0,
     inplace: bool = False,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    cp: ContextParallel | None = None,
 ) -> PolicyLossOutput:
     """:func:`policy_loss` of the log-probs of ``token_ids`` under ``softmax(logits / temperature)``.
 
@@ -134,7 +151,9 @@ def policy_loss_from_logits(
         inplace: let the gradient overwrite ``logits``, in the backward where it takes two passes, which saves a tensor
             of their size. A use of the logits that was saved before raises then; reading them afterwards gives the
             gradient, undetected. Ignored by the reference, under ``torch.compile`` and where rows share memory.
-        Others as in :func:`policy_loss`.
+        tp_group, vocab_start, vocab_size: the vocabulary is split over ranks, or padded, as in
+            :func:`fusedpo.token_logprobs`. All ranks get the same loss, which counts once.
+        Others as in :func:`policy_loss`. With these four arguments the gradient takes two passes.
 
     Returns:
         As :func:`policy_loss`; ``logprobs`` and ``entropy`` are those of the tokens, detached, 0 where masked. ``loss``
@@ -145,6 +164,22 @@ def policy_loss_from_logits(
     """
     objective = as_objective(objective)
     given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    split = tp_group is not None or vocab_start is not None or vocab_size is not None or cp is not None
+    if split or _checks.is_dtensor(logits):
+        from .distributed import losses
+
+        return losses.policy_loss_from_logits(
+            logits,
+            token_ids,
+            Batch(*given),
+            objective=objective,
+            temperature=temperature,
+            inplace=inplace,
+            tp_group=tp_group,
+            vocab_start=vocab_start,
+            vocab_size=vocab_size,
+            cp=cp,
+        )
     batch = checked(given, "logits", logits, objective, features=1)
     token_ids, temperature = _checks.taken(token_ids, temperature)
     _check_token_ids(token_ids, "logits", logits)
@@ -189,6 +224,10 @@ def policy_loss_from_hidden(
     is_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_scale: float | Tensor = 1.0,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    cp: ContextParallel | None = None,
 ) -> PolicyLossOutput:
     """:func:`policy_loss_from_logits` of the logits ``hidden @ weight.T``, of which one chunk is in memory at a time.
 
@@ -209,6 +248,8 @@ def policy_loss_from_hidden(
             gradients are still those of the whole batch, whose tokens are counted for the denominator, for less work.
             The price: ``metrics`` are statistics of the tokens that were evaluated, ``rows`` of them, and no longer
             comparable between steps with more and with fewer zeros. (The reference does not save the work.)
+        tp_group, vocab_start, vocab_size: the head is split over ranks, or padded, as in
+            :func:`fusedpo.linear_token_logprobs`.
         Others as in :func:`policy_loss_from_logits`.
 
     Returns:
@@ -223,6 +264,24 @@ def policy_loss_from_hidden(
     """
     objective = as_objective(objective)
     given = (old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, is_weights, denominator, loss_scale)
+    split = tp_group is not None or vocab_start is not None or vocab_size is not None or cp is not None
+    if split or (_checks.is_dtensor(weight) and _checks.is_dtensor(hidden)):
+        from .distributed import losses
+
+        if gradient_threshold:
+            raise ValueError(
+                "gradient_threshold must be None or 0 where the vocabulary or the sequences are split"
+            )
+        return losses.policy_loss_from_hidden(
+            *(hidden, weight, token_ids, Batch(*given)),
+            objective=objective,
+            head={"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "chunk_tokens": chunk_tokens},
+            temperature=temperature,
+            num_live=num_live,
+            skip_zero_advantages=skip_zero_advantages,
+            split={"tp_group": tp_group, "vocab_start": vocab_start, "vocab_size": vocab_size},
+            cp=cp,
+        )
     batch = checked(given, "hidden", hidden, objective, features=1)
     token_ids, temperature, softcap, logit_scale, chunk_tokens, gradient_threshold, num_live = _checks.taken(
         token_ids, temperature, softcap, logit_scale, chunk_tokens, gradient_threshold, num_live

@@ -10,7 +10,12 @@ from . import _checks, _names
 from .losses import PolicyLossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from .objectives import Objective, as_objective
 
-__all__ = ["PolicyLoss"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .distributed import ContextParallel
+
+__all__ = ["LossHead", "PolicyLoss"]
 
 
 class _Shared(TypedDict, total=False):
@@ -22,6 +27,7 @@ class _Shared(TypedDict, total=False):
     is_weights: Tensor | None
     denominator: float | Tensor | None
     loss_scale: float | Tensor
+    cp: ContextParallel | None
 
 
 class _FromLogprobs(_Shared, total=False):
@@ -29,12 +35,18 @@ class _FromLogprobs(_Shared, total=False):
     reduction: Literal["mean", "none"]
 
 
-class _FromLogits(_Shared, total=False):
+class _Split(_Shared, total=False):
+    tp_group: ProcessGroup | None
+    vocab_start: int | None
+    vocab_size: int | None
+
+
+class _FromLogits(_Split, total=False):
     temperature: float | Tensor
     inplace: bool
 
 
-class _FromHidden(_Shared, total=False):
+class _FromHidden(_Split, total=False):
     temperature: float | Tensor
     bias: Tensor | None
     softcap: float | None
@@ -129,3 +141,63 @@ class PolicyLoss(nn.Module):
         """The arguments of a call, over the defaults by these names."""
         own = {name: value for name, value in self.defaults.items() if name in names}
         return {"objective": self.objective, **own, **arguments}
+
+
+class LossHead(nn.Linear):
+    """A ``torch.nn.Linear``, the last layer of the model, whose forward is :func:`fusedpo.policy_loss_from_hidden`.
+
+    What owns a weight has to use it: FSDP2 and ZeRO-3 gather it for the forward of its module and reduce its gradient,
+    and it is the mixed-precision copy there. ``LossHead.of(model.lm_head, objective)`` makes one of a layer that is
+    there, which then shares its parameters: put it in its place, before the model is sharded::
+
+        model.lm_head = fusedpo.nn.LossHead.of(model.lm_head, fusedpo.objectives.grpo())
+        fully_shard(model.lm_head)
+        out = model.lm_head(hidden, token_ids, old_logprobs, advantages, mask=mask)
+
+    Args:
+        objective: what is computed; None: each call names it.
+        defaults: as in :class:`PolicyLoss`.
+        Others as in ``torch.nn.Linear``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        objective: Objective | str | None = None,
+        **defaults: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        unknown = [name for name in defaults if name not in PolicyLoss.DEFAULTS]
+        if unknown:
+            raise TypeError(f"defaults must be among {PolicyLoss.DEFAULTS}, got {_checks.brief(unknown[0])}")
+        self.objective = None if objective is None else as_objective(objective)
+        self.defaults = defaults
+
+    @classmethod
+    def of(cls, linear: nn.Linear, objective: Objective | str | None = None, **defaults: Any) -> LossHead:
+        """One that shares the parameters of ``linear``."""
+        head = cls(linear.in_features, linear.out_features, False, "meta", objective=objective, **defaults)
+        head.weight, head.bias = linear.weight, linear.bias
+        return head
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        **arguments: Any,
+    ) -> PolicyLossOutput:
+        """:func:`fusedpo.policy_loss_from_hidden` with this weight and bias."""
+        given = {"bias": self.bias, **self.defaults, **arguments}
+        given.setdefault("objective", self.objective)
+        return policy_loss_from_hidden(hidden, self.weight, token_ids, old_logprobs, advantages, **given)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What a ``torch.nn.Linear`` gives, for generation."""
+        return nn.functional.linear(hidden, self.weight, self.bias)

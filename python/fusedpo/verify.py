@@ -344,6 +344,39 @@ def linear_token_logprobs(device: str) -> Iterator[Finding]:
             yield Finding(f"policy_loss_from_hidden, {name} against float64", error(r, t), 10 * FLOAT32)
 
 
+def row_stats(device: str) -> Iterator[Finding]:
+    """Rows whose columns are cut in three, one part of them empty: what ranks would send, merged."""
+    from .distributed.tensor import operators as operators_of
+
+    operators = operators_of(backends.forced() or "reference")
+    for dtype, size in itertools.product(DTYPES, (31, 4099)):
+        logits = (4 * torch.randn(6, size, device=device)).to(dtype)
+        ids = torch.randint(size, (6,), device=device)
+        t = torch.full((), 0.7, device=device)
+        cuts = list(itertools.pairwise((0, size // 3, size // 3, size)))
+        parts = [operators.row_stats(logits[:, a:b], ids, t, None, a, b - a, 0, True) for a, b in cuts]
+        logprobs, entropy, stats = operators.merge_row_stats(torch.stack(parts), t, None, True)
+        x = logits.double().cpu().requires_grad_()
+        with backends.backend("reference"):
+            truth = fusedpo.token_logprobs(x, ids.cpu(), temperature=0.7, return_entropy=True)
+        upstream = torch.randn(6)
+        expected = torch.autograd.grad(truth, x, (upstream.double(), upstream.double()))[0]
+        g = upstream.to(device)
+        backward = operators.token_logprobs_backward
+        gradient = torch.cat([backward(g, g, logits[:, a:b], ids, t, None, stats, vocab_start=a) for a, b in cuts], -1)
+        yield Finding("log-probs of merged shards against float64", error(logprobs[:, 0], truth[0].detach()), FLOAT32)
+        yield Finding("entropy of merged shards against float64", error(entropy, truth[1].detach()), FLOAT32)
+        yield Finding(f"gradient of shards, {dtype}", error(gradient, expected), rounding(dtype))
+
+
+def several_ranks(device: str) -> Iterator[Finding]:
+    """Two processes on gloo: a loss from logits that are split, and one of sequences that are."""
+    from .distributed import selfcheck
+
+    for what, found, bound in selfcheck.on_two_processes():
+        yield Finding(what, found, bound)
+
+
 def torch_compile(device: str) -> Iterator[Finding]:
     """Without a graph break; the graph itself is executed eagerly, which needs no compiler."""
     logits, tokens, options = _fused(device, torch.float32, 1000)
@@ -386,15 +419,24 @@ CHECKS: dict[str, Callable[[str], Iterator[Finding]]] = {
     "one_pass": one_pass,
     "exact_kl": exact_kl,
     "linear_token_logprobs": linear_token_logprobs,
+    "row_stats": row_stats,
+    "several ranks": several_ranks,
     "torch.compile": torch_compile,
     "no_sync": no_sync,
 }
 
 
+def _has_gloo() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_gloo_available()
+
+
 def implementations(operator: str, device: str) -> Iterator[tuple[str, str]]:
     """What is to be checked, and why it cannot be (empty: it can)."""
     if operator not in backends.IMPLEMENTATIONS or not backends.IMPLEMENTATIONS[operator]:
-        if operator != "no_sync" or device == "cuda":
+        if operator == "several ranks":
+            if device == "cpu":
+                yield "auto", "" if _has_gloo() else "torch has no gloo"
+        elif operator != "no_sync" or device == "cuda":
             yield "auto", ""
         return
     for name in backends.IMPLEMENTATIONS[operator]:

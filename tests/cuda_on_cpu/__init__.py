@@ -69,7 +69,7 @@ def build(name: str, program: Path, *flags: str | Path) -> Path:
         "-Wno-unknown-pragmas",
         "-include",
         HERE / "cuda_on_cpu.h",
-        *(("-include", HERE / "cluster.h") if name == "one_pass" else ()),
+        *(("-include", HERE / "cluster.h") if name in ("one_pass", "row_stats") else ()),
         *("-I", CSRC, HERE / f"{name}.cpp", "-o", program),
         *flags,
     )

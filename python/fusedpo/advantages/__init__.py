@@ -15,10 +15,14 @@ smaller ones, ``"error"`` raises.
 *Kinds.* What has a value per sample may be a tensor, an array of NumPy or a list. ``group_ids`` and ``trajectory_ids``
 may hold strings or other labels; integers are taken as they are.
 
+*Ranks.* ``dp_group``: groups are spread over these ranks, which have equally many samples each; tensors ``[G]`` are
+those of this rank, and so is the result.
+
 *Tokens.* Arrays per token are padded ``[B, T]``, or packed ``[T]`` or ``[1, T]`` with ``cu_seqlens``; ``[T]`` without
 is one sequence. Where ``mask``, of the same shape, is 0, a token is skipped: what follows token t is the next kept
 token of its sequence. A skipped token gets 0, and nothing that stands there is read, nan included. So a reward there
-would be lost: on the CPU it is a ``ValueError``, and :func:`rewards_on_kept` moves it.
+would be lost: on the CPU it is a ``ValueError``, and :func:`rewards_on_kept` moves it. ``cp``: sequences are split over
+ranks (:class:`fusedpo.ContextParallel`); arrays per token, and results, are those of this rank.
 
 *dtypes.* Rewards may be floating-point, integer or bool. Results are float64 for float64 input and float32 otherwise,
 computed in float64 (in float32 on devices that have no float64), and carry no gradient.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from ..reference.advantages.segments import result_dtype, widened
 from . import arguments
 from .registry import register
 from .samples import Array, as_tensor, samples
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @register("grpo")
@@ -25,6 +28,7 @@ def grpo(
     eps: float = 1e-6,
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """GRPO (2402.03300): ``(r - mean) / (std + eps)`` of the group, ``[G]`` to ``[G]``; std is the unbiased one.
 
@@ -33,6 +37,16 @@ def grpo(
     rewards, and so a group of one, give exactly 0 (for a group of one, verl returns its reward).
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            grpo,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            group_size=group_size,
+            std=std,
+            eps=eps,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     eps = arguments.positive("eps", eps)
     if std == "batch":
@@ -51,8 +65,17 @@ def dr_grpo(
     group_ids: Array | None = None,
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Dr. GRPO (2503.20783): ``r - mean`` of the group, ``[G]`` to ``[G]``; equal rewards give exactly 0."""
+    if dp_group is not None:
+        return arguments.over_ranks(
+            dr_grpo,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            group_size=group_size,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     return given.estimate("dr_grpo")
 
@@ -65,11 +88,20 @@ def rloo(
     group_ids: Array | None = None,
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """RLOO (2402.14740): ``r`` minus the mean of the others in the group, ``[G]`` to ``[G]``.
 
     Equal rewards give exactly 0; so does a group of one, which has no others.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            rloo,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            group_size=group_size,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     return given.estimate("rloo")
 
@@ -84,6 +116,7 @@ def opo(
     scope: Literal["group", "batch"] = "group",
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """OPO (2505.23585): ``r - sum(len r) / sum(len)``, the baseline of least variance if gradients grow with length.
 
@@ -92,6 +125,15 @@ def opo(
     authors' code (verl returns its reward). ``scope="batch"``: one baseline for the whole batch, no groups.
     Raises as the package says; ``ValueError`` for negative lengths, and for groups given with ``scope="batch"``.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            opo,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "lengths": lengths, "mask": mask, "trajectory_ids": trajectory_ids},
+            group_size=group_size,
+            scope=scope,
+        )
     arguments.choice("scope", scope, ("group", "batch"))
     if scope == "batch" and (group_size is not None or group_ids is not None):
         raise ValueError("scope='batch' has one baseline for all samples: group_size and group_ids must be None")
@@ -108,6 +150,7 @@ def reinforce_plus_plus_baseline(
     group_ids: Array | None = None,
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """REINFORCE++-baseline (2501.03262): ``r - mean`` of the group, whitened over all tokens of the batch.
 
@@ -119,6 +162,14 @@ def reinforce_plus_plus_baseline(
     processes: ``whiten(to_tokens(dr_grpo(...), mask), mask=mask, group=...)``.
     Raises as the package says; ``ValueError`` for negative lengths.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            reinforce_plus_plus_baseline,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "lengths": lengths, "mask": mask, "trajectory_ids": trajectory_ids},
+            group_size=group_size,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     return given.estimate("reinforce_plus_plus_baseline", lengths=given.lengths(lengths))
 
@@ -132,6 +183,7 @@ def gpg(
     group_ids: Array | None = None,
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """GPG, as in verl: ``alpha (r - mean) / f_norm`` with the mean of the group, ``[G]`` to ``[G]``.
 
@@ -139,6 +191,15 @@ def gpg(
     1: it depends on what stands for a wrong answer, 0 or -1. Equal rewards give exactly 0, and so does a group of one
     (for verl, ``alpha r / f_norm``). Raises as the package says; ``ValueError`` for ``f_norm <= 0``.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            gpg,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            f_norm=f_norm,
+            group_size=group_size,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     f_norm = arguments.positive("f_norm", f_norm)
     return given.estimate("gpg", f_norm=f_norm)
@@ -152,11 +213,20 @@ def reinforce_rej(
     group_ids: Array | None = None,
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Reinforce-Rej (2504.11343): the reward itself, 0 in a group of equal rewards; ``[G]`` to ``[G]``.
 
     A group of one keeps its reward, as in the authors' code. There is no baseline.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            reinforce_rej,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            group_size=group_size,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     return given.estimate("reinforce_rej")
 
@@ -179,6 +249,7 @@ def remax(
     group_ids: Array | None = None,
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """ReMax (2310.10505): ``r`` minus the reward of the greedy response to the same prompt; ``[G]`` to ``[G]``.
 
@@ -187,6 +258,16 @@ def remax(
     ``to_tokens(baselines, mask)`` from :func:`reward_to_go`.
     Raises as the package says; ``ValueError`` for group ids outside 0 to P - 1.
     """
+    if dp_group is not None:
+        each = getattr(baselines, "shape", None) == getattr(rewards, "shape", ())
+        per_sample = {
+            "group_ids": group_ids,
+            "mask": mask,
+            "trajectory_ids": trajectory_ids,
+            **({"baselines": baselines} if each else {}),
+        }
+        whole = {} if each else {"baselines": baselines}
+        return arguments.over_ranks(remax, dp_group, rewards, per_sample, group_size=group_size, **whole)
     per_prompt = group_size is not None or group_ids is not None
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids, grouped=per_prompt)
     flat, size, ids, counted = given.groups

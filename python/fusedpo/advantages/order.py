@@ -6,7 +6,7 @@ Notation: n is the number of kept samples in a group; a subset has k of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from . import arguments
 from .arguments import SmallGroups
 from .registry import register
 from .samples import Array, samples
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @register("maxpo")
@@ -28,6 +31,7 @@ def maxpo(
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """MaxPO (2606.06080): leave-two-out advantages for the expected maximum over k samples; ``[G]`` to ``[G]``.
 
@@ -44,6 +48,17 @@ def maxpo(
     ``small_groups="error"``, ``ValueError``, or nan where that depends on data that is not read (see the package);
     with ``"zero"``, advantage 0. Raises as the package says besides.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            maxpo,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            k=k,
+            scale=scale,
+            group_size=group_size,
+            small_groups=small_groups,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("scale", scale, ("mean", "unbiased"))
     given = arguments.subset_size(k, given, small_groups, spare=1)
@@ -62,6 +77,7 @@ def order_statistic(
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Leave-one-out advantages for ``E[sum_j weights_j r_(j)]`` of k samples, sorted by reward; ``[G]`` to ``[G]``.
 
@@ -77,6 +93,18 @@ def order_statistic(
     ``1 <= k <= n - 1``, as for :func:`maxpo`. Raises as the package says; ``TypeError`` if ``weights`` is not a
     sequence of numbers, ``ValueError`` if it does not have k finite ones.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            order_statistic,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            k=k,
+            weights=weights,
+            scale=scale,
+            group_size=group_size,
+            small_groups=small_groups,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("scale", scale, ("mean", "unbiased"))
     given = arguments.subset_size(k, given, small_groups, spare=1)
@@ -128,6 +156,7 @@ def pkpo(
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """PKPO (2505.15201): the *sum* over a group of ``s_i grad log pi(y_i)`` is an unbiased gradient of ``E[max of k]``.
 
@@ -146,6 +175,17 @@ def pkpo(
     Unlike those of :func:`maxpo` they do not sum to 0 over a group, and with ``s`` and ``sloo`` equal rewards do not
     give 0. Raises as the package says; for ``k`` outside its domain as :func:`maxpo`.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            pkpo,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            k=k,
+            variant=variant,
+            group_size=group_size,
+            small_groups=small_groups,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("variant", variant, ("s", "sloo", "sloo-1"))
     at_least, spare = {"s": (1, 0), "sloo": (1, 1), "sloo-1": (2, 0)}[variant]
@@ -163,6 +203,7 @@ def passk(
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Pass@k training (2508.10751): the analytic advantage for rewards 0 (wrong) and 1 (right), ``[G]`` to ``[G]``.
 
@@ -171,6 +212,16 @@ def passk(
     It is :func:`maxpo` times ``(n - k) / (n sigma)``.
     Raises as the package says; ``ValueError`` for other rewards; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            passk,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            k=k,
+            group_size=group_size,
+            small_groups=small_groups,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     given = arguments.subset_size(k, given, small_groups)
     flat, counted = given.groups.rewards, given.groups.mask
@@ -193,6 +244,7 @@ def grpo_passk(
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
     small_groups: SmallGroups = "error",
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Best of n (2503.19595): the best sample gets its lead over the second best, the others 0; ``[G]`` to ``[G]``.
 
@@ -202,6 +254,17 @@ def grpo_passk(
     A group needs two samples; ``small_groups`` says what becomes of smaller ones, as for :func:`maxpo`. Not centred.
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            grpo_passk,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            std=std,
+            eps=eps,
+            group_size=group_size,
+            small_groups=small_groups,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     eps = arguments.positive("eps", eps)
     rule = "every group must have at least 2 samples"
@@ -217,12 +280,22 @@ def max_at_k(
     group_ids: Array | None = None,
     mask: Array | None = None,
     trajectory_ids: Array | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The unbiased estimate of ``E[max of k]``, pass@k for rewards 0 and 1: a metric, not an advantage.
 
     The mean of the maximum over all subsets of k samples of a group; ``[G]`` to ``[G]``, every kept sample has the
     value of its group. Raises as the package says; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
+    if dp_group is not None:
+        return arguments.over_ranks(
+            max_at_k,
+            dp_group,
+            rewards,
+            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
+            k=k,
+            group_size=group_size,
+        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     given = arguments.subset_size(k, given)
     return given.estimate("max_at_k", k=k)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, distributed
 
@@ -14,6 +16,9 @@ from ..statistics import token_statistics
 from . import arguments
 from .registry import register
 
+if TYPE_CHECKING:
+    from ..distributed import ContextParallel
+
 
 @register("reward_to_go")
 def reward_to_go(
@@ -23,6 +28,7 @@ def reward_to_go(
     cu_seqlens: Tensor | None = None,
     gamma: float = 1.0,
     bootstrap: Tensor | None = None,
+    cp: ContextParallel | None = None,
 ) -> Tensor:
     """The discounted sum of the rewards from each token on: ``G_t = r_t + gamma G_{t+1}``; shape of ``rewards``.
 
@@ -30,6 +36,12 @@ def reward_to_go(
     the state where a truncated sequence was cut off, 0 for one that ended; None is 0 for all.
     Raises as the package says; ``ValueError`` for ``gamma`` outside [0, 1].
     """
+    if cp is not None:
+        from ..distributed.context import on_whole_sequences
+
+        return on_whole_sequences(
+            reward_to_go, cp, cu_seqlens, {"rewards": rewards, "mask": mask}, gamma=gamma, bootstrap=bootstrap
+        )
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     gamma = arguments.unit_interval("gamma", gamma)
     if bootstrap is not None:
@@ -47,6 +59,7 @@ def gae(
     gamma: float,
     lam: float,
     bootstrap: Tensor | None = None,
+    cp: ContextParallel | None = None,
 ) -> GAE:
     """GAE (1506.02438): ``A_t = delta_t + gamma lam A_{t+1}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``.
 
@@ -56,6 +69,18 @@ def gae(
     Returns ``GAE(advantages, returns)``, ``returns = advantages + values``; apply :func:`whiten` to the advantages for
     verl's. Raises as the package says; ``ValueError`` for ``gamma`` or ``lam`` outside [0, 1].
     """
+    if cp is not None:
+        from ..distributed.context import on_whole_sequences
+
+        return on_whole_sequences(
+            gae,
+            cp,
+            cu_seqlens,
+            {"rewards": rewards, "values": values, "mask": mask},
+            gamma=gamma,
+            lam=lam,
+            bootstrap=bootstrap,
+        )
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.per_token("values", values, "rewards", rewards)
     gamma = arguments.unit_interval("gamma", gamma)
@@ -81,6 +106,7 @@ def vtrace(
     rho_bar: float = 1.0,
     c_bar: float = 1.0,
     bootstrap: Tensor | None = None,
+    cp: ContextParallel | None = None,
 ) -> VTrace:
     """V-trace (IMPALA, 1802.01561): off-policy value targets v and advantages, from truncated likelihood ratios.
 
@@ -97,6 +123,20 @@ def vtrace(
     :func:`gae`; so are the advantages for ``lam=1``. Raises as the package says; ``ValueError`` for ``gamma`` or
     ``lam`` outside [0, 1], ``rho_bar`` or ``c_bar`` not > 0.
     """
+    if cp is not None:
+        from ..distributed.context import on_whole_sequences
+
+        return on_whole_sequences(
+            vtrace,
+            cp,
+            cu_seqlens,
+            {"rewards": rewards, "values": values, "logprobs": logprobs, "old_logprobs": old_logprobs, "mask": mask},
+            gamma=gamma,
+            lam=lam,
+            rho_bar=rho_bar,
+            c_bar=c_bar,
+            bootstrap=bootstrap,
+        )
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.per_token("values", values, "rewards", rewards)
     arguments.per_token("logprobs", logprobs, "rewards", rewards)
@@ -125,13 +165,22 @@ def vtrace(
 
 @register("reinforce_plus_plus")
 def reinforce_plus_plus(
-    rewards: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    cp: ContextParallel | None = None,
 ) -> Tensor:
     """REINFORCE++ (2501.03262): :func:`reward_to_go`, whitened over all kept tokens of the batch.
 
-    A nan reaches all tokens. Over several processes: ``whiten(reward_to_go(...), mask=mask, group=...)``.
+    A nan reaches all tokens. Over several batches: ``whiten(reward_to_go(...), mask=mask, group=...)``.
     Raises as the package says; ``ValueError`` for ``gamma`` outside [0, 1].
     """
+    if cp is not None:
+        from ..distributed.context import on_whole_sequences
+
+        return on_whole_sequences(reinforce_plus_plus, cp, cu_seqlens, {"rewards": rewards, "mask": mask}, gamma=gamma)
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     gamma = arguments.unit_interval("gamma", gamma)
     return estimate_tokens("reinforce_plus_plus", rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma)
@@ -238,7 +287,9 @@ def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed
     return estimate_tokens("whiten", advantages, mask=mask)
 
 
-def rewards_on_kept(rewards: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+def rewards_on_kept(
+    rewards: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, cp: ContextParallel | None = None
+) -> Tensor:
     """``rewards`` with each that stands at a skipped token added to the last kept token before it; same shape.
 
     For the outcome of a rollout that ended in what the policy did not write, such as the answer of a tool: it belongs
@@ -246,17 +297,27 @@ def rewards_on_kept(rewards: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None 
     sequence does not change, unless it has no kept token at all. nan at a skipped token is no reward. Skipped tokens
     get 0, as the estimators want them. Raises as the package says.
     """
+    if cp is not None:
+        from ..distributed.context import on_whole_sequences
+
+        return on_whole_sequences(rewards_on_kept, cp, cu_seqlens, {"rewards": rewards, "mask": mask})
     _checks.is_tensor("mask", mask)
     arguments.tokens("rewards", rewards, mask, cu_seqlens)
     return reference.rewards_on_kept(rewards, mask, cu_seqlens=cu_seqlens)
 
 
-def to_tokens(advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+def to_tokens(
+    advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, cp: ContextParallel | None = None
+) -> Tensor:
     """The advantage of its sequence at every token that ``mask`` keeps, 0 at the others; shape of ``mask``.
 
     ``advantages`` ``[B]``, packed ``[num_sequences]``. The losses do this by themselves: it is for what needs an
     array per token, such as :func:`whiten` over tokens. Raises as the package says.
     """
+    if cp is not None:
+        from ..distributed.context import on_whole_sequences
+
+        return on_whole_sequences(to_tokens, cp, cu_seqlens, {"mask": mask}, advantages=advantages)
     _checks.is_tensor("mask", mask)
     arguments.tokens("mask", mask, None, cu_seqlens)
     arguments.per_sequence("advantages", advantages, "mask", mask, cu_seqlens)

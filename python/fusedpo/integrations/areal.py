@@ -124,15 +124,13 @@ def gather_logprobs(
 ) -> Tensor:
     """``areal.utils.functional.gather_logprobs``: ``[...]`` float32 from ``[..., V]`` and ``[...]``.
 
-    ``chunk_size`` is not needed. Raises ``NotImplementedError`` for a ``tp_group`` of several ranks.
+    ``chunk_size`` is not needed. With a ``tp_group``, the logits are this rank's equal part of the vocabulary.
     """
-    _common.refuse_group("areal", tp_group=tp_group)
-    return token_logprobs(logits, labels, temperature=temperature)
+    return token_logprobs(logits, labels, temperature=temperature, tp_group=tp_group)
 
 
 def gather_logprobs_entropy(
     logits: Tensor, labels: Tensor, temperature: float = 1.0, tp_group: Any = None, chunk_size: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """:func:`gather_logprobs` and the entropy, ``[...]`` float32, in nats."""
-    _common.refuse_group("areal", tp_group=tp_group)
-    return token_logprobs(logits, labels, temperature=temperature, return_entropy=True)
+    return token_logprobs(logits, labels, temperature=temperature, return_entropy=True, tp_group=tp_group)

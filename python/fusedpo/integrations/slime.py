@@ -15,7 +15,7 @@ with the options in the file of ``--custom-config-path``, which slime puts into 
     fusedpo_advantage: maxpo
     fusedpo_advantage_options: {k: 4}
 
-Tensor and context parallel groups of more than one rank are refused.
+Tensor and context parallel groups of more than one rank are refused, but by ``calculate_log_probs_and_entropy``.
 """
 
 from __future__ import annotations
@@ -196,14 +196,13 @@ def calculate_log_probs_and_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """``slime.utils.ppo_utils.calculate_log_probs_and_entropy``: ``[R, 1]``, and ``[R]`` or None, from ``[R, V]``.
 
-    ``chunk_size`` is not needed.
+    ``chunk_size`` is not needed. With a ``tp_group``, the logits are this rank's equal part of the vocabulary.
     """
-    _common.refuse_group("slime", tp_group=tp_group)
     if log_prob_keep_mask is not None:
         raise NotImplementedError("fusedpo.integrations.slime does not support log_prob_keep_mask")
     if not with_entropy:
-        return token_logprobs(logits, tokens).unsqueeze(-1), None
-    logprobs, entropy = token_logprobs(logits, tokens, return_entropy=True)
+        return token_logprobs(logits, tokens, tp_group=tp_group).unsqueeze(-1), None
+    logprobs, entropy = token_logprobs(logits, tokens, return_entropy=True, tp_group=tp_group)
     return logprobs.unsqueeze(-1), entropy if with_entropy_grad else entropy.detach()
 
 

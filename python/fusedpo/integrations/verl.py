@@ -25,6 +25,7 @@ import ast
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -49,6 +50,9 @@ __all__ = [
     "policy_loss_config",
     "register",
     "unpatch_verl",
+    "vocab_parallel_entropy",
+    "vocab_parallel_entropy_with_chunking",
+    "vocab_parallel_log_probs_from_logits",
 ]
 
 TESTED = ("0.9", "0.10")
@@ -362,6 +366,31 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
     return entropy_from_logits(logits)
 
 
+def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """That of ``verl.utils.megatron.tensor_parallel``: ``[...]`` from this rank's part of the logits, ``[..., V_r]``.
+
+    The group is Megatron's tensor-parallel one, whose ranks hold equal parts. Columns that Megatron adds to make them
+    equal count as vocabulary, as they do in verl.
+    """
+    return token_logprobs(logits, labels, tp_group=_tensor_parallel_group())
+
+
+def vocab_parallel_entropy(vocab_parallel_logits: Tensor) -> Tensor:
+    """The entropy of :func:`vocab_parallel_log_probs_from_logits`, ``[...]`` in nats; the logits are not changed."""
+    logits = vocab_parallel_logits
+    any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_logprobs(logits, any_token, return_entropy=True, tp_group=_tensor_parallel_group())[1]
+
+
+def vocab_parallel_entropy_with_chunking(vocab_parallel_logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """:func:`vocab_parallel_entropy`, which allocates nothing of the size of the logits."""
+    return vocab_parallel_entropy(vocab_parallel_logits)
+
+
+def _tensor_parallel_group() -> Any:
+    return importlib.import_module("megatron.core.parallel_state").get_tensor_model_parallel_group()
+
+
 class FusedLinearForPPO(torch.nn.Module):
     """``verl.utils.experimental.torch_functional.FusedLinearForPPO``, over :func:`fusedpo.linear_token_logprobs`.
 
@@ -398,6 +427,16 @@ def _replacements() -> dict[Any, Any]:
     for function in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking):
         _originals.setdefault(function.__name__, getattr(functional, function.__name__))
     _originals.setdefault("FusedLinearForPPO", experimental.FusedLinearForPPO)
+    megatron = sys.modules.get(
+        "verl.utils.megatron.tensor_parallel"
+    )  # where Megatron is used, its engine has loaded it
+    if megatron is not None:
+        for ours in (
+            vocab_parallel_log_probs_from_logits,
+            vocab_parallel_entropy,
+            vocab_parallel_entropy_with_chunking,
+        ):
+            _originals.setdefault(ours.__name__, getattr(megatron, ours.__name__))
     return {original: globals()[name] for name, original in _originals.items()}
 
 

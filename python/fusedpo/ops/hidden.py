@@ -89,7 +89,7 @@ def is_opaque(hidden: Tensor) -> bool:
 
 def chunk_rows(rows: int, row_bytes: int, device: str) -> int:
     """How many of the ``rows`` make a chunk: as few chunks as the workspace allows, of equal size."""
-    most = max(1, WORKSPACE_BYTES.get(device, OTHER_WORKSPACE_BYTES) // row_bytes)
+    most = max(1, WORKSPACE_BYTES.get(device, OTHER_WORKSPACE_BYTES) // max(1, row_bytes))
     chunks = -(-rows // most)
     return -(-rows // chunks) if chunks > 1 else rows
 
@@ -194,11 +194,12 @@ class _Gradients:
         self.first = True  # no chunk is added yet, and the sums hold whatever the memory held
         allocate = torch.empty if head.chunks else torch.zeros
         one_product = len(head.chunks) == 1 and weight.dtype == head.weight.dtype
-        sum_dtype = weight.dtype if one_product else torch.float32
+        sum_dtype = weight.dtype if one_product else torch.promote_types(weight.dtype, torch.float32)
         device, vocab = hidden.device, weight.shape[0]
         self.hidden = head.hidden.new_zeros(head.hidden.shape) if needed[0] else None
         self.weight = allocate(weight.shape, dtype=sum_dtype, device=device) if needed[1] else None
-        self.bias = allocate((vocab, 1), dtype=torch.float32, device=device) if needed[2] else None
+        bias_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.bias = allocate((vocab, 1), dtype=bias_dtype, device=device) if needed[2] else None
         self.dropped = torch.zeros((), device=device)
 
     def add(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
@@ -207,6 +208,7 @@ class _Gradients:
         if self.hidden is not None:
             product = torch.addmm(hidden, grad_logits, head.weight, beta=0, alpha=head.factor)
             self.hidden.index_copy_(0, rows, product.to(self.hidden.dtype))
+        self.hidden_is_there()
         if self.weight is not None:
             _add_product(self.weight, grad_logits.t(), hidden, head.factor, self.first)
         if self.bias is not None:
@@ -225,6 +227,7 @@ class _Gradients:
                 weight = head.weight[:, part].index_select(0, columns)
                 product[:, part] = torch.addmm(hidden[:, part], grad_logits, weight, beta=0, alpha=head.factor)
             self.hidden.index_copy_(0, rows, product.to(self.hidden.dtype))
+        self.hidden_is_there()
         if self.weight is not None:
             _add_rows(self.weight, columns, grad_logits.t(), hidden, head.factor, self.first)
         if self.bias is not None:
@@ -259,6 +262,9 @@ class _Gradients:
             columns, dropped = found
             self.dropped = torch.maximum(self.dropped, dropped.max())
             self.add_columns(rows, hidden, logits[:, : columns.numel()], columns)
+
+    def hidden_is_there(self) -> None:
+        """Called once a chunk; what is split over ranks adds them up."""
 
     def rounded(self) -> list[Tensor | None]:
         return [

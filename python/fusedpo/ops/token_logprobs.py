@@ -3,13 +3,17 @@
 ::
 
     token_logprobs(logits, token_ids, temperature, mask?, return_entropy) -> logprobs, entropy, stats
-    token_logprobs_backward_out(grad_logprobs?, grad_entropy?, logits, token_ids, temperature, mask?, stats, out)
+    token_logprobs_backward_out(
+        grad_logprobs?, grad_entropy?, logits, token_ids, temperature, mask?, stats, out, vocab_start=None
+    )
 
 * ``logits`` ``[..., V]``, float16, bfloat16 or float32, unit stride along V; ``token_ids`` ``[...]`` or ``[..., K]``,
   int64; ``temperature`` ``[]`` or ``[...]``, float32; ``mask`` ``[...]``, bool.
 * ``logprobs`` as ``token_ids``, ``entropy`` ``[...]`` (``[0]`` if it is not asked for), float32; ``stats``
   ``[..., 3]``, float32, what the backward needs of each row.
 * ``out``: the gradient of the logits, which may overwrite them. ``token_logprobs_backward`` returns it.
+* ``vocab_start``: the logits are columns of a larger vocabulary, from this one on (:mod:`.row_stats`); V may be 0.
+  None: they are all of it, and ids are checked.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from . import (
     must_be_functional,
     once_differentiable,
 )
+from . import row_stats as row_stats  # the same operator in two halves: whoever has one has the other
 
 _INPUTS = "Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask"
 _BACKWARD = f"Tensor? grad_logprobs, Tensor? grad_entropy, {_INPUTS}, Tensor stats"
@@ -53,21 +58,30 @@ define(
     f"({_INPUTS}, bool return_entropy) -> (Tensor logprobs, Tensor entropy, Tensor stats)",
     _token_logprobs_fake,
 )
-define("token_logprobs_backward_out", f"({_BACKWARD}, Tensor(a!) out) -> ()", lambda *_: None)
+_BACKWARD_OUT = f"({_BACKWARD}, Tensor(a!) out, int? vocab_start=None) -> ()"
+define("token_logprobs_backward_out", _BACKWARD_OUT, lambda *_, **__: None)
 # Without side effects: for functorch, and for torch.compile, where writing into `out` could cost a copy of it.
 define(
     "token_logprobs_backward",
-    f"({_BACKWARD}) -> Tensor",
-    lambda _grad_logprobs, _grad_entropy, logits, *_: logits.new_empty(logits.shape),
+    f"({_BACKWARD}, int? vocab_start=None) -> Tensor",
+    lambda _grad_logprobs, _grad_entropy, logits, *_, **__: logits.new_empty(logits.shape),
 )
 
 
-def _token_logprobs_backward(backend: str, *args: Any) -> Tensor:
-    logits = args[2]
+def _token_logprobs_backward(
+    backend: str,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    *rest: Any,
+    **vocab_start: int | None,
+) -> Tensor:
     if logits is None:  # PyTorch lets None through for any tensor
         raise ValueError("logits must be a tensor, got None")
     out = logits.new_empty(logits.shape)
-    getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)(*args, out)
+    token_ids, temperature, mask, stats, *start = rest
+    args = (grad_logprobs, grad_entropy, logits, token_ids, temperature, mask, stats, out, *start)
+    getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)(*args, **vocab_start)
     return out
 
 
