@@ -39,9 +39,15 @@ def linear_token_statistics(
     """:func:`token_statistics` of the logits of :func:`linear_token_logprobs`."""
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
     results = linear_token_logprobs(
-        hidden, weight, token_ids, temperature=temperature, mask=mask, chunk_tokens=chunk_tokens, **options
+        hidden,
+        weight,
+        token_ids,
+        temperature=temperature,
+        mask=mask,
+        return_entropy=True,
+        chunk_tokens=chunk_tokens,
+        **options,
     )
-    assert isinstance(results, tuple)
     leading = hidden.shape[:-1]
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(leading)

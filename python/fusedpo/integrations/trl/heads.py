@@ -117,7 +117,7 @@ class HiddenHead:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device) and not self.in_float32
         dtype = torch.get_autocast_dtype(device) if autocast else torch.float32 if self.in_float32 else hidden.dtype
-        function: Callable[..., Any] = linear_token_logprobs
+        function: Callable[..., Any] = functools.partial(linear_token_logprobs, return_entropy=True)
         if loss:  # of all kept tokens: metrics need the log-probs of those too whose advantage is 0
             function = functools.partial(policy_loss_from_hidden, num_live=int(options["mask"].count_nonzero()))
         with torch.autocast(device, enabled=autocast):
