@@ -197,8 +197,8 @@ def test_the_loss_from_logits_keeps_no_logits():
     logits = x * 1
     loss = fusedpo.policy_loss_from_logits(logits, IDS, OLD, ADVANTAGES, **TOKENS).loss
     kept = torch.autograd.graph.get_gradient_edge(loss).node
-    assert kept.source.untyped_storage().nbytes() == 0
-    assert kept.source.data_ptr() != logits.data_ptr()
+    assert kept.sources[0].untyped_storage().nbytes() == 0
+    assert kept.sources[0].data_ptr() != logits.data_ptr()
 
 
 # ------------------------------------------------------------------------------------------------- tensors without data
