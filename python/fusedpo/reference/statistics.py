@@ -39,7 +39,12 @@ def linear_token_statistics(
     """:func:`token_statistics` of the logits of :func:`linear_token_logprobs`."""
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
     results = linear_token_logprobs(
-        hidden, weight, token_ids, temperature=temperature, mask=mask, chunk_tokens=chunk_tokens, **options
+        *(hidden, weight, token_ids),
+        temperature=temperature,
+        mask=mask,
+        chunk_tokens=chunk_tokens,
+        return_entropy=True,
+        **options,
     )
     assert isinstance(results, tuple)
     leading = hidden.shape[:-1]
