@@ -76,12 +76,7 @@ KERNELS = {"_baseline_kernel", "_ranks_kernel", "_tokens_kernel", "_steps_kernel
 
 
 def compile_cases() -> list[dict[str, Any]]:
-    results = [
-        {"case": case} | triton_aot.compile_for(variant, target)
-        for case, launch in CASES.items()
-        for variant in triton_aot.variants(launch)
-        for target in triton_aot.TARGETS
-    ]
+    results = triton_aot.compile_all(CASES, CASES)
     kept = ("case", "kernel", "target", "num_warps", "registers", "stack")
     return [{key: r[key] for key in kept} | {"ttir": r["ttir"] if r["target"] == "sm_90" else ""} for r in results]
 

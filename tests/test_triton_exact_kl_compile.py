@@ -27,22 +27,21 @@ CASES = {
 
 
 def compile_cases() -> list[dict]:
-    return [
-        {"case": case} | triton_aot.compile_for(variant, target)
-        for case, function in CASES.items()
-        for variant in triton_aot.variants(function)
-        for target in triton_aot.TARGETS
-    ]
+    return triton_aot.compile_all(CASES, CASES)
 
 
-def test_it_compiles_for_every_target_without_spills():
-    results = triton_aot.call(__name__, "compile_cases")
-    assert len(results) == len(CASES) * len(triton_aot.TARGETS)  # one variant each
-    assert {(r["case"], r["target"]): r["stack"] for r in results if r["stack"]} == {}
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    return triton_aot.call(__name__, "compile_cases")
 
 
-def test_wide_loads_where_rows_are_aligned():
-    results = {(r["case"], r["target"]): r["asm"] for r in triton_aot.call(__name__, "compile_cases")}
+def test_it_compiles_for_every_target_without_spills(compiled):
+    assert len(compiled) == len(CASES) * len(triton_aot.TARGETS)  # one variant each
+    assert {(r["case"], r["target"]): r["stack"] for r in compiled if r["stack"]} == {}
+
+
+def test_wide_loads_where_rows_are_aligned(compiled):
+    results = {(r["case"], r["target"]): r["asm"] for r in compiled}
     assert (
         "ld.global.v4.b32" in results["reverse, bf16", "sm_90"] or "ld.global.v4" in results["reverse, bf16", "sm_90"]
     )

@@ -71,17 +71,14 @@ CASES: dict[str, Callable[[], None]] = {
     "fp32, entropy": lambda: (one_pass(FP32, 128_256, BONUS, mask=False), scale(FP32, 128_256)),
     "fp16, unaligned, packed": lambda: (one_pass(FP16, 50_257, O.nfpo(4), packed=True), scale(FP16, 50_257)),
 }
+# Compiled for other targets, too: with the entropy, which takes the most registers.
+ELSEWHERE = ("bf16, entropy, packed", "fp32, entropy")
 ALIGNED = [case for case in CASES if "unaligned" not in case]
 UNALIGNED = [case for case in CASES if "unaligned" in case]
 
 
 def compile_cases() -> list[dict]:
-    return [
-        {"case": case} | triton_aot.compile_for(variant, target)
-        for case, launch in CASES.items()
-        for variant in triton_aot.variants(launch)
-        for target in triton_aot.TARGETS
-    ]
+    return triton_aot.compile_all(CASES, ELSEWHERE)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +90,8 @@ def compiled() -> dict[tuple[str, str, str], dict]:
 @pytest.mark.parametrize("target", triton_aot.TARGETS)
 def test_nothing_is_spilled(compiled, target, record_property):
     results = [result for result in compiled.values() if result["target"] == target]
-    assert Counter(result["kernel"] for result in results) == {WALK: 4, LIST: 3, SCALE: 3}
+    counts = {WALK: 4, LIST: 3, SCALE: 3} if target == "sm_90" else {WALK: 2, LIST: 1, SCALE: 1}
+    assert Counter(result["kernel"] for result in results) == counts
     for result in results:
         record_property(f"registers, {result['case']}", result["registers"])
         assert (result["case"], result["stack"]) == (result["case"], 0)

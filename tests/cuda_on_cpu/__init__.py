@@ -14,6 +14,7 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ptx
 import torch
@@ -59,7 +60,7 @@ def build(name: str, program: Path, *flags: str | Path) -> Path:
     flags = (
         "-std=c++20",
         "-O1",
-        "-g",
+        "-g1",  # lines, for what sanitizers say
         "-ffp-contract=off",
         "-pthread",
         "-Wall",
@@ -117,7 +118,7 @@ def compile_to_ptx(name: str, architecture: int) -> str:
     """What nvcc makes of ``csrc/cuda/name.cu``, once for these sources."""
     assert NVCC is not None
     command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += ["-I", str(CSRC), "-isystem", str(Path(torch.__file__).parent / "include")]
+    command += ["-Werror", "all-warnings", "-I", str(CSRC), "-isystem", str(Path(torch.__file__).parent / "include")]
     command += [f"-arch=compute_{architecture}", "-ptx", "-lineinfo", str(CSRC / "cuda" / f"{name}.cu")]
     sources = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.*")) if path.suffix in (".cu", ".cuh", ".h"))
     digest = hashlib.sha256(nvcc_version().encode() + sources + repr(command).encode()).hexdigest()[:16]
@@ -129,6 +130,30 @@ def compile_to_ptx(name: str, architecture: int) -> str:
             subprocess.run([*command, "-o", part], check=True, capture_output=True)
             part.replace(target)
     return target.read_text()
+
+
+class Kernel(NamedTuple):
+    """What a thread of device code takes, in registers and in bytes of local memory."""
+
+    name: str
+    registers: int
+    stack: int
+    spilled: int
+
+
+def kernels_of(name: str, architecture: int) -> list[Kernel]:
+    """What ptxas makes of ``csrc/cuda/name.cu``."""
+    assert NVCC is not None
+    ptxas = [Path(NVCC).with_name("ptxas"), f"-arch=sm_{architecture}", "-v", "-Werror", "-o", os.devnull, "-"]
+    text = compile_to_ptx(name, architecture)
+    output = subprocess.run(ptxas, input=text, check=True, capture_output=True, text=True).stderr
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, output, re.S)
+    assert len(found) == text.count(".entry ")
+    return [Kernel(kernel, int(used), int(stack), int(out) + int(back)) for kernel, stack, out, back, used in found]
 
 
 def run(

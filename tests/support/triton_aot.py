@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,20 @@ def variants(launch: Callable[[], object]) -> list[Variant]:
     finally:
         knobs.runtime.jit_cache_hook = None
     return list(found.values())
+
+
+def compiled(cases: Collection[str], elsewhere: Collection[str]) -> list[tuple[str, str]]:
+    """Cases and targets: every case for sm_90, those ``elsewhere`` for the other targets, too."""
+    return [(case, target) for case in cases for target in TARGETS if target == "sm_90" or case in elsewhere]
+
+
+def compile_all(cases: Mapping[str, Callable[[], object]], elsewhere: Collection[str]) -> list[dict]:
+    """The variants that the launches of the cases need, compiled for their targets."""
+    return [
+        {"case": case} | compile_for(variant, target)
+        for case, target in compiled(cases, elsewhere)
+        for variant in variants(cases[case])
+    ]
 
 
 def compile_for(variant: Variant, target: str) -> dict:
