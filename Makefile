@@ -35,7 +35,7 @@ native:
 
 # All, or some: make test T=tests/test_nfpo.py, make test T="tests/test_nfpo.py -k window"
 test: $(READY)
-	$(PY) -m pytest $(or $(T),-n $(WORKERS) --dist loadfile)
+	$(PY) -m pytest $(or $(T),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
 # What finds most mistakes soonest: a file for each layer, that of the definitions, and the bits of the CPU operators.
 QUICK := numbers nfpo policy_loss one_pass token_logprobs advantages errors_arguments recorded_bits

@@ -65,6 +65,9 @@ def choose_triton(how: str | None) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest files first: a worker that starts one at the end leaves the others idle.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA or ROCm device",
         "triton": None if importlib.util.find_spec("triton") else "Triton is not installed",

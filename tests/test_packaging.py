@@ -277,8 +277,14 @@ def test_no_text_recommends_a_package_that_is_not_published() -> None:
     assert [page for page in everything if re.search("extra[-_]index", page.read_text(), re.IGNORECASE)] == []
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ways.environment(tmp_path_factory.mktemp("home") / "venv")
+
+
 @pytest.mark.parametrize("name", ways.QUICK)
-def test_ways_to_install(name: str, source: Path, native: Path) -> None:
+def test_ways_to_install(name: str, source: Path, native: Path, home: Path) -> None:
     (sdist,), (wheel,) = source.parent.glob("*.tar.gz"), native.parent.glob("*.whl")
-    problem = ways.check(name, source, sdist, wheel)
+    problem = ways.check(name, source, sdist, wheel, home)
+    ways.shell("pip uninstall --yes fusedpo", home, home)
     assert problem is None, problem

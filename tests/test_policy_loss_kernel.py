@@ -495,8 +495,12 @@ def test_from_logits_by_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=contract.name_of)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("objective", "reduction"),
+    # a loss per token has a backward of its own, which looks at no objective but one that is differentiated
+    [*((objective, "mean") for objective in OBJECTIVES), *((objective, "none") for objective in OBJECTIVES[1:3])],
+    ids=lambda x: x if isinstance(x, str) else contract.name_of(x),
+)
 def test_compiles_once_for_all_lengths_and_scales(objective, reduction):
     def loss(batch, loss_scale, denominator):
         options = {} if reduction == "none" else {"denominator": denominator}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,18 +76,8 @@ def exact_kl(
     _checks.same_device("ref_logits", ref_logits, "logits", logits)
     if logits.dim() < 2 or logits.shape[-1] == 0:
         raise ValueError(f"logits must hold tokens [B, T, V] or [T, V] with V >= 1, got the shape {list(logits.shape)}")
-    options: dict[str, Any] = {
-        "direction": direction,
-        "temperature": temperature,
-        "mask": mask,
-        "cu_seqlens": cu_seqlens,
-        "aggregation": aggregation,
-        "length_norm": length_norm,
-        "denominator": denominator,
-        "loss_scale": loss_scale,
-    }
-    _check("logits", logits, **options)
-    tokens = _Tokens(logits, **options)
+    given = (direction, temperature, mask, cu_seqlens, aggregation, length_norm, denominator, loss_scale)
+    tokens = _Tokens("logits", logits, *given)
     way = _way(logits.device.type, logits.dtype, ref_logits.dtype, loss_scale)
     if way == "reference":
         kl = reference.exact_kl(logits, ref_logits, direction=direction, temperature=temperature, mask=mask)
@@ -150,18 +140,8 @@ def exact_kl_from_hidden(
         )
     _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
     _check_options(softcap=ref_softcap, logit_scale=ref_logit_scale, chunk_tokens=None)
-    options: dict[str, Any] = {
-        "direction": direction,
-        "temperature": temperature,
-        "mask": mask,
-        "cu_seqlens": cu_seqlens,
-        "aggregation": aggregation,
-        "length_norm": length_norm,
-        "denominator": denominator,
-        "loss_scale": loss_scale,
-    }
-    _check("hidden", hidden, **options)
-    tokens = _Tokens(hidden, **options)
+    given = (direction, temperature, mask, cu_seqlens, aggregation, length_norm, denominator, loss_scale)
+    tokens = _Tokens("hidden", hidden, *given)
     dtype, ref_dtype = ops_hidden.compute_dtype(hidden), ops_hidden.compute_dtype(ref_hidden)
     way = _way(hidden.device.type, dtype, ref_dtype, loss_scale)
     if way == "reference" or torch.compiler.is_compiling():
@@ -214,24 +194,41 @@ def _way(
 
 
 class _Tokens:
-    """From a divergence per token to the loss."""
+    """From a divergence per token of ``source``, the argument ``name``, to the loss."""
 
-    def __init__(self, source: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, **options: Any) -> None:
-        self.shape, self.options, self.mask = source.shape[:-1], options, mask
+    def __init__(
+        self,
+        name: str,
+        source: Tensor,
+        direction: str,
+        temperature: float | Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        aggregation: Aggregation,
+        length_norm: float | None,
+        denominator: float | Tensor | None,
+        loss_scale: float | Tensor,
+    ) -> None:
+        arguments.choice("direction", direction, ("reverse", "forward"))
+        self.shape, self.mask, self.loss_scale = source.shape[:-1], mask, loss_scale
+        _tokens.check_layout(name, source, mask, cu_seqlens, self.shape)
+        if not torch.compiler.is_compiling():  # which cannot build one with the default of a part
+            Objective(aggregation=aggregation, length_norm=length_norm)
+        _tokens.check_denominator(denominator, aggregation, name, source)
+        _tokens.check_number("loss_scale", loss_scale, name, source)
+        _check_temperature(temperature, mask, name, source)
+        self.aggregation, self.length_norm, self.denominator = aggregation, length_norm, denominator
         self.like = source.new_zeros(self.shape, dtype=torch.promote_types(source.dtype, torch.float32))
         self.where = layout(self.like, cu_seqlens)
         self.kept = self.where.kept(mask)
 
     def loss(self, kl: Tensor) -> Tensor:
-        scale = self.options["loss_scale"]
         total = aggregate(
-            kl.reshape(-1),
-            self.kept,
-            self.where,
-            self.options["aggregation"],
-            length_norm=self.options["length_norm"],
-            denominator=self.options["denominator"],
+            *(kl.reshape(-1), self.kept, self.where, self.aggregation),
+            length_norm=self.length_norm,
+            denominator=self.denominator,
         )
+        scale = self.loss_scale
         return total * (scale.detach().to(total.dtype) if isinstance(scale, Tensor) else scale)
 
     def rows(self, temperature: float | Tensor, *, scale: bool = True) -> ops_divergence.Rows:
@@ -241,36 +238,17 @@ class _Tokens:
             leaf = self.like.detach().requires_grad_()
             with torch.enable_grad():
                 (factor,) = torch.autograd.grad(self.loss(leaf.masked_fill(~self.kept.reshape(self.shape), 0)), leaf)
-        t = temperature.detach().float() if isinstance(temperature, Tensor) else ops.scalar(temperature, factor.device)
+        t = ops.as_scalar(temperature.detach() if isinstance(temperature, Tensor) else temperature, factor.device)
         return ops_divergence.Rows(t, t, None if self.mask is None else self.kept.reshape(self.shape), factor)
 
 
-def _check(
-    name: str,
-    source: Tensor,
-    *,
-    direction: str,
-    temperature: float | Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    aggregation: Aggregation,
-    length_norm: float | None,
-    denominator: float | Tensor | None,
-    loss_scale: float | Tensor,
-) -> None:
-    arguments.choice("direction", direction, ("reverse", "forward"))
-    shape = source.shape[:-1]
-    _tokens.check_layout(name, source, mask, cu_seqlens, shape)
-    if not torch.compiler.is_compiling():  # which cannot build one with the default of a part
-        Objective(aggregation=aggregation, length_norm=length_norm)
-    _tokens.check_denominator(denominator, aggregation, name, source)
-    _tokens.check_number("loss_scale", loss_scale, name, source)
+def _check_temperature(temperature: float | Tensor, mask: Tensor | None, name: str, source: Tensor) -> None:
     if not isinstance(temperature, Tensor):
         _check_positive("temperature", temperature, "a float or a torch.Tensor")
         return
     _checks.floating("temperature", temperature)
     if temperature.dim() > 0:
-        _checks.shape("temperature", temperature, tuple(shape), f"one value per token of {name}")
+        _checks.shape("temperature", temperature, source.shape[:-1], f"one value per token of {name}")
     _checks.same_device("temperature", temperature, name, source)
     if _checks.values_are_free(temperature):
         good = temperature > 0 if mask is None or temperature.dim() == 0 else (temperature > 0) | (mask == 0)

@@ -127,11 +127,11 @@ def shell(command: str, home: Path, cwd: Path) -> tuple[int, str]:
     return run.returncode, run.stdout + run.stderr
 
 
-def check(name: str, source: Path, sdist: Path, wheel: Path) -> str | None:
-    """What is wrong with a way, if anything is."""
+def check(name: str, source: Path, sdist: Path, wheel: Path, home: Path | None = None) -> str | None:
+    """What is wrong with a way, if anything is. ``home``: an :func:`environment` that nothing has been installed in."""
     way = WAYS[name]
     with tempfile.TemporaryDirectory() as folder:
-        home = environment(Path(folder, "venv"))
+        home = environment(Path(folder, "venv")) if home is None else home
         for command in way.commands:
             filled = command.replace("{sdist}", str(sdist)).replace("{wheel}", str(wheel))
             status, output = shell(filled, home, source)
