@@ -560,8 +560,10 @@ def test_vectors_and_floats_agree(build, tmp_path):
 
 @pytest.mark.parametrize("build", OTHER_BUILDS)
 def test_each_build_is_right(build):
-    chosen = "several_tiles or threads or error_of_the_windows or kl_entropy"
-    pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"not each_build and ({chosen})"]
+    """What depends on the instruction set, of this file and of test_objective_extremes.py, in one process."""
+    chosen = "several_tiles or threads or error_of_the_windows or kl_entropy or test_native"
+    files = [__file__, str(TESTS / "test_objective_extremes.py")]
+    pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", f"not each_build and ({chosen})"]
     environment = {**os.environ, "FUSEDPO_CPU_CAPABILITY": build}
     result = subprocess.run(pytest_run, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
