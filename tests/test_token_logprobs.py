@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -39,9 +40,18 @@ def native():
         yield
 
 
+# A kind of logits meets a few vectors, a block and its rest, and many blocks; the size of sums, any kind would show.
+FEW = (127, 4099, 50257)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        *itertools.product(KINDS, FEW),
+        *itertools.product(("random", "confident"), (size for size in SIZES if size not in FEW)),
+    ],
+)
 def test_values_and_gradients(dtype, kind, size):
     rows = 7 if size < 1000 else 3
     logits = make_logits(kind, rows, size, dtype)
