@@ -79,7 +79,13 @@ def shard(rank: int, port: int) -> None:
         loss(policy, batches[rank]).backward()
         for (name, got), want in zip(policy.named_parameters(), whole.parameters(), strict=True):
             assert isinstance(got, DTensor)
-            torch.testing.assert_close(got.grad.full_tensor(), want.grad, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                got.grad.full_tensor(),
+                want.grad,
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda m, at=(name, head_apart): f"{at}: {m}",
+            )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
