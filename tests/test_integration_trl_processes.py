@@ -1,10 +1,13 @@
-"""``FusedGRPOTrainer`` in two processes, which share groups of samples: DistributedDataParallel over gloo."""
+"""Two processes over gloo: ``FusedGRPOTrainer``, which share groups of samples, and FSDP2, which share the weights."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +15,14 @@ from torch import multiprocessing
 
 pytest.importorskip("trl", reason="trl is not installed (extra [peers])")
 
-from support.trl_training import HIDDEN, REUSE, assert_same, builder, make_tokenizer, train
+from support.trl_training import HIDDEN, REUSE, assert_same, builder, make_tokenizer, model, train
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
-from fusedpo import advantages
+from fusedpo import advantages, next_tokens
+from fusedpo.integrations.trl.heads import LogitsHead, add_fused_forward
+from fusedpo.integrations.trl.lm_head import add_fused_lm_head
 
 PROCESSES = 2
 CONFIG = {"per_device_train_batch_size": 2, "num_generations": 4, "max_steps": 6, "ddp_backend": "gloo"}
@@ -45,9 +52,56 @@ def work(rank: int, port: int, path: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+def shard(rank: int, port: int) -> None:
+    """FSDP2: the fused head of a sharded model, and the fused forward, beside the same model in one piece."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
+    mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
+    batches = [torch.randint(2, 40, (2, 6), generator=torch.Generator().manual_seed(r)) for r in range(PROCESSES)]
+    fused = functools.partial(LogitsHead(), loss=False, width=6)
+
+    def loss(policy: Any, ids: torch.Tensor) -> torch.Tensor:
+        out = policy(input_ids=ids, labels=ids, fused_lm_head=True)
+        token_ids, mask = next_tokens(ids)
+        run = functools.partial(fused, options={"token_ids": token_ids, "mask": mask})
+        (logprobs, entropy), _ = policy(input_ids=ids, fused=run)
+        return out.loss + out.entropy.mean() + (logprobs * entropy).mean()
+
+    for head_apart in (False, True):  # in the root's group it is whole during the forward, apart it is a shard
+        whole = model(tie_word_embeddings=False)
+        add_fused_lm_head(whole, temperature=0.8, outputs=("log_probs", "entropy"))
+        add_fused_forward(whole)
+        policy = copy.deepcopy(whole)
+        for module in (*policy.model.layers, *([policy.lm_head] if head_apart else [])):
+            fully_shard(module, mesh=mesh)
+        fully_shard(policy, mesh=mesh)
+        (sum(loss(whole, ids) for ids in batches) / PROCESSES).backward()
+        loss(policy, batches[rank]).backward()
+        for (name, got), want in zip(policy.named_parameters(), whole.parameters(), strict=True):
+            assert isinstance(got, DTensor)
+            torch.testing.assert_close(
+                got.grad.full_tensor(),
+                want.grad,
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda m, at=(name, head_apart): f"{at}: {m}",
+            )
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, tmp_path), PROCESSES)
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    multiprocessing.spawn(work, (free_port(), tmp_path), PROCESSES)
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_weights() -> None:
+    multiprocessing.spawn(shard, (free_port(),), PROCESSES)

@@ -118,6 +118,7 @@ def test_skyrl(batch, name):  # noqa: F811
         "sapo": (theirs.sapo_policy_loss, "sapo"),
     }[name]
     config = skyrl_config(policy_loss_type=kind, loss_reduction="sequence_mean")
+    config.cispo.cispo_anchor = "old"  # SkyRL's default; the other one is not the adapter's
     given = (batch.logprobs, batch.old, batch.advantages, config, MASK.float(), None)
     assert_same(skyrl.policy_loss_fn(name)(*given)[0], function(*given)[0], batch.logprobs)
     assert parameters(skyrl.policy_loss_fn(name)) == parameters(function)
