@@ -103,7 +103,12 @@ def test_advantages():
 
 
 def test_objectives():
-    run("docs/objectives.md")
+    """Both ways to take the mean over prompts."""
+    names = before()
+    token_ids = names["input_ids"]
+    logprobs = fusedpo.token_logprobs(names["logits"].detach(), token_ids)
+    names = run("docs/objectives.md", token_ids=token_ids, logprobs=logprobs, advantages=torch.randn(B))
+    torch.testing.assert_close(names["out"].loss, names["loss"])
 
 
 def test_a_loop_of_ones_own():
