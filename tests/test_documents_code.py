@@ -166,7 +166,11 @@ def test_a_name_of_the_trainer_is_replaced(trainer, monkeypatch):
 
 def test_every_block_of_every_page_is_run_or_named():
     run_here = {"README.md", "docs/getting-started.md", "docs/objectives.md", "docs/advantages.md"}
-    run_here |= {"docs/migrating.md", "docs/integrations/pytorch.md", *(f"docs/integrations/{trainer}.md" for trainer in TRAINERS)}
+    run_here |= {
+        "docs/migrating.md",
+        "docs/integrations/pytorch.md",
+        *(f"docs/integrations/{trainer}.md" for trainer in TRAINERS),
+    }
     left = [page for page in WITH_CODE if page not in run_here | ELSEWHERE.keys()]
     assert [(page, place) for page in left for place in range(len(blocks(page))) if (page, place) not in NOT_RUN] == []
     for page, place in NOT_RUN:  # none has gone
