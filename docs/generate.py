@@ -198,7 +198,6 @@ def tables() -> str:
                 for row in block.values()
             ]
             if lines:
-                parts += figure(folder, operator, parts)
                 parts.append(
                     f"**{title}**\n\n{table(header, lines)}\n\n{source(folder, operator, documents[operator])}"
                 )
@@ -207,14 +206,6 @@ def tables() -> str:
             f"![{name} on {folder.name}]({path.relative_to(ROOT)})" for name, path in plots.items() if path.exists()
         ]
     return "\n\n".join(parts) or NOTHING
-
-
-def figure(folder: Path, operator: str, before: Sequence[str]) -> Iterator[str]:
-    """The plots of an operator, above its first table."""
-    path = (folder / f"{operator}.png").relative_to(ROOT)
-    image = f"![{operator}: time and memory]({path})"
-    if (folder / f"{operator}.png").exists() and image not in before:
-        yield image
 
 
 def machine(document: Document) -> str:

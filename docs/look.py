@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "out/site"
@@ -39,12 +39,14 @@ def faults(page: Page, width: int) -> Iterator[str]:
     yield from (f"no picture: {where}" for where in page.evaluate(MISSING))
 
 
-def search(page: Page, word: str) -> int:
+def search(page: Page, word: str) -> Iterator[str]:
     page.set_viewport_size({"width": WIDTHS[0], "height": 900})
     page.goto((SITE / "index.html").as_uri())
     page.fill("input[name=query]", word)
-    page.wait_for_selector(".md-search-result__item", timeout=20_000)
-    return page.locator(".md-search-result__item").count()
+    try:
+        page.wait_for_selector(".md-search-result__item", timeout=20_000)
+    except TimeoutError:
+        yield f"the search does not find {word}"
 
 
 def main() -> int:
@@ -73,8 +75,7 @@ def main() -> int:
                 page.goto((SITE / f"{name}.html").as_uri())
                 wrong += [f"{name} at {width}: {fault}" for fault in faults(page, width)]
                 page.screenshot(path=args.out / f"{name.replace('/', '-')}-{width}.png", full_page=True)
-        if not search(page, "policy_loss_from_logits"):
-            wrong.append("the search finds nothing")
+        wrong += search(page, "policy_loss_from_logits")
         page.screenshot(path=args.out / "search.png")
         browser.close()
     print("\n".join(wrong) or f"{len(pages)} pages, {args.out}")
