@@ -1,6 +1,6 @@
 """Records what the compilers make of the GPU kernels, without a GPU: ``python docs/compiled.py``, in a few minutes.
 
-nvcc compiles ``csrc/cuda/*.cu`` and Triton what its launchers would have compiled (``tests/triton_aot.py``), for every
+nvcc compiles ``csrc/cuda/*.cu`` and Triton what its launchers would have compiled (``tests/support/triton_aot.py``), for every
 architecture. Registers of a thread, and bytes of stack and spills, go to bench/results/compiled.json.
 """
 
@@ -64,7 +64,7 @@ def _plain(mangled: str) -> str:
 
 def by_triton(module: str) -> list[Compiled]:
     sys.path.insert(0, str(ROOT / "tests"))
-    import triton_aot
+    from support import triton_aot
 
     family = re.sub(r"test_triton_|_?compile", "", module) or "logprobs"
     return [

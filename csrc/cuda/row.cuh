@@ -254,12 +254,18 @@ class Slices {
   __device__ void request(const T* row, int size, int i) {
     __syncwarp();
     if (lane_ > 0) return;
-    const int begin = lead(row), end = begin + size, slice = (i * stride_ + warp_) * kSlice;
-    const int from = max(slice, (begin + kVector - 1) / kVector * kVector);
-    const int to = min(slice + kSlice, end / kVector * kVector), bytes = from < to ? (to - from) * (int)sizeof(T) : 0;
+    char* memory = memory_ + i * kSliceBytes;
+    const int first = first_of(row, i);
+    if (is_whole(first, size)) {
+      arrivals_[i].expect(kSliceBytes);
+      arrivals_[i].copy(memory, row + first, kSliceBytes);
+      return;
+    }
+    // Whole vectors of it: from the first one that begins in the row to the last one that ends there.
+    const int from = max(first, (kVector - lead(row)) % kVector), end = size - (size + lead(row)) % kVector;
+    const int count = min(first + kSlice, end) - from, bytes = count > 0 ? count * (int)sizeof(T) : 0;
     arrivals_[i].expect(bytes);
-    if (bytes > 0)
-      arrivals_[i].copy(memory_ + i * kSliceBytes + (from - slice) * sizeof(T), row + (from - begin), bytes);
+    if (bytes > 0) arrivals_[i].copy(memory + (from - first) * sizeof(T), row + from, bytes);
   }
 
   __device__ void wait(int i, unsigned parity) const { arrivals_[i].wait(parity); }

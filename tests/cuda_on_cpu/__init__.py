@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,13 +104,17 @@ def nvcc_release() -> str:
     return nvcc_version().partition("release ")[2].partition(",")[0]
 
 
+def kernel_name(symbol: str) -> str:
+    """Without namespaces and types."""
+    return re.findall(r"\d([a-z_]+_kernel)", symbol)[-1]
+
+
 def read_counters(path: Path) -> list[tuple[str, dict[str, int]]]:
     """The launches that were recorded in a file by PTX_COUNTERS: kernels, and their counters."""
     launches = []
     for line in path.read_text().splitlines():
         symbol, *values = line.split()
-        kernel = re.findall(r"\d([a-z_]+_kernel)", symbol)[-1]
-        launches.append((kernel, ptx.named_counters([int(value) for value in values])))
+        launches.append((kernel_name(symbol), ptx.named_counters([int(value) for value in values])))
     return launches
 
 
@@ -129,6 +134,17 @@ def compile_to_ptx(name: str, architecture: int) -> str:
             subprocess.run([*command, "-o", part], check=True, capture_output=True)
             part.replace(target)
     return target.read_text()
+
+
+def compile_to_machine_code(name: str, architecture: int) -> bytes:
+    """What ptxas makes of that."""
+    assert NVCC is not None
+    with tempfile.TemporaryDirectory() as directory:
+        source, target = Path(directory) / f"{name}.ptx", Path(directory) / f"{name}.cubin"
+        source.write_text(compile_to_ptx(name, architecture))
+        command = [NVCC, f"-arch=sm_{architecture}", "-cubin", source, "-o", target]
+        subprocess.run(command, check=True, capture_output=True)
+        return target.read_bytes()
 
 
 def run(

@@ -76,13 +76,17 @@ def variants(launch: Callable[[], object]) -> list[Variant]:
     return list(found.values())
 
 
+def compile_variant(variant: Variant, target: str) -> Any:
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    return triton.compile(source, target=TARGETS[target], options=variant.options)
+
+
 def compile_for(variant: Variant, target: str) -> dict:
     """A compiled variant: its constants, its intermediate code and assembly, and what a thread of it uses.
 
     ``registers`` of 4 bytes, and ``stack``: bytes of local memory, which is where spilled registers go.
     """
-    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options=variant.options)
+    compiled = compile_variant(variant, target)
     names = variant.kernel.arg_names
     result = {
         "kernel": variant.kernel.__name__,
