@@ -1,7 +1,7 @@
 """Records what the compilers make of the GPU kernels, without a GPU: ``python docs/compiled.py``, in a few minutes.
 
-nvcc compiles ``csrc/cuda/*.cu`` and Triton what its launchers would have compiled (``tests/support/triton_aot.py``), for every
-architecture. Registers of a thread, and bytes of stack and spills, go to bench/results/compiled.json.
+nvcc compiles ``csrc/cuda/*.cu`` and Triton what its launchers would have compiled (``tests/support/triton_aot.py``),
+for every architecture. Registers of a thread, and bytes of stack and spills, go to bench/results/compiled.json.
 """
 
 from __future__ import annotations

@@ -495,9 +495,16 @@ def test_how_rows_lie_in_shared_memory(program):
 def check_a_few(program: Path) -> None:
     p = problem(NFPO, (12,), 3001, torch.bfloat16, lengths=[4, 1, 7])
     long = problem(O.nfpo(6), (12,), 1001, lengths=[12])
+    one_warp = Device(1, clusters=2)  # which has six slices of a row
+    sliced = [
+        Call(problem(objective, (4,), 5 * 2048 // dtype.itemsize + 3, dtype, lengths=[4]), one_warp)
+        for dtype in DTYPES
+        for objective in (NFPO, O.nfpo(3))
+    ]
     check(
         program,
         [
+            *sliced,
             Call(p, Device(2, ONE_SLICE, 2), Memory(3, 2), None),
             Call(p, Device(2, ONE_SLICE, 3)),
             Call(long, Device(2, TWO_SLICES, 4), target=None),

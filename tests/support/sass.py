@@ -144,7 +144,7 @@ def hot_loops(code: Sequence[Instruction], least: int = 8) -> list[list[Instruct
         path = _hot_path([i for i in code if begin <= i.address <= end])
         words = sum(max(1, i.width // 4) for i in path if i.name in ("LDG", "STG"))
         found.append(_Loop(begin, end, path, (count(path, "MUFU.EX2"), words)))
-    # Loops with exponentials, or, in a kernel that has none, those that move words: not those over tokens, and of zeros.
+    # Those with exponentials, or, in a kernel that has none, those that move words: not those over tokens or of zeros.
     found = next((some for k in (0, 1) if (some := [one for one in found if one.work[k] >= least])), [])
 
     def contains(one: _Loop, other: _Loop) -> bool:
