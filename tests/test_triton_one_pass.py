@@ -317,12 +317,12 @@ def test_live_rows_come_first(size):
 
 
 def test_number_of_segments(monkeypatch):
-    """Their rows fill half of the cache, and no program goes without a row."""
+    """Their rows fill two thirds of the cache, and no program goes without a row."""
     monkeypatch.undo()
     from fusedpo.triton_kernels.one_pass import _num_segments
 
     device = torch.device("cpu")
-    assert _num_segments(device, 8192, 151_936 * 2) == (24 << 20) // (151_936 * 2)
+    assert _num_segments(device, 8192, 151_936 * 2) == (32 << 20) // (151_936 * 2)
     assert _num_segments(device, 8192, 1000) == 128
     assert _num_segments(device, 5, 1000) == 5
     assert _num_segments(device, 5, 1 << 30) == 1

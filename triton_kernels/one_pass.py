@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedpo import _checks
+from fusedpo import _checks, _chosen
 
 from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
 from .common import kernel, launch
@@ -476,12 +476,12 @@ _BLOCK = 16384  # logits of a row at a time, half of that where loads are narrow
 
 
 def _num_segments(device: torch.device, num_rows: int, row_bytes: int) -> int:
-    """A program per multiprocessor, while their rows fill no more than half of the L2 cache."""
+    """A program per multiprocessor, while their rows fill no more than their share of the L2 cache."""
     processors, cache = 128, 48 << 20
     if device.type == "cuda" and torch.version.hip is None:  # ROCm knows the L2 of one die, and not what lies beyond it
         properties = torch.cuda.get_device_properties(device)
         processors, cache = properties.multi_processor_count, properties.L2_cache_size
-    return max(1, min(num_rows, processors, cache // 2 // row_bytes))
+    return max(1, min(num_rows, processors, int(cache * _chosen.L2_SHARE) // row_bytes))
 
 
 def _tile(vocab_size: int, width: int) -> dict[str, int]:
