@@ -1,115 +1,146 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine without network that has nvcc, CMake, Ninja, pybind11, torch and Triton:
+# The first half hour on a machine with a GPU, nvcc, CMake, Ninja, pybind11, torch and Triton, and without network: three
+# commands, each of at most ten minutes from a bare machine. What to make of the results: docs/performance.md.
 #
-#     bench/on_gpu.sh --out DIR [--only build|test|bench|ncu] [--pack]
+#     bench/on_gpu.sh sweep --out DIR [--pack]
+#     bench/on_gpu.sh test --out DIR [--pack]
+#     bench/on_gpu.sh bench --out DIR [--pack]
 #
-# build   the extension, for this GPU alone
-# test    the tests marked gpu, and all of the log-probs in Triton; `python -m fusedpo verify`; both CUDA sanitizers on
-#         small kernels, where they work
-# bench   every operator; --only bench takes all sizes in bfloat16, the whole run one size
-# ncu     what the profiler says of the row kernels in one call, where it works
+# sweep   ceilings and variants of the kernels, Triton's while the extension is built and native ones after; sweep.json,
+#         and what bench/choose.py says of it
+# test    `python -m fusedpo verify`; the tests marked gpu, and all of the log-probs in Triton; memcheck on small kernels
+# bench   loss and gradient, and log-probs, beside the peers; what the profiler says of the row kernels
 #
 # A step that fails or takes too long ends, is recorded, and the next one runs; the exit status is 1 if any did. All of
-# it ends within $BUDGET seconds (default: 560): the steps that time does not reach are left out.
-# --pack leaves one archive and the summary in DIR, for machines from which only few files come back.
+# a command ends within $BUDGET seconds (default: 560): the steps that time does not reach are left out. --pack leaves
+# one archive and the summary in DIR, for machines from which only few files come back.
+# A rehearsal: FUSEDPO_DEVICE=cpu, which builds nothing; DRY_RUN=1 prints the steps instead of taking them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out="" only="" pack=""
+out="" command=${1:-} pack=""
+[[ $# -eq 0 ]] || shift
 while (($#)); do
     case $1 in
-        --out) out=$2 && shift 2 ;;
-        --only) only=$2 && shift 2 ;;
+        --out) out=${2:-} && shift 2 ;;
         --pack) pack=1 && shift ;;
-        *) sed -n '2,14s/^# \{0,1\}//p' "$0" && exit 2 ;;
+        *) out="" && break ;;
     esac
 done
-[[ -n $out && $only =~ ^(build|test|bench|ncu)?$ ]] || { echo "usage: $0 --out DIR [--only build|test|bench|ncu]" >&2; exit 2; }
+[[ -n $out && $command =~ ^(sweep|test|bench)$ ]] || { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
 
 mkdir -p "$out"
 out=$(realpath "$out")
 results=$out
 [[ -z $pack ]] || results=$(mktemp -d)
 python=${PYTHON:-python3}
-device=${FUSEDPO_DEVICE:-cuda} # cpu: a rehearsal of test and bench
+device=${FUSEDPO_DEVICE:-cuda}
 export PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=6
 failed=0
 
 # step NAME SECONDS COMMAND...: runs it for so long at most, its output in NAME.log, and adds a line to the summary.
 step() {
-    local name=$1 limit=$2 left=$((${BUDGET:-560} - SECONDS))
+    local name=$1 limit=$2 left=$((${BUDGET:-560} - SECONDS)) status
     shift 2
     ((limit < left)) || limit=$left
-    ((limit > 0)) || { failed=1 && echo "$name: no time left" | tee -a "$results/summary.txt" && return; }
-    echo "== $name: $*"
+    ((limit > 0)) || { echo "$name: no time left" | tee -a "$results/summary.txt" && return 1; }
+    echo "== $name, $limit s: $*"
+    [[ -z ${DRY_RUN:-} ]] || return 0
     local begin=$SECONDS
     timeout --signal=INT --kill-after=10 "$limit" "$@" >"$results/$name.log" 2>&1
     status=$?
     tail -n 25 "$results/$name.log"
-    ((status == 0)) || failed=1
     local word=ok
     ((status == 0)) || word="exit $status"
     ((status == 124 || status == 137)) && word="stopped after $limit s"
     printf '%-22s %6s s  %s\n' "$name" $((SECONDS - begin)) "$word" | tee -a "$results/summary.txt"
+    return $status
 }
+
+need() { step "$@" || failed=1; }
 
 # A tool that is missing, or that this machine does not let work, is no failure; what a sanitizer finds is (status 3).
 optional() {
-    local before=$failed
-    status=0
-    if command -v "$3" >/dev/null; then step "$@"; else echo "$1: no $3 here" | tee -a "$results/summary.txt"; fi
-    ((status == 3)) || failed=$before
+    if command -v "$3" >/dev/null || [[ -n ${DRY_RUN:-} ]]; then
+        step "$@"
+        (($? != 3)) || failed=1
+    else
+        echo "$1: no $3 here" | tee -a "$results/summary.txt"
+    fi
 }
 
-wanted() { [[ -z $only || $only == "$1" ]]; }
-
-built() { "$python" -c "from fusedpo import backends as b; exit(b.NATIVE_MISSING is not None or not b.HAS_CUDA_KERNELS)"; }
+install() { # NAME SECONDS VARIABLES...
+    step "$1" "$2" env "${@:3}" "$python" -m pip install --no-index --no-build-isolation --no-deps \
+        --disable-pip-version-check -e .
+}
 
 build() {
     local capability
     capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || return 1
-    step build 300 env FUSEDPO_NATIVE=1 FUSEDPO_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability" \
-        "$python" -m pip install --no-index --no-build-isolation --no-deps --disable-pip-version-check -e .
+    install build 300 FUSEDPO_NATIVE=1 FUSEDPO_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability"
 }
 
-: >"$results/summary.txt"
-date -u +%FT%TZ >>"$results/summary.txt"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | tee -a "$results/summary.txt"
-if wanted build || { [[ $device == cuda ]] && ! built 2>/dev/null; }; then build || failed=1; fi
-"$python" -m fusedpo env >"$results/env.txt" 2>&1
+built() {
+    [[ $device != cuda || -n ${DRY_RUN:-} ]] ||
+        "$python" -c "from fusedpo import backends as b; exit(b.NATIVE_MISSING is not None or not b.HAS_CUDA_KERNELS)"
+}
 
-if wanted test; then
-    step verify 90 "$python" -m fusedpo verify --device "$device" --out "$results/verify.json"
-    step test 150 "$python" -m pytest -m gpu -q --continue-on-collection-errors --junit-xml "$results/test.xml"
-    step test-logprobs 120 "$python" -m pytest tests/test_triton_logprobs.py -m "not gpu" -q --junit-xml "$results/test-logprobs.xml"
-    for tool in memcheck racecheck; do
-        optional "sanitizer-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 3 "$python" bench/small.py "$device"
-    done
-fi
+{
+    date -u +%FT%TZ
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader
+} >"$results/summary.txt" 2>/dev/null
+[[ $command == sweep ]] || built 2>/dev/null || build || failed=1
 
-if wanted bench; then
-    # Seconds at most; what an operator has measured until then is written.
-    if [[ -z $only ]]; then
-        sizes=(--quick) limits=(one_pass=60 token_logprobs=60 policy_loss=60 advantages=60 hidden=60)
+if [[ $command == sweep ]]; then
+    # shellcheck disable=SC2206
+    sweep=("$python" bench/sweep.py --device "$device" --out "$results/sweep.json" ${SWEEP:-})
+    if built 2>/dev/null; then
+        need sweep 400 "${sweep[@]}"
     else
-        sizes=(--dtype bfloat16) limits=(one_pass=200 hidden=140 token_logprobs=110 policy_loss=60 advantages=40)
+        install install 60 FUSEDPO_NATIVE=0 || failed=1
+        build &
+        need sweep-triton 300 "${sweep[@]}" --backend torch triton
+        wait $! || failed=1
+        need sweep-native 150 "${sweep[@]}" --backend native
     fi
-    for limit in "${limits[@]}"; do
-        operator=${limit%=*}
-        step "bench-$operator" "${limit#*=}" "$python" -m fusedpo bench --op "$operator" --device "$device" --out "$results" "${sizes[@]}"
+    need choose 20 "$python" bench/choose.py "$results/sweep.json"
+fi
+
+if [[ $command == test ]]; then
+    files=(tests/test_{advantages,advantages_kernel,hidden_cuda,one_pass_cuda,peers,policy_loss_cuda}.py
+        tests/test_triton_{logprobs,one_pass,policy_loss}.py)
+    need verify 90 "$python" -m fusedpo verify --device "$device" --out "$results/verify.json"
+    need test 240 "$python" -m pytest -m gpu -q -n 8 --continue-on-collection-errors --junit-xml "$results/test.xml" \
+        "${files[@]}"
+    need test-logprobs 120 "$python" -m pytest tests/test_triton_logprobs.py -m "not gpu" -q -n 8 \
+        --junit-xml "$results/test-logprobs.xml"
+    need small 60 "$python" bench/small.py "$device" # so that Triton has compiled before a sanitizer watches
+    optional sanitizer-memcheck 150 compute-sanitizer --tool memcheck --error-exitcode 3 "$python" bench/small.py "$device"
+fi
+
+if [[ $command == bench ]]; then
+    # Compilers take most of the seconds of torch.compile: the others first.
+    for operator in one_pass token_logprobs; do
+        need "bench-$operator" 150 "$python" -m fusedpo bench --op "$operator" --device "$device" --dtype bfloat16 \
+            --providers fusedpo trl liger eager --out "$results"
     done
-fi
-
-if wanted ncu; then
-    metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread
-    metrics+=,dram__bytes_read.sum,dram__bytes_write.sum,sm__warps_active.avg.pct_of_peak_sustained_active
-    optional ncu 60 ncu --clock-control none --metrics $metrics --launch-count 60 --csv \
+    metrics=gpu__time_duration.sum,launch__registers_per_thread,sm__inst_executed.sum
+    metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active
+    metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes_read.sum,dram__bytes_write.sum
+    metrics+=,lts__t_sector_hit_rate.pct
+    for reason in barrier long_scoreboard math_pipe_throttle wait; do
+        metrics+=,smsp__average_warps_issue_stalled_${reason}_per_issue_active.ratio
+    done
+    optional ncu 150 ncu --clock-control none --metrics "$metrics" --launch-count 60 --csv \
         --kernel-name 'regex:.*(row|pass|logprob|token|policy|group|advantage).*' "$python" bench/small.py "$device" large
+    need bench-compile 60 "$python" -m fusedpo bench --op one_pass --device "$device" --dtype bfloat16 \
+        --providers torch.compile --out "$results/compile"
 fi
 
+"$python" -m fusedpo env >"$results/env.txt" 2>&1
 cat "$results/summary.txt"
 if [[ -n $pack ]]; then
-    tar -czf "$out/on_gpu.tar.gz" -C "$results" .
+    tar -czf "$out/$command.tar.gz" -C "$results" .
     cp "$results/summary.txt" "$out/"
     rm -r "$results"
 fi

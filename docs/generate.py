@@ -16,11 +16,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import record  # noqa: E402
+from bench import choose, record  # noqa: E402
 from bench.record import BUSY, ENOUGH, Row, number  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
 PAGES = ("README.md", "docs/performance.md", "docs/verification.md")
+BUDGETS = ROOT / "tests/budgets.json"
 COUNTERS = tuple(ROOT / "tests/ptx" / name for name in ("counters.json", "counters_cuda.json"))
 
 Document = dict[str, Any]
@@ -341,12 +342,53 @@ def _counters(document: Document) -> str:
     return f"{compiler}, {document['target']}, two rows; {note}.\n\n{table(header, lines)}"
 
 
+def budgets() -> str:
+    """What the row kernels issue, by kernel and architecture; exact, and compared by a test."""
+    rows = json.loads(BUDGETS.read_text())
+    lines = []
+    for kernel, case in dict.fromkeys((row["kernel"], row["case"]) for row in rows):
+        for compiler in dict.fromkeys(row["compiler"] for row in rows):
+            here = {
+                row["target"]: row
+                for row in rows
+                if (row["compiler"], row["kernel"], row["case"]) == (compiler, kernel, case)
+            }
+            if here:
+                lines.append(
+                    [f"`{kernel.strip('_')}`", case, compiler, *(_budget(here.get(t)) for t in BUDGET_TARGETS)]
+                )
+    cell = "issued, exponentials per logit, barriers per iteration: largest share"
+    return f"Cells: {cell}.\n\n{table(('kernel', 'case', 'compiler', *BUDGET_TARGETS), lines)}"
+
+
+BUDGET_TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+def _budget(row: RowDict | None) -> str:
+    if row is None:
+        return ""
+    unit, share = max(row["shares"].items(), key=lambda item: item[1])
+    counts = f"{row['issued']:.1f}, {row['exponentials']:.2f}, {row['barriers']}"
+    return f"{counts}: {share:.0%} ({unit})"
+
+
+def go() -> str:
+    """The questions that a sweep answers, and what it has answered."""
+    parts = [table(("question", "go", "no-go"), (line[:3] for line in choose.answers({"rows": []})))]
+    for path in sorted(RESULTS.glob("*/sweep.json")):
+        document = json.loads(path.read_text())
+        parts.append(f"{document['device']}, {document['date']}:\n\n{choose.table(choose.answers(document))}")
+    return "\n\n".join(parts)
+
+
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "measured": measured,
     "tables": tables,
     "ceilings": ceilings,
+    "budgets": budgets,
+    "go": go,
     "compiled": compiled,
     "counters": counters,
     "devices": devices,

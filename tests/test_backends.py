@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from fusedpo.bench import choose
 
 import fusedpo
-from fusedpo import backends
+from fusedpo import _chosen, backends
 from fusedpo.ops import token_logprobs as ops_token_logprobs
 
 X, IDS = torch.randn(3, 5), torch.tensor([0, 1, 2])
@@ -273,3 +276,28 @@ def test_env_reports_versions_and_the_choice_for_every_operator():
 def test_bad_input(name, error, message, call):
     with fusedpo.backend(name), pytest.raises(error, match=message):
         call()
+
+
+# --------------------------------------------------------------------------------------------------- what was measured
+
+
+@pytest.mark.parametrize(
+    "operator", sorted(o for o, by in backends.IMPLEMENTATIONS.items() if "cuda" in by.get("native", ()))
+)
+def test_native_cuda_kernels_run_where_they_were_chosen(monkeypatch, operator):
+    """All alike: forced, or after a measurement."""
+    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    monkeypatch.setattr(_chosen, "NATIVE_ON_CUDA", ())
+    assert backends.kernel_for(operator, "cuda") == "triton"
+    assert backends.kernel_for(operator, "cpu") == "native"
+    with fusedpo.backend("native"):
+        assert backends.kernel_for(operator, "cuda") == "native"
+    monkeypatch.setattr(_chosen, "NATIVE_ON_CUDA", (operator,))
+    assert backends.kernel_for(operator, "cuda") == "native"
+
+
+def test_what_is_chosen_was_recorded():
+    """A native CUDA kernel runs by itself only where bench/results has a GPU's sweep that chooses it."""
+    sweeps = sorted((Path(__file__).parents[1] / "bench/results").glob("*/sweep.json"))
+    chosen = {operator for path in sweeps for operator in choose.decide(json.loads(path.read_text())).native}
+    assert set(_chosen.NATIVE_ON_CUDA) <= chosen

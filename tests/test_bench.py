@@ -586,15 +586,6 @@ def test_bench_without_rich_says_what_to_install(monkeypatch, capsys) -> None:
     assert "pip install rich matplotlib" in capsys.readouterr().err
 
 
-def test_on_gpu_is_a_valid_script(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "bench/on_gpu.sh"
-    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    usage = subprocess.run(
-        ["bash", script, "--only", "everything", "--out", tmp_path], capture_output=True, check=False
-    )
-    assert usage.returncode == 2
-
-
 def test_few_calls_of_the_dispatcher_come_before_the_first_kernel() -> None:
     """As long as each takes as all checks of a tensor: arguments that kernels take as they are cost none."""
     expected = {

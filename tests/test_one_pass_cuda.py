@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -307,7 +307,7 @@ def test_windows_reach_over_segments_not_over_ends(program, ahead):
     p = problem(objective, (61,), 40, lengths=[1, 17, 0, 1, 1, 37, 4], spread=0.05)
     calls = [Call(p, Device(1, clusters=n), target=t) for n, t in ((1, DENSE), (2, None), (7, None), (64, None))]
     results = check(program, calls)
-    for one, other in pairwise(results):
+    for one, other in itertools.pairwise(results):
         assert all(map(torch.equal, one[1:], other[1:]))
 
 
@@ -495,9 +495,16 @@ def test_how_rows_lie_in_shared_memory(program):
 def check_a_few(program: Path) -> None:
     p = problem(NFPO, (12,), 3001, torch.bfloat16, lengths=[4, 1, 7])
     long = problem(O.nfpo(6), (12,), 1001, lengths=[12])
+    one_warp = Device(1, clusters=2)  # which has six slices of a row
+    sliced = []
+    for dtype, objective in itertools.product(DTYPES, (NFPO, O.nfpo(3))):  # some rows of the latter are zeros
+        size, zero = 5 * 2048 // dtype.itemsize + 3, torch.arange(8) % 4 == 1
+        p = without_mask(problem(objective, (8,), size, dtype, lengths=[8]))
+        sliced.append(Call(p._replace(advantages=p.advantages.where(~zero, 0)), one_warp))
     check(
         program,
         [
+            *sliced,
             Call(p, Device(2, ONE_SLICE, 2), Memory(3, 2), None),
             Call(p, Device(2, ONE_SLICE, 3)),
             Call(long, Device(2, TWO_SLICES, 4), target=None),

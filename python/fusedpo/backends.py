@@ -1,8 +1,9 @@
 """Which implementation of an operator runs where, and why not another.
 
 ``reference`` is plain PyTorch and runs everywhere; ``native`` is C++ and CUDA; ``triton`` is for accelerators (and for
-the CPU under ``TRITON_INTERPRET=1``). ``auto`` takes the first of the device's order that can run; a backend that was
-forced never falls back. What is forced is a module global: a ``ContextVar`` would break the graph under
+the CPU under ``TRITON_INTERPRET=1``). ``auto`` takes the first of the device's order that can run; native CUDA kernels
+only where ``_chosen.py`` has their operator, which a device's record under ``bench/results`` puts there. A backend that
+was forced never falls back. What is forced is a module global: a ``ContextVar`` would break the graph under
 ``torch.compile``, and autograd runs backwards, and what checkpoints compute again, in threads of its own.
 """
 
@@ -19,7 +20,7 @@ from types import TracebackType
 
 import torch
 
-from . import _checks
+from . import _checks, _chosen
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -39,9 +40,6 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "whiten (process group)": {},
     "optimal_token_baseline": {},
 }
-
-# Kernels that run only when their backend is forced: nothing in bench/results shows yet that they are right and faster.
-_UNPROVEN = {("one_pass", "native", "cuda"), ("row_stats", "native", "cuda")}
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ORDER = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference; other devices: triton
@@ -196,7 +194,8 @@ def kernel_for(operator: str, device: str, dtype: torch.dtype = torch.float32) -
     if _forced is not None:
         return _forced if _forced != "reference" and why_not(_forced, operator, device, dtype) is None else None
     for name in _ORDER.get(device, ("triton",)):
-        if (operator, name, device) not in _UNPROVEN and why_not(name, operator, device, dtype) is None:
+        is_open = (name, device) != ("native", "cuda") or operator in _chosen.NATIVE_ON_CUDA
+        if is_open and why_not(name, operator, device, dtype) is None:
             return name
     return None
 
@@ -204,13 +203,13 @@ def kernel_for(operator: str, device: str, dtype: torch.dtype = torch.float32) -
 def rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
     """How many rows of logits the Triton kernel of one_pass can have in the L2 cache, and how many it would need there.
 
-    It needs one for each multiprocessor, and reads each again while it is there: 2/3 of the cache are for them.
+    It needs one for each multiprocessor, and reads each again while it is there: a share of the cache is for them.
     """
     processors, cache = 128, 48 << 20
     if device.type == "cuda" and torch.version.hip is None:  # ROCm knows the L2 of one die, and not what lies beyond it
         properties = torch.cuda.get_device_properties(device)
         processors, cache = properties.multi_processor_count, properties.L2_cache_size
-    return max(1, min(processors, cache * 2 // 3 // row_bytes)), processors
+    return max(1, min(processors, int(cache * _chosen.L2_SHARE) // row_bytes)), processors
 
 
 def takes_two_passes(logits: torch.Tensor, backend: str) -> bool:
