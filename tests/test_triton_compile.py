@@ -83,7 +83,11 @@ def compiled() -> dict[tuple[str, str], dict]:
 
 
 def elements_per_thread(result: dict) -> int:
-    return result["ROWS"] * result["BLOCK"] // (32 * result["num_warps"])
+    """Of a block of the gradient, or of a step of the sums: 4 words of each lane."""
+    if "BLOCK" in result:
+        return result["ROWS"] * result["BLOCK"] // (32 * result["num_warps"])
+    words = 4 * result["ROWS"] * result["LANES"] // (32 * result["num_warps"])
+    return words * (2 if result["WIDTH"] == 8 else 1)
 
 
 @pytest.mark.parametrize("target", triton_aot.TARGETS)
@@ -104,13 +108,29 @@ def test_short_rows_share_a_program(compiled, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_exponential_per_element(compiled, case):
-    """In each of two copies of the sweep, over complete blocks and the last.
+    """In each copy of the sweep: over steps in the loop, the one ahead of it, the last; over complete blocks, the last.
 
-    Beside them, forward one in each copy for every row; backward one for the chosen columns.
+    Beside them, forward one in each copy for every lane, and one to merge it; backward one for the chosen columns.
     """
     result = compiled[case, "sm_90"]
-    others = 2 * result["ROWS"] if case.startswith("forward") else int(case in CHOSEN_GRADIENT)
-    assert result["asm"].count("ex2.approx") == 2 * elements_per_thread(result) + others
+    others = int(case in CHOSEN_GRADIENT)
+    if case.startswith("forward"):
+        others = 4 * result["ROWS"] * result["LANES"] // (32 * result["num_warps"])
+    assert result["asm"].count("ex2.approx") == copies(case) * elements_per_thread(result) + others
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("forward")])
+def test_rows_are_summed_without_a_barrier(compiled, case):
+    """Lanes meet when the row is over."""
+    sweep, _, rest = compiled[case, "sm_90"]["asm"].rpartition("ld.global.L1::evict_first")
+    assert "bar.sync" not in sweep
+    assert "shfl" not in sweep
+    assert "shfl" in rest
+
+
+def copies(case: str) -> int:
+    """Of the sweep: forward over the first step, those in the loop and the last; backward over blocks and the last."""
+    return 3 if case.startswith("forward") else 2
 
 
 def sweep_accesses(result: dict) -> list[list[str]]:
@@ -127,7 +147,7 @@ def test_aligned_rows_are_accessed_16_bytes_at_a_time(compiled, case):
     result = compiled[case, "sm_90"]
     itemsize = 4 if "fp32" in case else 2
     for widths in sweep_accesses(result):
-        assert widths == ["v4.b32"] * (2 * elements_per_thread(result) * itemsize // 16)
+        assert widths == ["v4.b32"] * (copies(case) * elements_per_thread(result) * itemsize // 16)
 
 
 @pytest.mark.parametrize("case", UNALIGNED)
@@ -135,7 +155,7 @@ def test_unaligned_rows_are_accessed_by_element(compiled, case):
     """Neighbouring threads access neighbouring elements: the layout is [1 element] x [32 threads]."""
     result = compiled[case, "sm_90"]
     for widths in sweep_accesses(result):
-        assert widths == ["b16"] * (2 * elements_per_thread(result))
+        assert widths == ["b16"] * (copies(case) * elements_per_thread(result))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -156,17 +156,17 @@ def test_every_trust_region(objective):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [2, 3, 127, 128, 129, 640, 1000, 3001])
 def test_sizes(dtype, vocab_size):
-    """Less than a block, a complete one, several, and an incomplete one behind; aligned rows or not."""
+    """Less than a step, a complete one, several, and an incomplete one behind; aligned rows or not."""
     batch = make_batch((3,), vocab_size, dtype=dtype, kept=1)
     check(batch, O.nfpo(2, entropy_coef=0.1 * (vocab_size % 2)), inplace=vocab_size < 200)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_of_the_real_size(dtype, monkeypatch):
+def test_steps_of_the_real_size(dtype, monkeypatch):
     from fusedpo.triton_kernels import one_pass
 
     monkeypatch.undo()
-    assert one_pass._BLOCK == 16384
+    assert one_pass._LANES == 2048  # of 4 words of 2 elements, where they are of 16 bits
     for vocab_size in (16384 + 1024, 16384 + 3):
         check(make_batch((2,), vocab_size, dtype=dtype, kept=1), O.nfpo(2, entropy_coef=0.1))
 
@@ -317,33 +317,54 @@ def test_live_rows_come_first(size):
 
 
 def test_number_of_segments(monkeypatch):
-    """Their rows fill half of the cache, and no program goes without a row."""
+    """Their rows fill two thirds of the cache, and no program goes without a row."""
     monkeypatch.undo()
     from fusedpo.triton_kernels.one_pass import _num_segments
 
     device = torch.device("cpu")
-    assert _num_segments(device, 8192, 151_936 * 2) == (24 << 20) // (151_936 * 2)
+    assert _num_segments(device, 8192, 151_936 * 2) == (32 << 20) // (151_936 * 2)
     assert _num_segments(device, 8192, 1000) == 128
     assert _num_segments(device, 5, 1000) == 5
     assert _num_segments(device, 5, 1 << 30) == 1
 
 
-def test_what_was_read_last_is_read_first_again(monkeypatch):
-    """The end of a row is in the cache, should the row be too large for it."""
+def test_a_row_is_written_while_the_one_before_it_is_read(monkeypatch):
+    """Memory is never idle: between loads of row k - 1 there are stores of row k, from the third row to the first."""
     if DEVICE != "cpu" or ptx.runs_triton():
         pytest.skip("only the interpreter shows the order of loads")
     from triton.runtime.interpreter import interpreter_builder
 
-    starts, load = [], interpreter_builder.create_masked_load
+    use_segments(monkeypatch, 1)
+    batch = make_batch((3,), 384, kept=1)
+    logits, order = batch["logits"], []
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
 
-    def watched(pointers, *args):
-        if pointers.data.size == 128:  # a block of logits
-            starts.append(int(pointers.data.min()))
-        return load(pointers, *args)
+    def row_of(pointers, mask, begin):
+        rows = (pointers.data[mask.data] - begin) // (4 * 384)
+        return set(rows.tolist()) if pointers.data.size == 32 or pointers.data.size == 128 else set()
 
-    monkeypatch.setattr(interpreter_builder, "create_masked_load", watched)
-    run(make_batch((1,), 300, kept=1), O.ppo())
-    assert [start - starts[0] for start in starts] == [0, 4 * 128, 4 * 256, 4 * 256, 4 * 128, 0]
+    def loaded(pointers, mask, *args):
+        order.extend(f"read {row}" for row in row_of(pointers, mask, logits.data_ptr()) if pointers.data.size == 32)
+        return load(pointers, mask, *args)
+
+    def stored(pointers, value, mask, *args):
+        order.extend(f"write {row}" for row in row_of(pointers, mask, gradient.data_ptr()))
+        return store(pointers, value, mask, *args)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", loaded)
+    monkeypatch.setattr(interpreter_builder, "create_masked_store", stored)
+    gradient = torch.empty_like(logits)
+    args = [x for name, x in batch.items() if name != "logits"]
+    torch.ops.fusedpo.one_pass.triton(
+        logits, gradient, *torch.empty(2, 3), *args, *ops_policy_loss.encode(O.reinforce())
+    )
+    read, step = ["read {}"] * 4, ["read {}"] * 4 + ["write {}"]
+    assert order == [
+        *(x.format(2) for x in 3 * read),
+        *(x.format(1 if "read" in x else 2) for x in [*read, *step, *step, "write {}"]),
+        *(x.format(0 if "read" in x else 1) for x in [*read, *step, *step, "write {}"]),
+        *(["write 0"] * 3),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows

@@ -31,7 +31,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int, **constants: Any) -> None:
-    """Runs ``programs`` programs of a kernel on the current stream of ``device``."""
+def launch(
+    kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int, alone: bool = False, **constants: Any
+) -> None:
+    """Runs ``programs`` programs of a kernel on the current stream of ``device``.
+
+    ``alone``: no multiprocessor has more than one of them, so its threads may have all registers. ptxas would spill
+    some for the sake of a second program.
+    """
+    if alone and device.type != "xpu" and torch.version.hip is None:
+        constants["maxnreg"] = min(255, 65536 // (32 * num_warps))
     with torch.accelerator.device_index(device.index):
         kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)

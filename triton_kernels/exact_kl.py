@@ -1,8 +1,8 @@
 """KL divergences over the vocabulary: a program walks one row of both tensors of logits, three times.
 
-The first walk reduces both rows to the logarithms of their sums (see logprobs.py), the second sums the divergence, the
+The first walk reduces both rows to the logarithms of their sums (see sums.py), the second sums the divergence, the
 third writes the gradient: reads that find the row in the L2 cache, as a row of 152k logits in bfloat16 is 0.3 MB. The
-order of every sum follows from V and the block alone.
+order of every sum follows from V, the block and whether rows are aligned.
 """
 
 from __future__ import annotations
@@ -13,19 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import kernel, launch
-from .logprobs import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    MINUS_INF,
-    RowLayout,
-    _row_pointers,
-    _rows,
-    add_block,
-    log1p,
-    row_width,
-    with_layout,
-)
+from .logprobs import RowLayout, _row_pointers, _rows, row_width, with_layout
+from .sums import LN2, LOG2E, LOWEST, MINUS_INF, log1p, reduce_rows, words_of
 
 
 @triton.jit
@@ -42,19 +31,14 @@ def _terms(x, y, reference_x, scale_x, log_sum_x, reference_y, scale_y, log_sum_
 
 
 @triton.jit
-def _sums(row, size, scale, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def _sums(words, size, scale, LANES: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """The reference and the logarithm to the base of 2 of the sum of a row; nan for one of -inf."""
-    top = tl.full([1], MINUS_INF, tl.float32)
-    ones = tl.zeros([1], tl.float32)
-    rest = tl.zeros([1], tl.float32)
-    weighted = tl.zeros([1], tl.float32)
-    columns = tl.arange(0, BLOCK)[None, :]
-    for start in range(0, size, BLOCK):
-        inside = tl.max_constancy(start + columns < size, [1, WIDTH])
-        x = tl.load(row + (start + columns), mask=inside, other=MINUS_INF)
-        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, False)
-    reference = tl.where(top == MINUS_INF, 0.0, top)
-    rest = ones - 1 + rest
+    PER_WORD: tl.constexpr = 2 if WIDTH == 8 else 1
+    size = size // PER_WORD
+    lanes = tl.arange(0, LANES)[None, :]
+    reference, rest, _ = reduce_rows(
+        words[:, None], size, size, scale[:, None], lanes, WIDTH, DTYPE, False, "evict_last"
+    )
     log_sum = tl.where(rest > -1, log1p(rest), float("nan")) * LOG2E
     return reference[:, None], log_sum[:, None]
 
@@ -83,6 +67,7 @@ def _exact_kl_kernel(
     temperature_stride,
     ref_temperature_stride,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     FORWARD: tl.constexpr,
 ):
@@ -91,11 +76,13 @@ def _exact_kl_kernel(
     size = tl.where(tl.max(kept.to(tl.int32), 0) != 0, vocab_size, 0)
     x_row = _row_pointers(logits, inner_x, outer_stride_x, inner_stride_x, 1, WIDTH)
     y_row = _row_pointers(ref_logits, inner_y, outer_stride_y, inner_stride_y, 1, WIDTH)
+    x_words, y_words = words_of(x_row, WIDTH), words_of(y_row, WIDTH)
+    x_row, y_row = x_row[:, None], y_row[:, None]
     T = tl.load(temperature + rows * temperature_stride, mask=kept, other=1.0)
     ref_T = tl.load(ref_temperature + rows * ref_temperature_stride, mask=kept, other=1.0)
     scale_x, scale_y = tl.div_rn(LOG2E, T), tl.div_rn(LOG2E, ref_T)
-    reference_x, log_sum_x = _sums(x_row, size, scale_x, BLOCK, WIDTH)
-    reference_y, log_sum_y = _sums(y_row, size, scale_y, BLOCK, WIDTH)
+    reference_x, log_sum_x = _sums(x_words, size, scale_x, LANES, WIDTH, logits.dtype.element_ty)
+    reference_y, log_sum_y = _sums(y_words, size, scale_y, LANES, WIDTH, logits.dtype.element_ty)
     scale_x, scale_y = scale_x[:, None], scale_y[:, None]
 
     columns = tl.arange(0, BLOCK)[None, :]
@@ -112,7 +99,7 @@ def _exact_kl_kernel(
     tl.store(kl + rows, tl.where(kept, total * LN2, 0.0))
 
     if grad_logits is not None:
-        g_row = _row_pointers(grad_logits, inner_g, outer_stride_g, inner_stride_g, 1, WIDTH)
+        g_row = _row_pointers(grad_logits, inner_g, outer_stride_g, inner_stride_g, 1, WIDTH)[:, None]
         factor = tl.div_rn(tl.load(scale + rows), T)[:, None]
         for start in range(0, vocab_size, BLOCK):
             inside = tl.max_constancy(start + columns < vocab_size, [1, WIDTH])
@@ -150,6 +137,7 @@ def _run(
     if grad_logits is not None:
         widths.append(row_width(grad_logits, grad_layout))
     block = max(512, min(triton.next_power_of_2(vocab_size), 16384 // itemsize))
+    num_warps = min(16, max(1, block // 512))
     launch(
         _exact_kl_kernel,
         kl.numel(),
@@ -170,9 +158,10 @@ def _run(
         int(temperature.dim() > 0),
         int(ref_temperature.dim() > 0),
         BLOCK=block,
+        LANES=128 * num_warps,
         WIDTH=min(widths),
         FORWARD=forward,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=num_warps,
     )
     return kl
 

@@ -1,14 +1,8 @@
 """Token log-probs: one read of the logits forward, one read and one write of them backward.
 
-A program owns a tile of rows x columns: one long row, which it walks block by block, or several short rows side by
-side. A row is reduced to (reference, rest, weighted). The reference is its maximum; with t_j = (x_j - reference) / T
-and e_j = exp(t_j), the sum of e_j is 1 + rest, and weighted is the sum of e_j t_j. The 1 is one of the elements at the
-maximum, so that nothing is lost beside a dominant logit. (A row that is -inf everywhere has reference 0, rest -1.) Then
-
-    log p_y = t_y - log1p(rest),   entropy = log1p(rest) - weighted / (1 + rest).
-
-The order of every sum follows from V, K, the dtype, the alignment of rows and the ids of the row: it depends neither on
-the number of rows nor on the place of a row among them.
+A program owns one long row, which it walks step by step, or several short rows side by side, and reduces each to
+(reference, rest, weighted), which sums.py explains. The order of every sum follows from V, K, the dtype, whether all
+rows are aligned, and the ids of the row: it depends neither on the number of rows nor on the place of a row among them.
 """
 
 from __future__ import annotations
@@ -27,23 +21,9 @@ from fusedpo import _checks
 
 from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
 from .common import cdiv, kernel, launch
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-MINUS_INF = tl.constexpr(float("-inf"))
-LOWEST = tl.constexpr(-200.0)  # 2^-200 is 0 in float32; t = -inf is moved here where 0 * -inf would arise
-
+from .sums import LN2, LOG2E, LOWEST, TILES, log1p, reduce_rows, words_of
 
 # -------------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x = -1 and x >= 0, with all digits of a small x."""
-    s = x / (2 + x)
-    square = s * s
-    series = 1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square * (1 / 11)))))
-    return tl.where(tl.abs(x) < 0.5, 2 * s * series, tl.log(1 + x))
 
 
 @triton.jit
@@ -59,14 +39,14 @@ def _rows(mask, num_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def _row_pointers(base, inner_rows, outer_stride, inner_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """[ROWS, 1] pointers to the rows of this program, in a tensor of leading dimensions (outer, inner_rows)."""
+    """[ROWS] pointers to the rows of this program, in a tensor of leading dimensions (outer, inner_rows)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     outer = (rows // inner_rows).to(tl.int64) * outer_stride  # rows * V may exceed 2^31
     inner = (rows % inner_rows).to(tl.int64) * inner_stride
     pointers = base + (outer + inner)
     if WIDTH > 1:
         pointers = tl.multiple_of(pointers, 16)
-    return pointers[:, None]
+    return pointers
 
 
 @triton.jit
@@ -76,30 +56,6 @@ def _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS: tl.constexpr):
     places = rows[:, None] * num_ids + k
     ids = tl.load(token_ids + places, mask=kept[:, None] & (k < num_ids), other=-1)
     return ids, places, k < num_ids, (ids >= 0) & (ids < vocab_size)
-
-
-@triton.jit
-def add_block(x, top, ones, rest, weighted, scale, ENTROPY: tl.constexpr):
-    """Adds a block [ROWS, BLOCK] to the sums of its rows: `ones` elements at the maximum `top`, `rest` of others."""
-    block_top = tl.max(x, 1)
-    new_top = tl.maximum(top, block_top)
-    reference = tl.where(new_top == MINUS_INF, 0.0, new_top)
-    shift = tl.maximum((top - reference) * scale, LOWEST)
-    if ENTROPY:
-        weighted = (weighted + shift * (ones + rest)) * tl.exp2(shift)
-    rest = tl.where(shift == 0, rest, (ones + rest) * tl.exp2(shift))
-    ones = tl.where(shift == 0, ones, 0.0)
-
-    t = (x - reference[:, None]) * scale[:, None]
-    e = tl.exp2(t)
-    if ENTROPY:
-        weighted += tl.sum(e * tl.maximum(t, LOWEST), 1)
-    if tl.max((block_top >= top).to(tl.int32), 0) != 0:  # otherwise nothing in this block is at the maximum
-        at_top = e == 1
-        ones += tl.sum(at_top.to(tl.float32), 1)
-        e = tl.where(at_top, 0.0, e)
-    rest += tl.sum(e, 1)
-    return new_top, ones, rest, weighted
 
 
 @kernel
@@ -119,7 +75,7 @@ def _token_logprobs_kernel(
     inner_stride,
     temperature_stride,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     IDS: tl.constexpr,
     WIDTH: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -130,26 +86,23 @@ def _token_logprobs_kernel(
     T = tl.load(temperature + rows * temperature_stride, mask=kept, other=1.0)
     scale = tl.div_rn(LOG2E, T)
     ids, places, is_id, in_range = _load_ids(token_ids, rows, kept, num_ids, vocab_size, IDS)
-    chosen = tl.load(row + ids, mask=in_range, other=float("nan")).to(tl.float32)
+    chosen = tl.load(row[:, None] + ids, mask=in_range, other=float("nan")).to(tl.float32)
 
-    top = tl.full([ROWS], MINUS_INF, tl.float32)
-    ones = tl.zeros([ROWS], tl.float32)
-    rest = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS], tl.float32)
-    columns = tl.arange(0, BLOCK)[None, :]
-    size = tl.where(tl.max(kept.to(tl.int32), 0) != 0, vocab_size, 0)
-    full = size // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        x = tl.load(row + (start + columns), mask=kept[:, None], other=MINUS_INF, eviction_policy="evict_first")
-        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
-    if full < size:
-        inside = kept[:, None] & tl.max_constancy(full + columns < size, [1, WIDTH])
-        x = tl.load(row + (full + columns), mask=inside, other=MINUS_INF, eviction_policy="evict_first")
-        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
-
-    reference = tl.where(top == MINUS_INF, 0.0, top)
-    rest = ones - 1 + rest
-    weighted *= LN2
+    PER_WORD: tl.constexpr = 2 if WIDTH == 8 else 1
+    size = vocab_size // PER_WORD
+    end = tl.where(kept, size, 0)
+    lanes = tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, LANES)[None, :]
+    reference, rest, weighted = reduce_rows(
+        words_of(row, WIDTH)[:, None],
+        tl.max(end, 0),
+        end[:, None],
+        scale[:, None],
+        lanes,
+        WIDTH,
+        logits.dtype.element_ty,
+        ENTROPY,
+        "evict_first",
+    )
     log_sum = log1p(rest)
     logprob = tl.div_rn(chosen - reference[:, None], T[:, None]) - log_sum[:, None]
     tl.store(logprobs + places, tl.where(kept[:, None], logprob, 0.0), mask=exists[:, None] & is_id)
@@ -162,12 +115,12 @@ def _token_logprobs_kernel(
 
 @triton.jit
 def gradient_of(x, reference, scale, constant, slope, ENTROPY: tl.constexpr):
-    """exp(t) (constant + slope t) of a block [ROWS, BLOCK]."""
-    t = (x.to(tl.float32) - reference[:, None]) * scale[:, None]
-    weight = constant[:, None]
+    """exp(t) (constant + slope t) of a block."""
+    t = (x.to(tl.float32) - reference) * scale
+    weight = constant
     if ENTROPY:
         t = tl.maximum(t, LOWEST)
-        weight += slope[:, None] * t
+        weight += slope * t
     return tl.exp2(t) * weight
 
 
@@ -262,6 +215,7 @@ def _token_logprobs_backward_kernel(
     mean = tl.load(stats + 3 * rows + 2, mask=evaluated, other=0.0) * inverse
     row = _row_pointers(logits, inner_rows, outer_stride, inner_stride, ROWS, WIDTH)
     grad_row = _row_pointers(grad_logits, inner_rows, grad_outer_stride, grad_inner_stride, ROWS, WIDTH)
+    row, grad_row = row[:, None], grad_row[:, None]
 
     if grad_logprobs is not None:
         in_range = in_range & evaluated[:, None]
@@ -276,6 +230,7 @@ def _token_logprobs_backward_kernel(
     normaliser = tl.div_rn(inverse, T)
     constant = (g_entropy * mean - g_sum) * normaliser
     slope = -LN2 * g_entropy * normaliser
+    reference, scale, constant, slope = reference[:, None], scale[:, None], constant[:, None], slope[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     full = vocab_size // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
@@ -359,8 +314,19 @@ def row_width(tensor: Tensor, layout: RowLayout) -> int:
 
 
 @lru_cache
+def _lanes(vocab_size: int, num_ids: int, width: int) -> dict[str, int]:
+    """4 warps: for one long row, or for up to four that are a step or less each."""
+    words = vocab_size // 2 if width == 8 else vocab_size
+    lanes = max(128, min(triton.next_power_of_2(cdiv(words, TILES.value)), 512))
+    ids = triton.next_power_of_2(max(1, num_ids))
+    rows = max(1, 512 // max(lanes, ids))
+    num_warps = min(16, rows * max(lanes, ids) // 128)
+    return {"ROWS": rows, "LANES": lanes, "IDS": ids, "WIDTH": width, "num_warps": num_warps}
+
+
+@lru_cache
 def _tile(vocab_size: int, num_ids: int, itemsize: int, width: int) -> dict[str, int]:
-    """A tile: 16 KB of a long row, or 2048 logits of up to four short ones.
+    """A tile of the gradient: 16 KB of a long row, or 2048 logits of up to four short ones.
 
     A thread has 64 bytes of it, or 8 logits where loads are narrow.
     """
@@ -418,10 +384,10 @@ def token_logprobs(
     if num_rows > 0:
         logits, layout = with_layout(logits)
         num_ids = token_ids.numel() // num_rows
-        tile = _tile(vocab_size, num_ids, logits.element_size(), row_width(logits, layout))
+        lanes = _lanes(vocab_size, num_ids, row_width(logits, layout))
         launch(
             _token_logprobs_kernel,
-            cdiv(num_rows, tile["ROWS"]),
+            cdiv(num_rows, lanes["ROWS"]),
             logits.device,
             logits,
             token_ids,
@@ -436,7 +402,7 @@ def token_logprobs(
             *layout,
             int(temperature.dim() > 0),
             ENTROPY=return_entropy,
-            **tile,
+            **lanes,
         )
     return logprobs, entropy, stats
 

@@ -1,8 +1,9 @@
 """From logits to the gradient of the loss: each row read once from memory, and written once.
 
 A row is reduced to its log-prob and entropy, which give the coefficient of its token, and while it is still in the L2
-cache it is read again, from its end, and its gradient written. A trace looks at the tokens after its own, so every
-sequence is walked backwards: what a window holds is known when its row comes up.
+cache it is read again and its gradient written. Both go on at once: while the gradient of row k is written, row k - 1 is
+reduced, so memory is always read and written. A trace looks at the tokens after its own, so every sequence is walked
+backwards: what a window holds is known when its row comes up.
 
 The evaluated rows (kept by the mask, or all those that ``rows`` names) are cut into segments of equal numbers,
 one per program. Launches, none of which waits for the host:
@@ -32,23 +33,11 @@ from torch import Tensor
 from fusedpo import _checks
 
 from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
-from .common import kernel, launch
-from .logprobs import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    MINUS_INF,
-    RowLayout,
-    add_block,
-    check_values,
-    gradient_of,
-    log1p,
-    row_layout,
-    row_width,
-    with_output,
-)
+from .common import cdiv, kernel, launch
+from .logprobs import RowLayout, check_values, gradient_of, row_layout, row_width, with_output
 from .objective import AHEAD, TRACE, Objective, Token, evaluate, log_ratio
 from .policy_loss import Weights, decode, only_if, token_layout
+from .sums import LN2, LOG2E, LOWEST, TILES, add, filled, load_last_step, load_step, log1p, merge, no_sums, words_of
 
 # ----------------------------------------------------------------------------------------------------- segments of rows
 
@@ -135,116 +124,73 @@ def _halo_row(rows, sequences, segment, num_segments, place, ahead):
 
 @triton.jit
 def _row_pointer(base, row, inner_rows, outer_stride, inner_stride, WIDTH: tl.constexpr):
-    """[1]: where a row begins, in a tensor of leading dimensions (outer, inner_rows)."""
+    """Where a row begins, in a tensor of leading dimensions (outer, inner_rows)."""
     outer = (row // inner_rows).to(tl.int64) * outer_stride  # rows * V may exceed 2^31
     inner = (row % inner_rows).to(tl.int64) * inner_stride
-    pointer = base + (outer + inner + tl.arange(0, 1))
+    pointer = base + (outer + inner)
     if WIDTH > 1:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 class Chosen(NamedTuple):
-    """The logit of the token that a row predicts, [1]; NaN if its id is out of range."""
+    """The logit of the token that a row predicts; of an id out of range NaN, and the column V."""
 
     logit: Any
     column: Any
-    in_range: Any
 
 
 @triton.jit
 def _load_chosen(row, token_id, vocab_size):
-    column = tl.load(token_id + tl.arange(0, 1))
-    in_range = (column >= 0) & (column < vocab_size)
-    logit = tl.load(row + column, mask=in_range, other=float("nan")).to(tl.float32)
-    return Chosen(logit, column, in_range)
+    column = tl.load(token_id)
+    column = tl.where((column >= 0) & (column < vocab_size), column, vocab_size)
+    return Chosen(tl.load(row + column, mask=column < vocab_size, other=float("nan")).to(tl.float32), column)
 
 
-class Stats(NamedTuple):
-    """What a row is reduced to, [1]; logprobs.py explains it."""
+class Gradient(NamedTuple):
+    """Of a row: exp(t) (constant + slope t), t = (x - reference) scale, and its chosen column; or zeros, no x read."""
 
+    end: Any  # 0 if there are none but zeros, else V
     reference: Any
-    rest: Any
-    weighted: Any
+    scale: Any
+    constant: Any
+    slope: Any
+    chosen: Any
+    column: Any
 
 
 @triton.jit
-def _reduce(row, vocab_size, scale, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Reads the row once, such that it stays in the cache."""
-    top = tl.full([1], MINUS_INF, tl.float32)
-    ones = tl.zeros([1], tl.float32)
-    rest = tl.zeros([1], tl.float32)
-    weighted = tl.zeros([1], tl.float32)
-    columns = tl.arange(0, BLOCK)[None, :]
-    full = vocab_size // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        x = tl.load(row[:, None] + (start + columns), eviction_policy="evict_last")
-        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, True)
-    if full < vocab_size:
-        inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
-        x = tl.load(row[:, None] + (full + columns), mask=inside, other=MINUS_INF, eviction_policy="evict_last")
-        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, True)
-    return Stats(tl.where(top == MINUS_INF, 0.0, top), ones - 1 + rest, weighted * LN2)
-
-
-@triton.jit
-def _write_gradient(
-    row,
-    grad_row,
-    vocab_size,
-    chosen,
-    stats,
-    scale,
-    T,
-    g,
-    g_entropy,
-    BONUS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The gradient of g logprob + g_entropy entropy, from the end of the row, which was read last, to its beginning.
-
-    The formulas are those of ``_token_logprobs_backward_kernel``.
-    """
-    inverse = tl.div_rn(1.0, 1 + stats.rest)
-    mean = stats.weighted * inverse
-    t = (chosen.logit - stats.reference) * scale
+def _gradient(chosen, reference, rest, weighted, scale, T, g, g_entropy, vocab_size, BONUS: tl.constexpr):
+    """The gradient of g logprob + g_entropy entropy. The formulas are those of ``_token_logprobs_backward_kernel``."""
+    inverse = tl.div_rn(1.0, 1 + rest)
+    mean = weighted * inverse
+    t = (chosen.logit - reference) * scale
     e = tl.exp2(t)
-    grad_chosen = g * (stats.rest + (1 - e))
+    grad_chosen = g * (rest + (1 - e))
     normaliser = tl.div_rn(inverse, T)
     constant = -g * normaliser
-    slope = tl.zeros_like(constant)
+    slope = 0.0
     if BONUS:
         grad_chosen -= g_entropy * e * (LN2 * tl.maximum(t, LOWEST) - mean)
         constant = (g_entropy * mean - g) * normaliser
         slope = -LN2 * g_entropy * normaliser
-
-    columns = tl.arange(0, BLOCK)[None, :]
-    full = vocab_size // BLOCK * BLOCK
-    if full < vocab_size:
-        inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
-        x = tl.load(row[:, None] + (full + columns), mask=inside, other=0.0, eviction_policy="evict_first")
-        grad = gradient_of(x, stats.reference, scale, constant, slope, BONUS)
-        tl.store(grad_row[:, None] + (full + columns), grad, mask=inside, eviction_policy="evict_first")
-    for done in range(0, full, BLOCK):
-        start = full - BLOCK - done
-        x = tl.load(row[:, None] + (start + columns), eviction_policy="evict_first")
-        grad = gradient_of(x, stats.reference, scale, constant, slope, BONUS)
-        tl.store(grad_row[:, None] + (start + columns), grad, eviction_policy="evict_first")
-    tl.debug_barrier()  # the chosen column is written last
-    tl.store(grad_row + chosen.column, tl.div_rn(grad_chosen * inverse, T), mask=chosen.in_range)
+    reads = (g != 0) | (g_entropy != 0)
+    return Gradient(
+        tl.where(reads, vocab_size, 0),
+        tl.where(reads, reference, 0.0),
+        tl.where(reads, scale, 1.0),
+        tl.where(reads, constant, 0.0),
+        tl.where(reads, slope, 0.0),
+        tl.where(reads, tl.div_rn(grad_chosen * inverse, T), 0.0),
+        chosen.column,
+    )
 
 
 @triton.jit
-def _write_zeros(grad_row, vocab_size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tl.arange(0, BLOCK)[None, :]
-    zeros = tl.zeros([1, BLOCK], tl.float32)
-    full = vocab_size // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        tl.store(grad_row[:, None] + (start + columns), zeros, eviction_policy="evict_first")
-    if full < vocab_size:
-        inside = tl.max_constancy(full + columns < vocab_size, [1, WIDTH])
-        tl.store(grad_row[:, None] + (full + columns), zeros, mask=inside, eviction_policy="evict_first")
+def _write_zeros(row, columns, vocab_size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    for start in range(0, vocab_size, BLOCK):
+        inside = tl.max_constancy(start + columns < vocab_size, WIDTH)
+        tl.store(row + (start + columns), columns * 0.0, mask=inside, eviction_policy="evict_first")
 
 
 # ------------------------------------------------------------------------------------------------------------ one token
@@ -284,8 +230,10 @@ def _sum_ahead(batch, token, count, CHUNK: tl.constexpr):
 
 @triton.jit
 def _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK: tl.constexpr):
-    """[1]: the derivatives of the loss with respect to the log-prob and the entropy of a token."""
+    """The derivatives of the loss with respect to the log-prob and the entropy of a token."""
     i = tl.arange(0, 1)
+    logprob = tl.full([1], logprob, tl.float32)
+    entropy = tl.full([1], entropy, tl.float32)
     there = i == 0
     sequence, end = _sequence_of(token, sequences)
     advantage = batch.advantages.array + tl.where(batch.advantages.per_token != 0, token, sequence) + i
@@ -304,8 +252,8 @@ def _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK: tl.constex
         zero,
         zero,
     )
-    scale = tl.load(batch.scale + token + i)
-    return scale * evaluate(o, x).d_logprob, -scale * o.entropy_coef
+    scale = tl.load(batch.scale + token)
+    return scale * tl.sum(evaluate(o, x).d_logprob, 0), -scale * o.entropy_coef
 
 
 # ------------------------------------------------------------------------------------------------------------- the walk
@@ -364,7 +312,7 @@ def _one_pass_kernel(
     p3,
     p4,
     BONUS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -414,36 +362,74 @@ def _one_pass_kernel(
     else:
         begin, end = _halo_row(rows, sequences, 1 + program // halo, num_segments, program % halo, ahead)
 
-    while end > begin:
-        end -= 1
-        token = _token_of(rows, end, end >= 0)
-        index = tl.where(gathered != 0, end, token.to(tl.int32))
+    DTYPE: tl.constexpr = logits.dtype.element_ty
+    PER_WORD: tl.constexpr = 2 if WIDTH == 8 else 1
+    STEP: tl.constexpr = TILES * LANES
+    BLOCK: tl.constexpr = STEP * PER_WORD
+    lanes = tl.arange(0, LANES)
+    columns = tl.arange(0, BLOCK)
+    size = vocab_size // PER_WORD
+    full = size // STEP * STEP
+    zero = 0.0
+    gradient = Gradient(0 * vocab_size, zero, zero, zero, zero, zero, begin.to(tl.int64))
+    index = begin
+    last = begin + (halo != 0).to(tl.int32)  # nothing of the halo is written
+    k = tl.where(begin < end, end, last - 1)
+    while k >= last:  # row number k is written, unless it is the end; row number k - 1 is reduced, if there is one
+        reduces = k > begin
+        write_end = tl.where(k < end, vocab_size, 0)
         row = _row_pointer(logits, index, inner_rows, outer_stride, inner_stride, WIDTH)
-        T = tl.load(temperature + token * temperature_stride + tl.arange(0, 1))
+        grad_row = _row_pointer(grad_logits, index, inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
+        token = _token_of(rows, k - 1, reduces)
+        index = tl.where(gathered != 0, tl.maximum(k - 1, begin), token.to(tl.int32))
+        next_row = _row_pointer(logits, index, inner_rows, outer_stride, inner_stride, WIDTH)
+        words = words_of(next_row, WIDTH)
+        T = tl.load(temperature + token * temperature_stride)
         scale = tl.div_rn(LOG2E, T)
-        stats = _reduce(row, vocab_size, scale, BLOCK, WIDTH)
-        chosen = _load_chosen(row, token_ids + token, vocab_size)
-        log_sum = log1p(stats.rest)
-        logprob = tl.div_rn(chosen.logit - stats.reference, T) - log_sum
-        entropy = log_sum - tl.div_rn(stats.weighted, 1 + stats.rest)
-        tl.store(logprobs + token + tl.arange(0, 1), logprob)
-        tl.store(entropies + token + tl.arange(0, 1), entropy)
-        if halo == 0:
-            g, g_entropy = _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK)
-            grad_row = _row_pointer(grad_logits, index, inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
-            tl.debug_barrier()  # every thread has read the chosen logit before any overwrites it
-            if tl.max(((g != 0) | (g_entropy != 0)).to(tl.int32), 0) != 0:
-                _write_gradient(row, grad_row, vocab_size, chosen, stats, scale, T, g, g_entropy, BONUS, BLOCK, WIDTH)
-            else:
-                _write_zeros(grad_row, vocab_size, BLOCK, WIDTH)
-        tl.debug_barrier()  # the log-prob can be read, for the rows before
+
+        sums = no_sums(lanes)
+        read_end = tl.where(reduces, full, 0)
+        tiles = load_last_step(words, full, lanes, tl.where(reduces, size, 0), WIDTH, DTYPE, "evict_last")
+        next_tiles = load_step(words, 0, lanes, read_end, WIDTH, DTYPE, "evict_last")
+        if full < size:
+            at = full * PER_WORD + columns
+            inside = tl.max_constancy(at < gradient.end, WIDTH)
+            x = tl.load(row + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            sums = add(tiles, sums, scale, WIDTH, DTYPE, True)
+            grad = gradient_of(x, gradient.reference, gradient.scale, gradient.constant, gradient.slope, BONUS)
+            inside = tl.max_constancy(at < write_end, WIDTH)
+            tl.store(grad_row + at, grad, mask=inside, eviction_policy="evict_first")
+        for first in range(0, full, STEP):
+            tiles = next_tiles
+            at = first * PER_WORD + columns
+            x = tl.load(row + at, mask=filled(0, columns) < gradient.end, other=0.0, eviction_policy="evict_first")
+            next_tiles = load_step(words, first + STEP, lanes, read_end, WIDTH, DTYPE, "evict_last")
+            sums = add(tiles, sums, scale, WIDTH, DTYPE, True)
+            grad = gradient_of(x, gradient.reference, gradient.scale, gradient.constant, gradient.slope, BONUS)
+            tl.store(grad_row + at, grad, mask=filled(0, columns) < write_end, eviction_policy="evict_first")
+        chosen = _load_chosen(next_row, token_ids + token, vocab_size)
+        tl.debug_barrier()  # the chosen column is written last; the next chosen logit was read before it is overwritten
+        tl.store(grad_row + gradient.column, gradient.chosen, mask=gradient.column < write_end)
+
+        k -= 1
+        if reduces:
+            reference, rest, weighted = merge(sums, scale)
+            log_sum = log1p(rest)
+            logprob = tl.div_rn(chosen.logit - reference, T) - log_sum
+            entropy = log_sum - tl.div_rn(weighted, 1 + rest)
+            tl.store(logprobs + token, logprob)
+            tl.store(entropies + token, entropy)
+            if halo == 0:
+                g, g_entropy = _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK)
+                gradient = _gradient(chosen, reference, rest, weighted, scale, T, g, g_entropy, vocab_size, BONUS)
+            tl.debug_barrier()  # the log-prob can be read, for the rows before
 
     if halo == 0:
         begin, end = _segment(num_rows - num_evaluated, program, num_segments)
         for k in range(begin, end):
             row = _token_of(rows, num_evaluated + k, k >= 0).to(tl.int32)
             grad_row = _row_pointer(grad_logits, row, inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
-            _write_zeros(grad_row, vocab_size, BLOCK, WIDTH)
+            _write_zeros(grad_row, columns, vocab_size, BLOCK, WIDTH)
 
 
 @kernel
@@ -460,11 +446,11 @@ def _scale_kernel(
 ):
     factor = tl.load(factor)
     if factor != 1:
-        columns = tl.arange(0, BLOCK)[None, :]
+        columns = tl.arange(0, BLOCK)
         for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-            row = _row_pointer(gradient, index, inner_rows, outer_stride, inner_stride, WIDTH)[:, None]
+            row = _row_pointer(gradient, index, inner_rows, outer_stride, inner_stride, WIDTH)
             for start in range(0, vocab_size, BLOCK):
-                inside = tl.max_constancy(start + columns < vocab_size, [1, WIDTH])
+                inside = tl.max_constancy(start + columns < vocab_size, WIDTH)
                 x = tl.load(row + (start + columns), mask=inside, other=0.0, eviction_policy="evict_first")
                 tl.store(row + (start + columns), x.to(tl.float32) * factor, mask=inside, eviction_policy="evict_first")
 
@@ -472,16 +458,24 @@ def _scale_kernel(
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 _CHUNK = 64  # positions of a window that are summed at a time
-_BLOCK = 16384  # logits of a row at a time, half of that where loads are narrow
+_LANES = 2048  # words of a row at a time, a fourth of a step; half of that where they are narrow
+_BLOCK = 16384  # logits of a row at a time where all are done alike, half of that where loads are narrow
 
 
 def _num_segments(device: torch.device, num_rows: int, row_bytes: int) -> int:
-    """A program per multiprocessor, while their rows fill no more than half of the L2 cache."""
+    """A program per multiprocessor, while their rows, of which each has one there, fill no more than 2/3 of the L2 cache."""
     processors, cache = 128, 48 << 20
     if device.type == "cuda" and torch.version.hip is None:  # ROCm knows the L2 of one die, and not what lies beyond it
         properties = torch.cuda.get_device_properties(device)
         processors, cache = properties.multi_processor_count, properties.L2_cache_size
-    return max(1, min(num_rows, processors, cache // 2 // row_bytes))
+    return max(1, min(num_rows, processors, cache * 2 // 3 // row_bytes))
+
+
+def _lanes(vocab_size: int, width: int) -> dict[str, int]:
+    """As many as it takes for a step to hold the row, 4 or 2 of each thread: what registers hold while they are read ahead."""
+    words, per_thread = (vocab_size // 2 if width == 8 else vocab_size), (4 if width > 1 else 2)
+    lanes = max(32, min(triton.next_power_of_2(cdiv(words, TILES.value)), _LANES * per_thread // 4))
+    return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, lanes // (32 * per_thread))}
 
 
 def _tile(vocab_size: int, width: int) -> dict[str, int]:
@@ -496,7 +490,7 @@ def _evaluated_first(mask: Tensor) -> tuple[Tensor, Tensor]:
     counts = mask.flatten().cumsum(0)
     order = torch.empty_like(counts)
     num_rows, block = mask.numel(), 1024
-    programs = triton.cdiv(num_rows, block)
+    programs = cdiv(num_rows, block)
     launch(_evaluated_first_kernel, programs, mask.device, mask, counts, order, num_rows, BLOCK=block, num_warps=4)
     return order, counts
 
@@ -579,9 +573,9 @@ def one_pass(
     olp, ref, weights = (logprobs if x is None else x for x in given)
 
     def run(logits: Tensor, layout: RowLayout, out: Tensor, out_layout: RowLayout) -> None:
-        tile = _tile(vocab_size, min(row_width(logits, layout), row_width(out, out_layout)))
+        lanes = _lanes(vocab_size, min(row_width(logits, layout), row_width(out, out_layout)))
         num_segments = _num_segments(logits.device, num_rows, vocab_size * logits.element_size())
-        halo = min(o.ahead, triton.cdiv(num_rows, num_segments)) if o.ratio == TRACE.value else 0
+        halo = min(o.ahead, cdiv(num_rows, num_segments)) if o.ratio == TRACE.value else 0
         for halo_rows, programs in ((halo, halo * (num_segments - 1)), (0, num_segments)):
             if programs == 0:
                 continue
@@ -622,7 +616,8 @@ def one_pass(
                 *o,
                 BONUS=o.entropy_coef != 0,
                 CHUNK=_CHUNK,
-                **tile,
+                alone=True,
+                **lanes,
             )
 
     with_output(logits, out, run)

@@ -61,7 +61,8 @@ def variants(launch: Callable[[], object]) -> list[Variant]:
     found: dict[str, Variant] = {}
 
     def record(*, key: str, fn: Any, compile: dict, **_: Any) -> bool:
-        options = {name: compile[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        given = json.loads(compile["specialization_data"])["options"]
+        options = {name: given[name] for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")}
         found[f"{fn.name}{key}"] = Variant(
             fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0], options
         )
@@ -82,7 +83,8 @@ def compile_for(variant: Variant, target: str) -> dict:
     ``registers`` of 4 bytes, and ``stack``: bytes of local memory, which is where spilled registers go.
     """
     source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options=variant.options)
+    options = {name: x for name, x in variant.options.items() if name != "maxnreg" or target.startswith("sm_")}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     names = variant.kernel.arg_names
     result = {
         "kernel": variant.kernel.__name__,

@@ -62,6 +62,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 128 logits have several blocks, windows of four tokens several chunks, nine rows three segments."""
     from fusedpo.triton_kernels import one_pass
 
+    monkeypatch.setattr(one_pass, "_LANES", 32)
     monkeypatch.setattr(one_pass, "_BLOCK", 128)
     monkeypatch.setattr(one_pass, "_CHUNK", 4)
     use_segments(monkeypatch, 3)
