@@ -69,9 +69,11 @@ struct OnePassInputs {
   Tensor scale;
   std::vector<int64_t> parts;
   std::vector<double> values;
+  OptionalTensor denominator;  // of a scale that is not per token, which Triton alone takes
 };
-using OnePassTypes = decltype(joined(Types<Tensor, Tensor, Tensor, Tensor, OptionalTensor, Tensor, Tensor>{},
-                                     BatchTypes{}, Types<Tensor, std::vector<int64_t>, std::vector<double>>{}));
+using OnePassTypes =
+    decltype(joined(Types<Tensor, Tensor, Tensor, Tensor, OptionalTensor, Tensor, Tensor>{}, BatchTypes{},
+                    Types<Tensor, std::vector<int64_t>, std::vector<double>, OptionalTensor>{}));
 
 struct BatchArguments : Arguments {
   BatchArguments(const Tensor& logprobs, const OptionalTensor& old_logprobs, const OptionalTensor& mask,

@@ -11,9 +11,10 @@ from support import policy_loss as contract
 from support.parts import REGIONS
 from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of
 from support.triton_device import DEVICE, _backend, pytestmark, small, use_segments  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
-from fusedpo import _checks, reference
+from fusedpo import _checks, backends, reference
 from fusedpo import objectives as O
 from fusedpo.ops import one_pass as ops_one_pass
 from fusedpo.ops import policy_loss as ops_policy_loss
@@ -50,7 +51,7 @@ def make_batch(shape=(3, 3), vocab_size=7, *, dtype=torch.float32, lengths=None,
 
 
 def run(batch, objective, *, inplace=False, logprobs=None, entropy=None):
-    """Log-probs, entropy (NaN where none was written) and the gradient of the logits, on the CPU."""
+    """Log-probs, entropy (with ``rows`` NaN where none was written) and the gradient of the logits, on the CPU."""
     batch = {name: x if x is None else x.to(DEVICE) for name, x in batch.items()}
     shape = batch["token_ids"].shape
     out = [x if x is not None else torch.full(shape, NAN) for x in (logprobs, entropy)]
@@ -69,7 +70,7 @@ def run(batch, objective, *, inplace=False, logprobs=None, entropy=None):
 
 
 def expected(batch, objective):
-    """The same in float64, by autograd through the reference; NaN at masked tokens."""
+    """The same in float64, by autograd through the reference; 0 at masked tokens."""
     b = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in batch.items()}
     logits = b["logits"].clone().requires_grad_()
     with fusedpo.backend("reference"), torch.device("cpu"):
@@ -87,8 +88,7 @@ def expected(batch, objective):
             **{name: b[name] for name in names if b[name] is not None},
         ).loss
     loss.backward(b["scale"])
-    masked = torch.zeros_like(b["token_ids"], dtype=torch.bool) if b["mask"] is None else ~b["mask"]
-    return [*(x.detach().masked_fill(masked, NAN) for x in (logprobs, entropy)), logits.grad]
+    return [logprobs.detach(), entropy.detach(), logits.grad]
 
 
 def check(batch, objective, **options):
@@ -306,14 +306,19 @@ def test_nan_stays_in_its_windows():
     assert torch.equal(gradient[others], before[others])
 
 
-@pytest.mark.parametrize("size", [1, 1023, 2500])
+@pytest.mark.parametrize("size", [1, 4096, 9000, 128 * 4096 + 5])
 def test_live_rows_come_first(size):
+    """A program lists one block or, of many rows, several; masks begin anywhere."""
     from fusedpo.triton_kernels import one_pass
 
-    for mask in (torch.rand(size) < 0.3, torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)):
-        order, counts = one_pass._evaluated_first(mask)
-        assert order.tolist() == [*mask.nonzero().flatten().tolist(), *(~mask).nonzero().flatten().tolist()]
-        assert counts[-1] == mask.sum()
+    for mask in (
+        (torch.rand(size + 1) < 0.3)[1:],
+        torch.zeros(size, dtype=torch.bool),
+        torch.ones(size, dtype=torch.bool),
+    ):
+        order = one_pass._evaluated_first(mask)
+        rows = mask.nonzero(), (~mask).nonzero()
+        assert order.tolist() == [*(x for part in rows for x in part.flatten().tolist()), int(mask.sum())]
 
 
 def test_number_of_segments(monkeypatch):
@@ -326,6 +331,25 @@ def test_number_of_segments(monkeypatch):
     assert _num_segments(device, 8192, 1000) == 128
     assert _num_segments(device, 5, 1000) == 5
     assert _num_segments(device, 5, 1 << 30) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "two"),
+    [
+        ((2, 60, 151_936), torch.bfloat16, False),  # 110 rows fit, of 128 processors
+        ((2, 60, 151_936), torch.float32, True),  # 55 rows fit
+        ((2, 60, 1000), torch.float32, False),
+        ((3, 30, 1000), torch.float32, True),  # 90 rows are there
+        ((2, 60, 262_144), torch.bfloat16, True),
+    ],
+)
+def test_two_passes_where_processors_would_have_no_row(shape, dtype, two):
+    """Four fifths of them have to; but what is forced is done."""
+    logits = torch.empty(shape, dtype=dtype, device="meta")
+    with fusedpo.backend("auto"):
+        assert backends.takes_two_passes(logits, "triton") == two
+        assert not backends.takes_two_passes(logits, "native")
+    assert not backends.takes_two_passes(logits, "triton")
 
 
 def test_a_row_is_written_while_the_one_before_it_is_read(monkeypatch):
@@ -383,7 +407,7 @@ def test_chunks_of_rows(packed, inplace):
         chunk = batch | {"logits": flat[rows], "rows": rows}
         *out, gradient = run(chunk, O.nfpo(4), inplace=inplace, logprobs=out[0].to(DEVICE), entropy=out[1].to(DEVICE))
         assert torch.equal(gradient, whole[2].flatten(0, -2)[rows])
-    torch.testing.assert_close(out, whole[:2], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close([x.cpu().nan_to_num(0) for x in out], whole[:2], rtol=0, atol=0)
 
 
 def test_rows_that_are_left_out_are_not_evaluated():
@@ -425,8 +449,8 @@ def test_all_masked(inplace):
     batch["mask"][:] = False
     logprobs, entropy, gradient = run(batch, O.nfpo(3), inplace=inplace)
     assert not gradient.any()
-    assert logprobs.isnan().all()  # not written
-    assert entropy.isnan().all()
+    assert not logprobs.any()
+    assert not entropy.any()
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
@@ -567,6 +591,62 @@ def test_policy_loss_from_logits(objective, dtype, inplace):
     torch.testing.assert_close(gradient, value, rtol=max(rtol, 1e-5), atol=float(2e-6 * value.abs().amax()))
 
 
+# ------------------------------------------------------------------------------------------------------------- launches
+
+
+class Computations(TorchDispatchMode):
+    """Operators of PyTorch that launch something: all but those that allocate, or return a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in str(function) and function.namespace == "aten":
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "names"),
+    [
+        (O.nfpo(4, entropy_coef=0.1), {}, ["_evaluated_first", "_one_pass", "_one_pass"]),
+        (O.nfpo(4), {"denominator": 7.0, "loss_scale": 0.5}, ["_evaluated_first", "_one_pass", "_one_pass"]),
+        (O.nfpo(4, aggregation="token-sum"), {"mask": None}, ["_one_pass", "_one_pass"]),
+        (O.ppo(), {}, ["_evaluated_first", "_one_pass"]),
+        (O.ppo(aggregation="seq-mean-token-mean"), {}, ["_shares", "_scale_shares", "_evaluated_first", "_one_pass"]),
+    ],
+    ids=["windows", "denominator", "no mask", "tokens", "means of sequences"],
+)
+def test_launches_of_a_step(objective, options, names, monkeypatch):
+    """At most six where means are over tokens, backward included: no numbers and no zeros are filled in."""
+    from fusedpo.triton_kernels import one_pass, policy_loss
+
+    launched = []
+    for module in (one_pass, policy_loss):
+
+        def launch(kernel, *args, run=module.launch, **constants):
+            launched.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+            run(kernel, *args, **constants)
+
+        monkeypatch.setattr(module, "launch", launch)
+    arrays = ("logits", "token_ids", "old_logprobs", "advantages", "mask")
+    batch = {name: x.to(DEVICE) for name, x in make_batch((2, 5), 40).items() if name in arrays} | options
+    leaf = batch.pop("logits").requires_grad_()
+
+    def step():
+        out = fusedpo.policy_loss_from_logits(leaf, **batch, objective=objective, temperature=0.9)
+        return torch.autograd.grad(out.loss, leaf)
+
+    step()  # numbers are on the device now
+    launched.clear()
+    monkeypatch.setattr(_checks, "values_are_free", lambda *_: False)  # as where checks would wait for the device
+    with Computations() as computations:
+        step()
+    assert launched == [f"{name}_kernel" for name in (*names, "_tokens", "_finish", "_scale")]
+    assert computations.names == ["ones_like"]  # autograd's, for the loss
+
+
 # ------------------------------------------------------------------------------------------------------------- on a GPU
 
 REAL = [O.ppo(), O.nfpo(4), O.nfpo(4, entropy_coef=0.01, kl=O.KL("k3", 0.1)), O.nfpo(100)]
@@ -649,6 +729,37 @@ def test_no_synchronisation():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", [REAL[0], REAL[2], O.ppo(aggregation="seq-mean-token-mean")], ids=str)
+def test_cuda_graph(objective):
+    """A step that was captured gives what it gives eagerly, also for other values in the same memory."""
+    batch = {n: x if x is None else x.to(DEVICE) for n, x in make_batch((4, 300), 1000).items()}
+    leaf = batch["logits"].requires_grad_()
+    names = ("old_logprobs", "advantages", "mask", "ref_logprobs", "is_weights", "temperature")
+
+    def step():
+        out = fusedpo.policy_loss_from_logits(
+            leaf, batch["token_ids"], **{name: batch[name] for name in names}, objective=objective, loss_scale=0.5
+        )
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        return out.loss.detach(), *out.metrics.values(), out.logprobs, gradient
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        with torch.no_grad():
+            leaf.copy_(torch.randn_like(leaf))
+            batch["mask"].copy_(torch.rand(4, 300) < 0.5)
+        graph.replay()
+        torch.testing.assert_close(captured, step(), rtol=0, atol=0)
 
 
 @pytest.mark.gpu

@@ -1,19 +1,19 @@
 """From logits to the gradient of the loss: each row read once from memory, and written once.
 
 A row is reduced to its log-prob and entropy, which give the coefficient of its token, and while it is still in the L2
-cache it is read again and its gradient written. Both go on at once: while the gradient of row k is written, row k - 1 is
-reduced, so memory is always read and written. A trace looks at the tokens after its own, so every sequence is walked
+cache it is read again and its gradient written. Both go on at once: while the gradient of row k is written, row k - 1
+is reduced, so memory is always read and written. A trace looks at the tokens after its own, so every sequence is walked
 backwards: what a window holds is known when its row comes up.
 
 The evaluated rows (kept by the mask, or all those that ``rows`` names) are cut into segments of equal numbers,
 one per program. Launches, none of which waits for the host:
 
-1. where there is a mask, ``torch.cumsum`` counts the evaluated rows, and ``_evaluated_first_kernel`` lists their
-   indices, then those of the skipped rows;
+1. where there is a mask, ``_evaluated_first_kernel`` counts the evaluated rows and lists their indices, then those of
+   the skipped rows;
 2. where there is a trace, ``_one_pass_kernel`` reduces the halo: those first rows of each segment that are in windows
    of the segment before, whose walk starts with them. A program per row, which reads it and writes its log-prob;
 3. ``_one_pass_kernel`` walks, a program per segment: it reads its rows and writes their gradients, those of the halo as
-   well, and a share of the zeros of the skipped rows.
+   well, and a share of the zeros of the skipped rows. The scale of a mean or sum over tokens follows from the count.
 
 In place, step 2 is over before step 3 overwrites anything. A row is in one halo at most, and then read twice: the
 shorter the windows beside the segments, the less that costs, and never more than the 3 T V elements that two passes
@@ -30,27 +30,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedpo import _checks
+from fusedpo import _checks, backends
 
 from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
 from .common import cdiv, kernel, launch
 from .logprobs import RowLayout, check_values, gradient_of, row_layout, row_width, with_output
-from .objective import AHEAD, TRACE, Objective, Token, evaluate, log_ratio
+from .objective import AHEAD, TOKEN_MEAN, TOKEN_SUM, TRACE, Objective, Token, evaluate, log_ratio
 from .policy_loss import Weights, decode, only_if, token_layout
 from .sums import LN2, LOG2E, LOWEST, TILES, add, filled, load_last_step, load_step, log1p, merge, no_sums, words_of
 
 # ----------------------------------------------------------------------------------------------------- segments of rows
 
 
+@triton.jit
+def _count(mask, begin, end, rows, BLOCK: tl.constexpr):
+    """How many of the rows ``begin``, a multiple of BLOCK, to ``end`` the mask keeps."""
+    counts = tl.zeros([BLOCK], tl.int32)
+    full = begin + (end - begin) // BLOCK * BLOCK
+    for start in range(begin, full, BLOCK):
+        counts += (tl.load(tl.multiple_of(mask + start, 16) + rows) != 0).to(tl.int32)
+    counts += (tl.load(mask + full + rows, mask=full + rows < end, other=0) != 0).to(tl.int32)
+    return tl.sum(counts, 0)
+
+
 @kernel
-def _evaluated_first_kernel(mask, counts, order, num_rows, BLOCK: tl.constexpr):
-    """Lists the rows that the mask keeps, then the others, both in order; ``counts[i]``: those kept up to row i."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = row < num_rows
-    kept = tl.load(mask + row, mask=exists, other=0) != 0
-    count = tl.load(counts + row, mask=exists, other=0)
-    num_evaluated = tl.load(counts + num_rows - 1)
-    tl.store(order + tl.where(kept, count - 1, num_evaluated + row - count), row, mask=exists)
+def _evaluated_first_kernel(mask, order, num_rows, blocks, BLOCK: tl.constexpr):
+    """Lists the rows that the mask keeps, then the others, both in order, and how many it keeps at the end.
+
+    A program lists ``blocks`` blocks of rows. It counts all rows by itself: a byte each, and nobody to wait for.
+    """
+    rows = tl.arange(0, BLOCK)
+    begin = tl.program_id(0) * blocks * BLOCK
+    before = _count(mask, 0, begin, rows, BLOCK)
+    num_evaluated = before + _count(mask, begin, num_rows, rows, BLOCK)
+    for start in range(begin, tl.minimum(begin + blocks * BLOCK, num_rows), BLOCK):
+        row = start + rows
+        kept = (tl.load(mask + row, mask=row < num_rows, other=0) != 0).to(tl.int32)
+        count = before + tl.cumsum(kept, 0)
+        place = tl.where(kept != 0, count - 1, num_evaluated + row - count)
+        tl.store(order + place, row.to(tl.int64), mask=row < num_rows)
+        before += tl.sum(kept, 0)
+    tl.store(order + num_rows, num_evaluated.to(tl.int64), mask=begin == 0)
 
 
 class Rows(NamedTuple):
@@ -160,8 +180,9 @@ class Gradient(NamedTuple):
 
 
 @triton.jit
-def _gradient(chosen, reference, rest, weighted, scale, T, g, g_entropy, vocab_size, BONUS: tl.constexpr):
+def _gradient(chosen, stats, scale, T, g, g_entropy, vocab_size, BONUS: tl.constexpr):
     """The gradient of g logprob + g_entropy entropy. The formulas are those of ``_token_logprobs_backward_kernel``."""
+    reference, rest, weighted = stats
     inverse = tl.div_rn(1.0, 1 + rest)
     mean = weighted * inverse
     t = (chosen.logit - reference) * scale
@@ -207,7 +228,8 @@ class Batch(NamedTuple):
     ref_logprobs: Any
     is_weights: Any
     has_is_weights: Any
-    scale: Any
+    scale: Any  # of tokens, or one, to be divided by
+    denominator: Any
 
 
 @triton.jit
@@ -252,7 +274,7 @@ def _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK: tl.constex
         zero,
         zero,
     )
-    scale = tl.load(batch.scale + token)
+    scale = tl.load(batch.scale.array + tl.where(batch.scale.per_token != 0, token, 0)) / batch.denominator
     return scale * tl.sum(evaluate(o, x).d_logprob, 0), -scale * o.entropy_coef
 
 
@@ -266,7 +288,6 @@ def _one_pass_kernel(
     logprobs,
     entropies,
     order,
-    counts,
     token_ids,
     temperature,
     old_logprobs,
@@ -275,7 +296,8 @@ def _one_pass_kernel(
     cu_seqlens,
     ref_logprobs,
     is_weights,
-    loss_scale,
+    scale,
+    denominator,
     halo,
     num_segments,
     num_rows,
@@ -292,6 +314,8 @@ def _one_pass_kernel(
     temperature_stride,
     advantage_per_token,
     is_weight_per_token,
+    scale_per_token,
+    has_denominator,
     has_old_logprobs,
     has_is_weights,
     ratio,
@@ -339,6 +363,16 @@ def _one_pass_kernel(
         p3,
         p4,
     )
+    sequences = Sequences(cu_seqlens, num_sequences, width)
+    num_evaluated = num_rows
+    if (has_order != 0) & (gathered == 0):
+        num_evaluated = tl.load(order + num_rows).to(tl.int32)
+    count = 1.0
+    if (scale_per_token == 0) & (aggregation == TOKEN_MEAN):
+        count = num_evaluated.to(tl.float32)
+        if has_denominator != 0:
+            count = tl.load(denominator)
+        count = tl.where(count == 0, 1.0, count)
     batch = Batch(
         logprobs,
         old_logprobs,
@@ -348,12 +382,9 @@ def _one_pass_kernel(
         ref_logprobs,
         Weights(is_weights, is_weight_per_token),
         has_is_weights,
-        loss_scale,
+        Weights(scale, scale_per_token),
+        count,
     )
-    sequences = Sequences(cu_seqlens, num_sequences, width)
-    num_evaluated = num_rows
-    if (has_order != 0) & (gathered == 0):
-        num_evaluated = tl.load(counts + num_rows - 1).to(tl.int32)
     num_tokens = tl.cast(num_sequences if cu_seqlens is None else 1, tl.int64) * width
     rows = Rows(order, has_order, num_evaluated, num_tokens)
     program = tl.program_id(0)
@@ -385,7 +416,7 @@ def _one_pass_kernel(
         next_row = _row_pointer(logits, index, inner_rows, outer_stride, inner_stride, WIDTH)
         words = words_of(next_row, WIDTH)
         T = tl.load(temperature + token * temperature_stride)
-        scale = tl.div_rn(LOG2E, T)
+        exponent_scale = tl.div_rn(LOG2E, T)
 
         sums = no_sums(lanes)
         read_end = tl.where(reduces, full, 0)
@@ -395,7 +426,7 @@ def _one_pass_kernel(
             at = full * PER_WORD + columns
             inside = tl.max_constancy(at < gradient.end, WIDTH)
             x = tl.load(row + at, mask=inside, other=0.0, eviction_policy="evict_first")
-            sums = add(tiles, sums, scale, WIDTH, DTYPE, True)
+            sums = add(tiles, sums, exponent_scale, WIDTH, DTYPE, True)
             grad = gradient_of(x, gradient.reference, gradient.scale, gradient.constant, gradient.slope, BONUS)
             inside = tl.max_constancy(at < write_end, WIDTH)
             tl.store(grad_row + at, grad, mask=inside, eviction_policy="evict_first")
@@ -404,7 +435,7 @@ def _one_pass_kernel(
             at = first * PER_WORD + columns
             x = tl.load(row + at, mask=filled(0, columns) < gradient.end, other=0.0, eviction_policy="evict_first")
             next_tiles = load_step(words, first + STEP, lanes, read_end, WIDTH, DTYPE, "evict_last")
-            sums = add(tiles, sums, scale, WIDTH, DTYPE, True)
+            sums = add(tiles, sums, exponent_scale, WIDTH, DTYPE, True)
             grad = gradient_of(x, gradient.reference, gradient.scale, gradient.constant, gradient.slope, BONUS)
             tl.store(grad_row + at, grad, mask=filled(0, columns) < write_end, eviction_policy="evict_first")
         chosen = _load_chosen(next_row, token_ids + token, vocab_size)
@@ -413,7 +444,7 @@ def _one_pass_kernel(
 
         k -= 1
         if reduces:
-            reference, rest, weighted = merge(sums, scale)
+            reference, rest, weighted = merge(sums, exponent_scale)
             log_sum = log1p(rest)
             logprob = tl.div_rn(chosen.logit - reference, T) - log_sum
             entropy = log_sum - tl.div_rn(weighted, 1 + rest)
@@ -421,7 +452,8 @@ def _one_pass_kernel(
             tl.store(entropies + token, entropy)
             if halo == 0:
                 g, g_entropy = _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK)
-                gradient = _gradient(chosen, reference, rest, weighted, scale, T, g, g_entropy, vocab_size, BONUS)
+                stats = (reference, rest, weighted)
+                gradient = _gradient(chosen, stats, exponent_scale, T, g, g_entropy, vocab_size, BONUS)
             tl.debug_barrier()  # the log-prob can be read, for the rows before
 
     if halo == 0:
@@ -430,6 +462,8 @@ def _one_pass_kernel(
             row = _token_of(rows, num_evaluated + k, k >= 0).to(tl.int32)
             grad_row = _row_pointer(grad_logits, row, inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
             _write_zeros(grad_row, columns, vocab_size, BLOCK, WIDTH)
+            tl.store(logprobs + row, zero)
+            tl.store(entropies + row, zero)
 
 
 @kernel
@@ -463,19 +497,14 @@ _BLOCK = 16384  # logits of a row at a time where all are done alike, half of th
 
 
 def _num_segments(device: torch.device, num_rows: int, row_bytes: int) -> int:
-    """A program per multiprocessor, while their rows, of which each has one there, fill no more than 2/3 of the L2 cache."""
-    processors, cache = 128, 48 << 20
-    if device.type == "cuda" and torch.version.hip is None:  # ROCm knows the L2 of one die, and not what lies beyond it
-        properties = torch.cuda.get_device_properties(device)
-        processors, cache = properties.multi_processor_count, properties.L2_cache_size
-    return max(1, min(num_rows, processors, cache * 2 // 3 // row_bytes))
+    return max(1, min(num_rows, backends.rows_at_a_time(device, row_bytes)[0]))
 
 
 def _lanes(vocab_size: int, width: int) -> dict[str, int]:
-    """As many as it takes for a step to hold the row, 4 or 2 of each thread: what registers hold while they are read ahead."""
-    words, per_thread = (vocab_size // 2 if width == 8 else vocab_size), (4 if width > 1 else 2)
-    lanes = max(32, min(triton.next_power_of_2(cdiv(words, TILES.value)), _LANES * per_thread // 4))
-    return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, lanes // (32 * per_thread))}
+    """4 words of each thread, until a step holds the row. Narrow words take more registers: half as many threads."""
+    words, most = (vocab_size // 2 if width == 8 else vocab_size), (_LANES if width > 1 else _LANES // 2)
+    lanes = max(32, min(triton.next_power_of_2(cdiv(words, TILES.value)), most))
+    return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, lanes // 128)}
 
 
 def _tile(vocab_size: int, width: int) -> dict[str, int]:
@@ -485,14 +514,16 @@ def _tile(vocab_size: int, width: int) -> dict[str, int]:
     return {"BLOCK": block, "WIDTH": width, "num_warps": min(16, max(1, block // (32 * per_thread)))}
 
 
-def _evaluated_first(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows in order, evaluated ones first; and how many of them there are up to each."""
-    counts = mask.flatten().cumsum(0)
-    order = torch.empty_like(counts)
-    num_rows, block = mask.numel(), 1024
-    programs = cdiv(num_rows, block)
-    launch(_evaluated_first_kernel, programs, mask.device, mask, counts, order, num_rows, BLOCK=block, num_warps=4)
-    return order, counts
+def _evaluated_first(mask: Tensor) -> Tensor:
+    """The rows in order, evaluated ones first; and then how many of these there are."""
+    num_rows, block = mask.numel(), 4096
+    if mask.data_ptr() % 16 != 0:
+        mask = mask.clone()
+    order = torch.empty(num_rows + 1, dtype=torch.int64, device=mask.device)
+    blocks = cdiv(cdiv(num_rows, block), 128)
+    programs = cdiv(num_rows, blocks * block)
+    launch(_evaluated_first_kernel, programs, mask.device, mask, order, num_rows, blocks, BLOCK=block, num_warps=16)
+    return order
 
 
 def _check_values(
@@ -540,6 +571,7 @@ def one_pass(
     scale: Tensor,
     parts: list[int],
     values: list[float],
+    denominator: Tensor | None = None,
 ) -> None:
     """The operator ``fusedpo::one_pass``."""
     expect(logits.dim() > 0, "rows must have at least one dimension")
@@ -557,19 +589,26 @@ def one_pass(
     advantages = arguments.read("advantages", advantages, FLOAT, shape, per_sequence)
     mask = arguments.read("mask", mask, BOOL, shape)
     cu_seqlens = arguments.read("cu_seqlens", cu_seqlens, INT64, (tokens.num_sequences + 1,))
-    scale = arguments.read("scale", scale, FLOAT, shape)
+    scale = arguments.read("scale", scale, FLOAT, shape, ())
+    denominator = arguments.read("denominator", denominator, FLOAT, ())
     given = (
         arguments.read("old_logprobs", old_logprobs, FLOAT, shape),
         arguments.read("ref_logprobs", ref_logprobs, FLOAT, shape),
         arguments.read("is_weights", is_weights, FLOAT, shape, per_sequence),
     )
     o = _decode(parts, values, shape.numel())
+    if scale.dim() == 0:
+        of_tokens, mean = o.aggregation in (TOKEN_MEAN.value, TOKEN_SUM.value), o.aggregation == TOKEN_MEAN.value
+        expect(of_tokens, "scale must be per token unless parts encode a mean or a sum over tokens")
+        expect(
+            rows is None or not mean or denominator is not None,
+            "a mean over tokens of which some are given as rows must have a scale per token or a denominator",
+        )
     _check_values(order, token_ids, temperature, mask, vocab_size)
     if logits.numel() == 0:
         return
-    counts = None
     if rows is None and mask is not None:
-        order, counts = _evaluated_first(mask)
+        order = _evaluated_first(mask)
     olp, ref, weights = (logprobs if x is None else x for x in given)
 
     def run(logits: Tensor, layout: RowLayout, out: Tensor, out_layout: RowLayout) -> None:
@@ -588,7 +627,6 @@ def one_pass(
                 logprobs,
                 entropy,
                 token_ids if order is None else order,
-                token_ids if counts is None else counts,
                 token_ids,
                 temperature,
                 olp,
@@ -598,6 +636,7 @@ def one_pass(
                 ref,
                 weights,
                 scale,
+                scale if denominator is None else denominator,
                 halo_rows,
                 num_segments,
                 num_rows,
@@ -611,6 +650,8 @@ def one_pass(
                 int(temperature.dim() > 0),
                 int(advantages.shape == shape),
                 int(weights.shape == shape),
+                int(scale.dim() > 0),
+                int(denominator is not None),
                 int(old_logprobs is not None),
                 int(is_weights is not None),
                 *o,

@@ -8,8 +8,8 @@ and each finds its sequence in ``cu_seqlens`` by itself. Some tiles are empty.
 1. ``_tokens_kernel``, a program per tile: reads every array once for the tile, and of its sequence whatever the
    objective needs beyond that (the window of a trace; the mask, to count; all log-ratios, for a mean). Writes loss and
    gradient of each token, still without the scale that the whole batch decides, and ``NUM_ROWS`` statistics.
-2. ``_finish_kernel``, a program per two rows of statistics, and one per tile. All read the counts of the tiles; the
-   former add up their rows and write metrics and the loss, the latter scale the results of a tile in place, and add
+2. ``_finish_kernel``, a program per row of statistics, and one per tile. All read the counts of the tiles; the
+   former add up their row and write metrics and the loss, the latter scale the results of a tile in place, and add
    what reaches its log-probs through the traces of other tokens.
 
 Nothing is atomic and nothing depends on which program comes first. The order of every sum depends on positions within
@@ -60,7 +60,7 @@ TOKENS, CLIPPED, CLIPPED_LOW, CLIPPED_HIGH = map(tl.constexpr, range(4))
 RATIO, MINUS_RATIO_MAX, RATIO_MAX, TRACES, MINUS_TRACE_MAX, TRACE_MAX = map(tl.constexpr, range(4, 10))
 MINUS_LOG_RATIO, APPROX_K3, KL, ENTROPY, WEIGHT, CLAMPED = map(tl.constexpr, range(10, 16))
 LOSS, SQUARED_WEIGHT, SEQUENCES, NUM_ROWS = map(tl.constexpr, range(16, 20))
-NUM_REDUCERS = tl.constexpr(LOSS.value // 2 + 1)  # of 2 rows each
+NUM_REDUCERS = tl.constexpr(LOSS.value + 1)
 assert len(METRICS) == LOSS.value
 
 
@@ -480,18 +480,17 @@ def _batch_scale(
 
 
 @triton.jit
-def _add_up(statistics, rows, cu_seqlens, num_sequences, width, num_tiles, TILE: tl.constexpr):
-    """Sums and maxima of rows over all tiles, and 2^-10 times the sum of the squared weights, lest that overflow.
+def _add_up(statistics, row, cu_seqlens, num_sequences, width, num_tiles, TILE: tl.constexpr):
+    """Sum and maximum of a row over all tiles, and 2^-10 times the sum of the squared weights, lest that overflow.
 
-    A lane takes every 16th tile of every 16th sequence: tiles that only one of two layouts has, and that hold no
+    A lane takes every 16th tile of every 128th sequence: tiles that only one of two layouts has, and that hold no
     tokens, do not move the others to other lanes.
     """
-    sums = tl.zeros([rows.shape[0], 16, 16], tl.float32)
-    tops = tl.full([rows.shape[0], 16, 16], MINUS_INF, tl.float32)
-    squares = tl.zeros([16, 16], tl.float32)
-    row = rows[:, None, None]
-    for start in range(0, num_sequences, 16):
-        s = start + tl.arange(0, 16)
+    sums = tl.zeros([128, 16], tl.float32)
+    tops = tl.full([128, 16], MINUS_INF, tl.float32)
+    squares = tl.zeros([128, 16], tl.float32)
+    for start in range(0, num_sequences, 128):
+        s = start + tl.arange(0, 128)
         exists = s < num_sequences
         begin = _begin(cu_seqlens, s, exists, width)
         size = tl.cdiv(_begin(cu_seqlens, s + 1, exists, width) - begin, TILE)
@@ -501,11 +500,10 @@ def _add_up(statistics, rows, cu_seqlens, num_sequences, width, num_tiles, TILE:
             tile = first_tile[:, None] + k
             there = exists[:, None] & (k < size[:, None])
             squares += 2.0**-10 * tl.load(statistics + SQUARED_WEIGHT * num_tiles + tile, mask=there, other=0.0)
-            there = (row <= LOSS) & there[None]
-            value = tl.load(statistics + row * num_tiles + tile[None], mask=there, other=0.0)
+            value = tl.load(statistics + row * num_tiles + tile, mask=there, other=0.0)
             sums += value
             tops = tl.maximum(tops, tl.where(there, value, MINUS_INF))
-    return tl.sum(tl.sum(sums, 2), 1), tl.max(tl.max(tops, 2), 1), tl.sum(tl.sum(squares, 1), 0)
+    return tl.sum(tl.sum(sums, 1), 0), tl.max(tl.max(tops, 1), 0), tl.sum(tl.sum(squares, 1), 0)
 
 
 @kernel
@@ -551,7 +549,7 @@ def _finish_kernel(
     )
 
     if index < NUM_REDUCERS:
-        row = index * 2 + tl.arange(0, 2)
+        row = index
         total, top, squares = _add_up(statistics, row, cu_seqlens, num_sequences, width, num_tiles, TILE)
         top = tl.where(total == total, top, total)
         mean = total / tl.maximum(tokens, 1.0)
@@ -559,8 +557,10 @@ def _finish_kernel(
         value = tl.where((row == MINUS_RATIO_MAX) | (row == MINUS_TRACE_MAX), -top, value)
         value = tl.where(row == WEIGHT, mean * (total / squares) * 2.0**-10, value)  # the effective sample size
         value = tl.where(row == TOKENS, tokens, value)
-        tl.store(metrics + row, tl.where(tokens > 0, value, 0.0), mask=row < LOSS)
-        tl.store(loss + 0 * row, scale * total, mask=only_if(per_token == 0, row == LOSS))
+        if row < LOSS:
+            tl.store(metrics + row, tl.where(tokens > 0, value, 0.0))
+        elif per_token == 0:
+            tl.store(loss, scale * total)
     else:
         tile = _find_tile(index - NUM_REDUCERS, cu_seqlens, num_sequences, width, TILE, CHUNK)
         i = tl.arange(0, TILE)

@@ -12,9 +12,9 @@ element that exceeds the largest so far changes places with it; what is added is
 out one element at the maximum without telling which. Each step is asked for
 while the one before it is added, and the last, which may be incomplete, before all others.
 
-Words are of 4 bytes: an element of float32, or two of a 16-bit type, of which 4 words make a load of 16 bytes. Rows that
-begin at other places than multiples of 16 bytes have words of one element, whatever its type: lanes that followed the
-boundaries would take other elements from row to row, and the sums of a row depend on its place in the batch.
+Words are of 4 bytes: an element of float32, or two of a 16-bit type, of which 4 words make a load of 16 bytes. Rows
+that begin at other places than multiples of 16 bytes have words of one element, whatever its type: lanes that followed
+the boundaries would take other elements from row to row, and the sums of a row depend on its place in the batch.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def filled(number, block):
 
 @triton.jit
 def load_step(row, first, lanes, end, WIDTH: tl.constexpr, DTYPE: tl.constexpr, POLICY: tl.constexpr):
-    """TILES words of each lane, the first of which is ``first + lanes``; -inf unless ``first < end``, if that is given."""
+    """TILES words of each lane, the first of which is ``first + lanes``; -inf unless ``first < end`` where given."""
     tiles = ()
     for i in tl.static_range(TILES):
         words = row + (first + i * lanes.shape[len(lanes.shape) - 1] + lanes)
@@ -77,24 +77,13 @@ def load_step(row, first, lanes, end, WIDTH: tl.constexpr, DTYPE: tl.constexpr, 
 @triton.jit
 def load_last_step(row, first, lanes, end, WIDTH: tl.constexpr, DTYPE: tl.constexpr, POLICY: tl.constexpr):
     """The same, -inf from ``end`` on."""
+    FOUR: tl.constexpr = 4 if WIDTH > 1 else 1  # as many are inside, or not, together
     tiles = ()
     for i in tl.static_range(TILES):
         word = first + i * lanes.shape[len(lanes.shape) - 1] + lanes
-        inside = word < end
-        if WIDTH > 1:
-            inside = _by_fours(inside)
+        inside = word // FOUR < end // FOUR
         tiles += (tl.load(row + word, mask=inside, other=_nothing(WIDTH, DTYPE), eviction_policy=POLICY),)
     return tiles
-
-
-@triton.jit
-def _by_fours(inside):
-    """Words come in fours."""
-    if len(inside.shape) == 2:
-        inside = tl.max_constancy(inside, [1, 4])
-    else:
-        inside = tl.max_constancy(inside, 4)
-    return inside
 
 
 @triton.jit
@@ -102,7 +91,7 @@ def _nothing(WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """A word of -inf."""
     if WIDTH < 8:
         word = MINUS_INF
-    elif DTYPE == tl.bfloat16:
+    elif DTYPE.is_bf16():
         word = -0x7F0080  # 0xFF80FF80
     else:
         word = -0x3FF0400  # 0xFC00FC00
@@ -117,7 +106,7 @@ def _elements(tiles, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
         word = tiles[i]
         if WIDTH < 8:
             elements += (word.to(tl.float32),)
-        elif DTYPE == tl.bfloat16:
+        elif DTYPE.is_bf16():
             elements += ((word << 16).to(tl.float32, bitcast=True), (word & -0x10000).to(tl.float32, bitcast=True))
         else:
             low, high = word.to(tl.int16), (word >> 16).to(tl.int16)
@@ -171,7 +160,7 @@ def add(tiles, sums, scale, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: t
 
 @triton.jit
 def merge(sums, scale):
-    """(reference, rest, weighted) of rows; of all lanes but one at the maximum, the largest element is added as well."""
+    """(reference, rest, weighted) of rows. The largest element of each lane is added, but for one at the maximum."""
     AXIS: tl.constexpr = len(sums.top.shape) - 1
     largest = tl.max(sums.top, AXIS)
     reference = tl.where(largest == MINUS_INF, 0.0, largest)

@@ -200,6 +200,30 @@ def kernel_for(operator: str, device: str, dtype: torch.dtype = torch.float32) -
     return None
 
 
+def rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
+    """How many rows of logits the Triton kernel of one_pass can have in the L2 cache, and how many it would need there.
+
+    It needs one for each multiprocessor, and reads each again while it is there: 2/3 of the cache are for them.
+    """
+    processors, cache = 128, 48 << 20
+    if device.type == "cuda" and torch.version.hip is None:  # ROCm knows the L2 of one die, and not what lies beyond it
+        properties = torch.cuda.get_device_properties(device)
+        processors, cache = properties.multi_processor_count, properties.L2_cache_size
+    return max(1, min(processors, cache * 2 // 3 // row_bytes)), processors
+
+
+def takes_two_passes(logits: torch.Tensor, backend: str) -> bool:
+    """Whether they are predicted to be faster: more than a fifth of the device would have no row to walk.
+
+    Not where a backend was forced.
+    """
+    if _forced is not None or backend != "triton" or logits.device.type == "cpu":
+        return False
+    row_bytes = logits.shape[-1] * logits.element_size()
+    rows, processors = rows_at_a_time(logits.device, max(1, row_bytes))
+    return 5 * min(rows, logits.shape[:-1].numel()) < 4 * processors
+
+
 def choose(operator: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that runs ``operator`` for tensors of this device type and dtype."""
     name, choice = kernel_for(operator, device, dtype), _forced

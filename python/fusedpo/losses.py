@@ -152,7 +152,7 @@ def policy_loss_from_logits(
     backend = None
     if ops.require_grad(logits):
         backend = _one_pass_backend(logits.device, (logits.dtype,), batch, objective)
-    if backend is not None:
+    if backend is not None and not backends.takes_two_passes(logits, backend):
         results = ops_one_pass.policy_loss_from_logits(
             *as_kernels_take_them(logits, token_ids, temperature),
             batch.as_kernels_take_it(token_ids),

@@ -8,8 +8,8 @@ has shape and dtype of the logits and memory of its own, or is the logits themse
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,19 +33,24 @@ def scalar(value: float, device: torch.device) -> Tensor:
     """A number as a float32 0-d tensor; while tracing, in the one form that does not recompile for every value."""
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float32, device=device) * value
-    # on accelerators one tensor for all calls would have to wait for the stream, or the graph, in which it was made
-    if value == 1 and device == _CPU and torch._C._len_torch_dispatch_stack() == 0:
-        return _one()
-    return torch.full((), value, dtype=torch.float32, device=device)
+    if must_be_functional() or _is_recorded(device):
+        return torch.full((), value, dtype=torch.float32, device=device)
+    stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
+    return _kept_scalar(value, device, stream)
 
 
-_CPU = torch.device("cpu")
+@lru_cache(maxsize=64)
+def _kept_scalar(value: float, device: torch.device, stream: int) -> Tensor:
+    """Filled once, by the stream that reads it: a launch less in every step. Nothing writes to it."""
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=torch.float32, device=device)
 
 
-@functools.cache
-def _one() -> Tensor:
-    with torch.inference_mode(False):  # whose tensors are not saved for a backward
-        return torch.ones((), dtype=torch.float32, device=_CPU)
+def _is_recorded(device: torch.device) -> bool:
+    """Whether memory that is allocated now belongs to a CUDA graph, or to no device at all."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:

@@ -2,18 +2,23 @@
 
 ::
 
-    one_pass(logits, out, logprobs, entropy, rows?, token_ids, temperature, *batch.tokens, scale, parts, values)
+    one_pass(
+        logits, out, logprobs, entropy, rows?, token_ids, temperature, *batch.tokens, scale, parts, values, denominator?
+    )
 
 * ``logits`` ``[*tokens, V]``, float16, bfloat16 or float32, unit stride along V; ``tokens`` is ``[B, T]`` or ``[T]``:
   padded sequences, or one; with ``cu_seqlens`` ``[S + 1]`` (int64) packed ``[T]`` or ``[1, T]``. Their gradient is
   written into ``out``, which may be the logits.
-* ``logprobs`` and ``entropy``, float32 ``[*tokens]``, are written at every row that is evaluated.
+* ``logprobs`` and ``entropy``, float32 ``[*tokens]``, are written at every row that is evaluated; by Triton, at the
+  others 0 unless ``rows`` are given.
 * ``rows`` None: every token that ``mask`` (bool) keeps is evaluated, and the gradient of the others is zero. Otherwise
   ``logits`` is ``[R, V]`` and its row r belongs to the kept token ``rows[r]`` (int64, ascending positions among the
   flattened tokens); tokens after the last of them that a window reaches have their log-probs in ``logprobs`` already.
 * ``token_ids`` int64; ``temperature`` ``[]`` or ``[*tokens]``; ``advantages`` and ``is_weights`` ``[*tokens]`` or
   ``[num_sequences, 1]``; ``old_logprobs`` (None: the log-probs themselves) and ``ref_logprobs`` ``[*tokens]``; float32.
-* ``scale`` ``[*tokens]`` float32: what the loss of each token is multiplied by.
+* ``scale`` ``[*tokens]`` float32: what the loss of each token is multiplied by. For Triton it may be 0-d, if the
+  aggregation is ``token-sum``, or ``token-mean``, which divides it by the 0-d ``denominator`` (None: the number of kept
+  tokens; then ``rows`` are not given).
 * ``parts`` and ``values``: the objective (:func:`fusedpo.ops.policy_loss.encode`), of which :func:`is_possible` holds.
 
 ``scale_`` multiplies a stored gradient by a 0-d factor, which it
@@ -36,7 +41,8 @@ from . import policy_loss as ops_policy_loss
 define(
     "one_pass",
     "(Tensor logits, Tensor(a!) out, Tensor(b!) logprobs, Tensor(c!) entropy, Tensor? rows, Tensor token_ids, "
-    f"Tensor temperature, {ops_policy_loss.TOKENS}, Tensor scale, int[] parts, float[] values) -> ()",
+    f"Tensor temperature, {ops_policy_loss.TOKENS}, Tensor scale, int[] parts, float[] values, "
+    "Tensor? denominator=None) -> ()",
     lambda *_: None,
 )
 define("scale_", "(Tensor(a!) gradient, Tensor factor) -> ()", lambda *_: None)
@@ -100,12 +106,17 @@ class _OnePass(torch.autograd.Function):
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        logprobs, entropy = logits.new_zeros((2, *token_ids.shape), dtype=torch.float32).unbind()
-        scale = ops_policy_loss.token_scale(logprobs, batch, objective=objective, backend=backend)
+        empty = logits.new_empty if backend == "triton" else logits.new_zeros
+        logprobs, entropy = empty((2, *token_ids.shape), dtype=torch.float32).unbind()
+        if backend == "triton" and objective.aggregation in ("token-mean", "token-sum"):
+            scale, denominator = batch.loss_scale, batch.denominator
+        else:
+            scale = ops_policy_loss.token_scale(logprobs, batch, objective=objective, backend=backend)
+            denominator = None
         gradient = logits if inplace else logits.new_empty(logits.shape)
         getattr(torch.ops.fusedpo.one_pass, backend)(
             *(logits, gradient, logprobs, entropy, None, token_ids, temperature),
-            *(*batch.tokens, scale, *ops_policy_loss.encode(objective)),
+            *(*batch.tokens, scale, *ops_policy_loss.encode(objective), denominator),
         )
         if inplace:
             torch.autograd.graph.increment_version(logits)
