@@ -252,6 +252,8 @@ MUTATED: dict[str, list[Callable[[], None]]] = {
     "log-probs, short rows": [functools.partial(f, 1000, BF16, 7) for f in (logprobs, logprobs_in_place)],
     "one pass": [functools.partial(fused, 17_001, BF16, O.nfpo(70), (1, 80), inplace=x) for x in (False, True)],
     "live rows": [functools.partial(fused, 100, BF16, O.grpo(), (3, 700), inplace=x) for x in (False, True)],
+    "token scales": [functools.partial(token_scales, name) for name in ("token-mean", "seq-mean-token-mean")],
+    "divergences": [functools.partial(divergences, 20_001, BF16, name) for name in ("reverse", "forward")],
     "groups": [functools.partial(groups, name, group_size=1100) for name in ("rloo", "opo", "gpg", "grpo", "remax")],
     "ranks": [WORKLOADS["ranks, groups of 90"], functools.partial(groups, "passk", group_size=90)],
     "tokens": [functools.partial(tokens, name, 2100, 0) for name in ("vtrace", "gae", "reward_to_go")],
