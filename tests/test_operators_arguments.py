@@ -67,6 +67,7 @@ def arguments(operator: str) -> dict:
             **{name: floats[name] for name in ("ref_logprobs", "is_weights", "scale")},
             "parts": PARTS,
             "values": VALUES,
+            "denominator": None,
         },
         "scale_": {"gradient": x, "factor": torch.tensor(2.0)},
         "group_advantages": {

@@ -154,7 +154,7 @@ def _row_pointer(base, row, inner_rows, outer_stride, inner_stride, WIDTH: tl.co
 
 
 class Chosen(NamedTuple):
-    """The logit of the token that a row predicts; of an id out of range NaN, and the column V."""
+    """The logit of the token that a row predicts; of an id out of range NaN, and V as the column."""
 
     logit: Any
     column: Any
@@ -438,7 +438,7 @@ def _one_pass_kernel(
             sums = add(tiles, sums, exponent_scale, WIDTH, DTYPE, True)
             grad = gradient_of(x, gradient.reference, gradient.scale, gradient.constant, gradient.slope, BONUS)
             tl.store(grad_row + at, grad, mask=filled(0, columns) < write_end, eviction_policy="evict_first")
-        chosen = _load_chosen(next_row, token_ids + token, vocab_size)
+        chosen = _load_chosen(next_row, token_ids + token, tl.where(reduces, vocab_size, 0))
         tl.debug_barrier()  # the chosen column is written last; the next chosen logit was read before it is overwritten
         tl.store(grad_row + gradient.column, gradient.chosen, mask=gradient.column < write_end)
 

@@ -483,20 +483,20 @@ def _batch_scale(
 def _add_up(statistics, row, cu_seqlens, num_sequences, width, num_tiles, TILE: tl.constexpr):
     """Sum and maximum of a row over all tiles, and 2^-10 times the sum of the squared weights, lest that overflow.
 
-    A lane takes every 16th tile of every 128th sequence: tiles that only one of two layouts has, and that hold no
+    A lane takes every 8th tile of every 128th sequence: tiles that only one of two layouts has, and that hold no
     tokens, do not move the others to other lanes.
     """
-    sums = tl.zeros([128, 16], tl.float32)
-    tops = tl.full([128, 16], MINUS_INF, tl.float32)
-    squares = tl.zeros([128, 16], tl.float32)
+    sums = tl.zeros([128, 8], tl.float32)
+    tops = tl.full([128, 8], MINUS_INF, tl.float32)
+    squares = tl.zeros([128, 8], tl.float32)
     for start in range(0, num_sequences, 128):
         s = start + tl.arange(0, 128)
         exists = s < num_sequences
         begin = _begin(cu_seqlens, s, exists, width)
         size = tl.cdiv(_begin(cu_seqlens, s + 1, exists, width) - begin, TILE)
         first_tile = begin // TILE + s
-        for first in range(0, tl.max(tl.where(exists, size, 0), 0), 16):
-            k = first + tl.arange(0, 16)[None, :]
+        for first in range(0, tl.max(tl.where(exists, size, 0), 0), 8):
+            k = first + tl.arange(0, 8)[None, :]
             tile = first_tile[:, None] + k
             there = exists[:, None] & (k < size[:, None])
             squares += 2.0**-10 * tl.load(statistics + SQUARED_WEIGHT * num_tiles + tile, mask=there, other=0.0)

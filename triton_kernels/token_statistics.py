@@ -1,6 +1,6 @@
 """Token log-probs, entropy and the statistics of each row of logits, which a program reads once, block by block.
 
-Sums are those of logprobs.py, and one of e_j^2: 1 + squares. The order of every sum follows from V and the block alone.
+Sums are those of sums.py, and one of e_j^2: 1 + squares. The order of every sum follows from V and the block alone.
 """
 
 from __future__ import annotations
@@ -16,18 +16,8 @@ from fusedpo import _checks
 
 from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
 from .common import kernel, launch
-from .logprobs import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    MINUS_INF,
-    _row_pointers,
-    _rows,
-    check_values,
-    log1p,
-    row_width,
-    with_layout,
-)
+from .logprobs import _row_pointers, _rows, check_values, row_width, with_layout
+from .sums import LN2, LOG2E, LOWEST, MINUS_INF, log1p
 
 
 @triton.jit
@@ -75,7 +65,7 @@ def _token_statistics_kernel(
 ):
     """Reads V logits of each kept row, once; writes eight numbers of every row."""
     rows, _, kept = _rows(mask, num_rows, 1)
-    row = _row_pointers(logits, inner_rows, outer_stride, inner_stride, 1, WIDTH)
+    row = _row_pointers(logits, inner_rows, outer_stride, inner_stride, 1, WIDTH)[:, None]
     T = tl.load(temperature + rows * temperature_stride, mask=kept, other=1.0)
     scale = tl.div_rn(LOG2E, T)
     ids = tl.load(token_ids + rows, mask=kept, other=-1)[:, None]
