@@ -88,13 +88,15 @@ def compiled() -> dict[tuple[str, str, str], dict]:
 
 
 @pytest.mark.parametrize("target", triton_aot.TARGETS)
-def test_nothing_is_spilled(compiled, target, record_property):
+def test_no_more_is_spilled_than_two_values_of_a_row(compiled, target, record_property):
+    """In float32 with the entropy bonus, on sm_90; the loops over the logits do not touch them (test_budgets.py)."""
     results = [result for result in compiled.values() if result["target"] == target]
     counts = {WALK: 4, LIST: 3, SCALE: 3} if target == "sm_90" else {WALK: 2, LIST: 1, SCALE: 1}
     assert Counter(result["kernel"] for result in results) == counts
     for result in results:
         record_property(f"registers, {result['case']}", result["registers"])
-        assert (result["case"], result["stack"]) == (result["case"], 0)
+        allowed = 8 if (result["kernel"], result["case"], target) == (WALK, "fp32, entropy", "sm_90") else 0
+        assert result["stack"] <= allowed, result["case"]
         assert result["registers"] <= 128  # a program of 16 warps has that many for each thread
 
 
@@ -161,9 +163,9 @@ def test_scale_accesses_16_bytes_at_a_time(compiled, case):
 def test_chosen_columns_are_read_before_their_row_is_written_and_written_after_it(compiled, case):
     """Barriers in between: in place, threads would otherwise read each other's gradients as logits."""
     names = {
-        r"%logit\w* = tt\.load": "read the next",
+        r"%chosen\w* = tt\.load": "read the next",
         r"barrier": "wait",
-        r"tt\.store %\w+, %gradient\w*, [^\n]*: !tt\.ptr": "write",
+        r"tt\.store %pointer\w*, [^\n]*: !tt\.ptr": "write",
         r"tt\.store [^\n]*: tensor<\d{4,}x": "sweep",
     }
     found = re.findall("|".join(f"({pattern})" for pattern in names), compiled[case, WALK, "sm_90"]["ttir"])
@@ -182,7 +184,7 @@ def test_offsets_of_rows_have_64_bits(compiled, case, kernel):
 @pytest.mark.parametrize("case", CASES)
 def test_offsets_of_tokens_have_64_bits(compiled, case):
     ttir = compiled[case, WALK, "sm_90"]["ttir"]
-    arrays = {"logprobs", "entropies", "token_ids", "temperature", "old_logprobs", "ref_logprobs", "loss_scale"}
+    arrays = {"logprobs", "entropies", "token_ids", "temperature", "old_logprobs", "ref_logprobs", "scale"}
     offsets = re.findall(r"tt\.addptr %(\w+), \S+ : !tt\.ptr<\w+>, (\w+)", ttir)
     found = {(name, kind) for name, kind in offsets if name in arrays}
     assert found == {(name, "i64") for name in arrays}

@@ -191,7 +191,7 @@ OTHERS = {
 
 def is_alu(i: Instruction) -> bool:
     """Also what the uniform datapath executes. An instruction that is not known is refused."""
-    if i.name in ALU or (i.name.startswith("U") and i.name != "UBLKCP") or i.name == "R2UR":
+    if i.name in ALU or (i.name.startswith("U") and i.name != "UBLKCP") or i.name in ("R2UR", "VOTEU"):
         return True
     assert i.name in FMA | IMAD | OTHERS, f"to which pipe does {i.opcode} belong?"
     return False
