@@ -1,6 +1,6 @@
 """Rows of logits whose columns lie on several ranks: what a rank says of its columns, and the merge.
 
-Formulas and layouts: ``fusedpo.reference.row_stats``. A program of the first kernel owns a tile as those of
+Formulas and layouts: ``fusedpo.reference.row_stats``. A program of the first kernel owns rows as those of
 :mod:`.logprobs` do; one of the second has ``MERGE_ROWS`` rows, of which it reads what all ranks say, in their order.
 """
 
@@ -15,21 +15,8 @@ from fusedpo import _checks
 
 from .checks import BOOL, FLOAT, Arguments, dims, expect
 from .common import cdiv, kernel, launch
-from .logprobs import (
-    LN2,
-    LOG2E,
-    MINUS_INF,
-    _check,
-    _load_ids,
-    _row_pointers,
-    _rows,
-    _tile,
-    add_block,
-    check_values,
-    log1p,
-    row_width,
-    with_layout,
-)
+from .logprobs import _check, _lanes, _load_ids, _row_pointers, _rows, check_values, row_width, with_layout
+from .sums import LOG2E, log1p, reduce_rows, words_of
 
 MERGE_ROWS = 128
 
@@ -53,7 +40,7 @@ def _row_stats_kernel(
     inner_stride,
     temperature_stride,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     IDS: tl.constexpr,
     WIDTH: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -62,26 +49,29 @@ def _row_stats_kernel(
     rows, exists, kept = _rows(mask, num_rows, ROWS)
     row = _row_pointers(logits, inner_rows, outer_stride, inner_stride, ROWS, WIDTH)
     T = tl.load(temperature + rows * temperature_stride, mask=kept, other=1.0)
-    scale = tl.div_rn(LOG2E, T)
     ids, _, is_id, in_range = _load_ids(token_ids, rows, kept, num_ids, num_columns, IDS)
-    chosen = tl.load(row + ids, mask=in_range, other=MINUS_INF).to(tl.float32)
+    chosen = tl.load(row[:, None] + ids, mask=in_range, other=float("-inf")).to(tl.float32)
 
-    top = tl.full([ROWS], MINUS_INF, tl.float32)
-    ones = tl.zeros([ROWS], tl.float32)
-    rest = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS], tl.float32)
-    columns = tl.arange(0, BLOCK)[None, :]
-    for start in range(0, num_columns, BLOCK):
-        inside = kept[:, None] & tl.max_constancy(start + columns < num_columns, [1, WIDTH])
-        x = tl.load(row + (start + columns), mask=inside, other=MINUS_INF, eviction_policy="evict_first")
-        top, ones, rest, weighted = add_block(x.to(tl.float32), top, ones, rest, weighted, scale, ENTROPY)
+    PER_WORD: tl.constexpr = 2 if WIDTH == 8 else 1
+    end = tl.where(kept, num_columns // PER_WORD, 0)
+    reference, rest, weighted = reduce_rows(
+        words_of(row, WIDTH)[:, None],
+        tl.max(end, 0),
+        end[:, None],
+        tl.div_rn(LOG2E, T)[:, None],
+        tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, LANES)[None, :],
+        WIDTH,
+        logits.dtype.element_ty,
+        ENTROPY,
+        "evict_first",
+    )
 
     out = parts + (1 + rows) * num_parts
-    tl.store(out, tl.where(kept & (top != MINUS_INF), top, 0.0), mask=exists)
-    tl.store(out + 1, tl.where(kept, ones - 1 + rest, 0.0), mask=exists)
+    tl.store(out, tl.where(kept, reference, 0.0), mask=exists)
+    tl.store(out + 1, tl.where(kept, rest, 0.0), mask=exists)
     triple: tl.constexpr = 3 if ENTROPY else 2
     if ENTROPY:
-        tl.store(out + 2, tl.where(kept, weighted * LN2, 0.0), mask=exists)
+        tl.store(out + 2, tl.where(kept, weighted, 0.0), mask=exists)
     k = tl.arange(0, IDS)[None, :]
     tl.store(out[:, None] + triple + k, tl.where(kept[:, None], chosen, 0.0), mask=exists[:, None] & is_id)
 
@@ -116,7 +106,7 @@ def _merge_row_stats_kernel(
     agree = True
     end = 0.0
     named = tl.load(parts + 2)
-    top = tl.full([ROWS], MINUS_INF, tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
     first = tl.full([ROWS], -1, tl.int32)
     for rank in range(0, num_ranks):
         header = parts + rank * of_rank
@@ -187,10 +177,10 @@ def row_stats(
         check_values(1 << 62, token_ids.new_zeros(shape), temperature, mask)
     parts = logits.new_empty((1 + num_rows, (3 if return_entropy else 2) + num_ids), dtype=FLOAT[0])
     logits, layout = with_layout(logits)
-    tile = _tile(num_columns, num_ids, logits.element_size(), row_width(logits, layout))
+    lanes = _lanes(num_columns, num_ids, row_width(logits, layout))
     launch(
         _row_stats_kernel,
-        max(1, cdiv(num_rows, tile["ROWS"])),
+        max(1, cdiv(num_rows, lanes["ROWS"])),
         logits.device,
         logits,
         token_ids - vocab_start,
@@ -209,7 +199,7 @@ def row_stats(
         layout.inner_stride,
         int(temperature.dim() > 0),
         ENTROPY=return_entropy,
-        **tile,
+        **lanes,
     )
     return parts
 

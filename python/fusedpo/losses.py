@@ -269,9 +269,7 @@ def policy_loss_from_hidden(
         from .distributed import losses
 
         if gradient_threshold:
-            raise ValueError(
-                "gradient_threshold must be None or 0 where the vocabulary or the sequences are split"
-            )
+            raise ValueError("gradient_threshold must be None or 0 where the vocabulary or the sequences are split")
         return losses.policy_loss_from_hidden(
             *(hidden, weight, token_ids, Batch(*given)),
             objective=objective,
