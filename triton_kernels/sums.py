@@ -167,7 +167,10 @@ def merge(sums, scale):
     t = tl.maximum((sums.top - beside(reference, sums.top)) * scale, LOWEST, propagate_nan=NANS)
     e = tl.exp2(t)
     at_top = (sums.top == beside(largest, sums.top)) & (sums.top != MINUS_INF)
-    weighted = tl.sum((sums.weighted + t * (1 + sums.rest)) * e, AXIS)
+    # Fused with the first addition of the reduction, this product would be rounded in one of two lanes only, and they
+    # would hold different sums of the same numbers.
+    product = (sums.weighted + t * (1 + sums.rest)) * e
+    weighted = tl.sum(tl.where(sums.top == MINUS_INF, 0.0, product), AXIS)
     rest = tl.sum(sums.rest * e + tl.where(at_top, 0.0, e), AXIS) + (tl.sum(at_top.to(tl.float32), AXIS) - 1)
     return reference, rest, weighted * LN2
 
