@@ -460,7 +460,9 @@ def _one_pass_kernel(
         begin, end = _segment(num_rows - num_evaluated, program, num_segments)
         for k in range(begin, end):
             row = _token_of(rows, num_evaluated + k, k >= 0)
-            grad_row = _row_pointer(grad_logits, row.to(tl.int32), inner_rows, grad_outer_stride, grad_inner_stride, WIDTH)
+            grad_row = _row_pointer(
+                grad_logits, row.to(tl.int32), inner_rows, grad_outer_stride, grad_inner_stride, WIDTH
+            )
             _write_zeros(grad_row, columns, vocab_size, BLOCK, WIDTH)
             tl.store(logprobs + row, zero)
             tl.store(entropies + row, zero)
