@@ -73,12 +73,14 @@ def scaled(size: int, dtype: torch.dtype) -> None:
     assert torch.equal(gradient, expected)
 
 
-def token_scales(aggregation: str) -> None:
+def token_scales(aggregation: str, length_norm: float = 50.0) -> None:
     """Over several tiles per sequence."""
     mask = torch.rand(3, 1300) < 0.7
     number = AGGREGATION_NUMBERS[aggregation]
     results = (
-        getattr(torch.ops.fusedpo.token_scale, kind)(mask.float(), mask, None, None, torch.tensor(1.5), number, 50.0)
+        getattr(torch.ops.fusedpo.token_scale, kind)(
+            mask.float(), mask, None, None, torch.tensor(1.5), number, length_norm
+        )
         for kind in ("native", "triton")
     )
     torch.testing.assert_close(*results)
@@ -252,7 +254,7 @@ MUTATED: dict[str, list[Callable[[], None]]] = {
     "log-probs, short rows": [functools.partial(f, 1000, BF16, 7) for f in (logprobs, logprobs_in_place)],
     "one pass": [functools.partial(fused, 17_001, BF16, O.nfpo(70), (1, 80), inplace=x) for x in (False, True)],
     "live rows": [functools.partial(fused, 100, BF16, O.grpo(), (3, 700), inplace=x) for x in (False, True)],
-    "token scales": [functools.partial(token_scales, name) for name in ("token-mean", "seq-mean-token-mean")],
+    "token scales": [functools.partial(token_scales, *x) for x in (("token-mean",), ("seq-mean-token-sum-norm", 0.0))],
     "divergences": [functools.partial(divergences, 20_001, BF16, name) for name in ("reverse", "forward")],
     "groups": [functools.partial(groups, name, group_size=1100) for name in ("rloo", "opo", "gpg", "grpo", "remax")],
     "ranks": [WORKLOADS["ranks, groups of 90"], functools.partial(groups, "passk", group_size=90)],

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <map>
-#include <memory>
+#include <new>
 #include <vector>
 
 namespace cuda_on_cpu {
@@ -17,14 +17,16 @@ struct Allocator {
   template <class U>
   Allocator(const Allocator<U>&) {}
 
+  static constexpr std::align_val_t kAligned{256};  // as memory of a GPU is
+
   T* allocate(size_t count) {
-    T* p = std::allocator<T>().allocate(count);
+    T* p = static_cast<T*>(::operator new(count * sizeof(T), kAligned));
     regions[(uint64_t)p] = count * sizeof(T);
     return p;
   }
   void deallocate(T* p, size_t count) {
     regions.erase((uint64_t)p);
-    std::allocator<T>().deallocate(p, count);
+    ::operator delete(p, kAligned);
   }
   bool operator==(const Allocator&) const { return true; }
 };
