@@ -194,12 +194,16 @@ void Machine::jump_by_table(Warp& w, const Instruction& i, u32 mask) {
   choose(w);
 }
 
+// Instructions of a warp between two places where it waits: no kernel here has a hundredth of them.
+constexpr s64 kEndless = 1 << 26;
+
 void Machine::take_turn(Warp& w) {
   running_ = &w;
-  s64 steps = options_.seed ? 1 + random() % 64 : INT64_MAX;
+  s64 steps = options_.seed ? 1 + random() % 64 : kEndless;
   if (!choose(w)) fail_divergent(w);
   for (;; --steps) {
     if (steps == 0) {
+      if (!options_.seed) fail("a loop without an end", 0);
       leave(w);
       progress_ = true;
       return;
