@@ -599,13 +599,17 @@ class Computations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.before = [], ""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        name, before = function.overloadpacket.__name__, self.before
+        self.before = name
+        if name == "set_" or (name, before) == ("fill_", "set_"):  # memory that is watched, and marked as not written
+            return result
         allocates = function.is_view or "empty" in str(function)
         if function.namespace == "aten" and not allocates and getattr(result, "numel", lambda: 1)() > 0:
-            self.names.append(function.overloadpacket.__name__)
+            self.names.append(name)
         return result
 
 

@@ -33,7 +33,7 @@ def scalar(value: float, device: torch.device) -> Tensor:
     """A number as a float32 0-d tensor; while tracing, in the one form that does not recompile for every value."""
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float32, device=device) * value
-    if torch._C._len_torch_dispatch_stack() > 0 or must_be_functional() or _is_recorded(device):
+    if must_be_functional() or _is_recorded(device):
         return torch.full((), value, dtype=torch.float32, device=device)
     stream = 0 if device.type in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
     return _kept_scalar(value, device, stream)
@@ -47,7 +47,9 @@ def _kept_scalar(value: float, device: torch.device, stream: int) -> Tensor:
 
 
 def _is_recorded(device: torch.device) -> bool:
-    """Whether memory that is allocated now belongs to a CUDA graph."""
+    """Whether memory that is allocated now belongs to a CUDA graph, or to no device at all."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

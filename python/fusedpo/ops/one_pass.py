@@ -106,10 +106,10 @@ class _OnePass(torch.autograd.Function):
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        outputs = logits.new_empty((2, *token_ids.shape), dtype=torch.float32)
-        if backend != "triton":  # which writes the zeros of skipped tokens itself
-            outputs.zero_()
-        logprobs, entropy = outputs.unbind()
+        allocate = (
+            logits.new_empty if backend == "triton" else logits.new_zeros
+        )  # it writes the zeros of skipped tokens
+        logprobs, entropy = allocate((2, *token_ids.shape), dtype=torch.float32).unbind()
         encoded = ops_policy_loss.encode(objective)
         if backend == "triton" and objective.aggregation in ("token-mean", "token-sum"):
             scale, denominator = batch.loss_scale, batch.denominator
