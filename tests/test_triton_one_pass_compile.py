@@ -97,7 +97,7 @@ def test_no_more_is_spilled_than_two_values_of_a_row(compiled, target, record_pr
         record_property(f"registers, {result['case']}", result["registers"])
         allowed = 8 if (result["kernel"], result["case"], target) == (WALK, "fp32, entropy", "sm_90") else 0
         assert result["stack"] <= allowed, result["case"]
-        assert result["registers"] <= 128  # a program of 16 warps has that many for each thread
+        assert result["registers"] * 32 * result["num_warps"] <= 65_536  # those of a multiprocessor, which runs one
 
 
 def elements_per_thread(result: dict) -> int:

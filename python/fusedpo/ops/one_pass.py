@@ -106,9 +106,7 @@ class _OnePass(torch.autograd.Function):
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        allocate = (
-            logits.new_empty if backend == "triton" else logits.new_zeros
-        )  # it writes the zeros of skipped tokens
+        allocate = logits.new_empty if backend == "triton" else logits.new_zeros  # Triton writes all tokens
         logprobs, entropy = allocate((2, *token_ids.shape), dtype=torch.float32).unbind()
         encoded = ops_policy_loss.encode(objective)
         if backend == "triton" and objective.aggregation in ("token-mean", "token-sum"):
