@@ -57,7 +57,7 @@ test-trainers: $(TRAINERS)/.ready
 
 $(TRAINERS)/.ready: $(READY)
 	$(PYTHON) -m venv $(TRAINERS)
-	$(PY) -c "import site; print(*site.getsitepackages(), sep='\n')" > $$($(TRAINERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/base.pth
+	$(PY) -c "import site; print(*(f'import site; site.addsitedir({path!r})' for path in site.getsitepackages()), sep='\n')" > $$($(TRAINERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/base.pth
 	$(TRAINERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(TRAINER_PACKAGES)
 	$(TRAINERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python --python-version 3.12 \
 	    --only-binary=:all: --target $$($(TRAINERS)/bin/python -c "import site; print(site.getsitepackages()[0])") "skyrl==0.4.*"
