@@ -130,7 +130,7 @@ def test_native_wheel(native: Path) -> None:
     assert file == str(native / EXTENSION)
     assert capability in ("portable", "avx2", "avx512", "avx512_bf16")
     assert torch.__version__.startswith(compiled_with)
-    assert wheel.stat().st_size < 1e6 or "FUSEDPO_CUDA" in os.environ
+    assert wheel.stat().st_size < 1.2e6 or "FUSEDPO_CUDA" in os.environ
     environment = use(native, "-m", "fusedpo", "env").stdout
     assert re.search(r"^native: cuda_compiler +(none|NVIDIA [\d.]+)$", environment, re.MULTILINE)
 
