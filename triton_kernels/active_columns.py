@@ -158,8 +158,8 @@ def _gradient_at_kernel(
         x = tl.load(pointer + at, mask=inside & reached[:, None], other=float("-inf"))
         grad = gradient_of(x, reference, scale, constant, slope, grad_entropy is not None)
         grad = tl.where(reached[:, None] & (tl.abs(grad) >= nothing), grad, 0.0)
-        e = tl.exp2((x.to(tl.float32) - reference[:, None]) * scale[:, None])
-        kept += tl.sum(tl.where(inside & reached[:, None], e, 0.0), 1)
+        probability = tl.exp2((x.to(tl.float32) - reference[:, None]) * scale[:, None])
+        kept += tl.sum(tl.where(inside & reached[:, None], probability, 0.0), 1)
         tl.debug_barrier()  # all of the block is read before any of it is overwritten
         tl.store(pointer + (start + k), grad, mask=inside)
     lost = tl.maximum(1 - kept * inverse, 0.0, propagate_nan=tl.PropagateNan.ALL)
