@@ -2,11 +2,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <climits>
 #include <map>
 #include <mutex>
 #include <string>
-#include <tuple>
 
 #include "batch_arguments.h"
 #include "launch.h"
@@ -70,22 +70,6 @@ auto launcher(const Launch& launch) {
   };
 }
 
-// What the driver answers to a question, which is asked once. Where `ask` throws, the next one asks again.
-template <class Key>
-class Answers {
- public:
-  template <class Ask>
-  int operator()(const Key& key, Ask ask) {
-    const std::lock_guard lock(mutex_);
-    const auto known = known_.find(key);
-    return known != known_.end() ? known->second : known_.emplace(key, ask()).first->second;
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<Key, int> known_;
-};
-
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, name, device));
@@ -116,15 +100,20 @@ int max_active_clusters(const Geometry& g) {
 // How a row lies in shared memory and how many clusters run at a time, on the current device.
 template <class T>
 void fit(OnePass& p, int device) {
-  static Answers<int> limits;
-  static Answers<std::tuple<int, int, int>> clusters;
-  const int limit = limits(device, [&] { return shared_limit<T>(device); });
+  // What the driver has answered: it is asked once. An error is no answer.
+  static std::mutex mutex;
+  static std::map<int, int> limits;
+  static std::map<std::array<int, 3>, int> clusters;
+  const std::lock_guard<std::mutex> lock(mutex);
+
+  if (limits.count(device) == 0) limits[device] = shared_limit<T>(device);
   const int64_t row_bytes = p.size * (int64_t)sizeof(T);
-  p.geometry = geometry_for(row_bytes, kRowThreads / 32, limit);
+  p.geometry = geometry_for(row_bytes, kRowThreads / 32, limits[device]);
   STD_TORCH_CHECK(p.geometry.blocks > 0, "the native kernel of one_pass holds a row in the shared memory of ",
                   kMaxClusterBlocks, " blocks; ", row_bytes, " bytes are too many");
-  const int active =
-      clusters({device, p.geometry.blocks, p.geometry.slices}, [&] { return max_active_clusters<T>(p.geometry); });
+  const std::array<int, 3> shape{device, p.geometry.blocks, p.geometry.slices};
+  if (clusters.count(shape) == 0) clusters[shape] = max_active_clusters<T>(p.geometry);
+  const int active = clusters[shape];
   p.num_clusters = std::min<int64_t>(active, std::max<int64_t>(1, p.num_rows));
 }
 
