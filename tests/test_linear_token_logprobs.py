@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
+
 import pytest
 import torch
 from support.hidden import GRID, Products
@@ -427,3 +430,12 @@ def test_errors(error, argument, given):
     right = {"hidden": hidden, "weight": weight, "token_ids": torch.zeros(T, dtype=torch.int64)}
     with pytest.raises(error, match=rf"^{argument}"):
         fusedpo.linear_token_logprobs(**right | given, return_entropy=True)
+
+
+@pytest.mark.parametrize("function", [fusedpo.token_logprobs, fusedpo.linear_token_logprobs])
+def test_type_checkers_know_every_argument(function):
+    """A call that an overload does not have is an error to them, whatever the function takes."""
+    overloads = typing.get_overloads(function)
+    assert len(overloads) == 2
+    for one in overloads:
+        assert list(inspect.signature(one).parameters) == list(inspect.signature(function).parameters)

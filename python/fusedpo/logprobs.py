@@ -137,6 +137,10 @@ def linear_token_logprobs(
     mask: Tensor | None = ...,
     return_entropy: Literal[False] = ...,
     chunk_tokens: int | None = ...,
+    gradient_threshold: float | None = ...,
+    tp_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    vocab_size: int | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_token_logprobs(
@@ -151,6 +155,10 @@ def linear_token_logprobs(
     mask: Tensor | None = ...,
     return_entropy: Literal[True],
     chunk_tokens: int | None = ...,
+    gradient_threshold: float | None = ...,
+    tp_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    vocab_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logprobs(
     hidden: Tensor,
