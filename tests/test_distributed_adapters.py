@@ -119,6 +119,9 @@ def check_logprobs(group):
                 alone = apply(y, ids, mine.start, mine.stop, *more, True)
                 assert torch.equal(alone, found)
                 assert not alone.requires_grad
+            cut = slice(0, 17) if rank == 0 else slice(17, V)
+            uneven = module.DistributedLogprob.apply(logits[..., cut], ids, cut.start, cut.stop, group)
+            assert_close(uneven, want, **FLOAT64)
             if adapter is skyrl:
                 found = module.vocab_parallel_entropy(y)
                 assert_close(found, entropy, **FLOAT64)
