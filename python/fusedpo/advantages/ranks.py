@@ -16,11 +16,11 @@ def spread_over_ranks(estimator: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(estimator)
     def estimate(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        group: Any = kwargs.pop("dp_group", None)
-        if group is None:
+        if kwargs.get("dp_group") is None:
             return estimator(*args, **kwargs)
         from ..distributed.groups import over_ranks  # where torch is built without distributed, nobody gets here
 
-        return over_ranks(estimator, group, *args, **kwargs)
+        named: dict[str, Any] = dict(kwargs)
+        return over_ranks(estimator, named.pop("dp_group"), *args, **named)
 
     return estimate
