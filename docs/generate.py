@@ -20,7 +20,7 @@ from bench import choose, record  # noqa: E402
 from bench.record import BUSY, ENOUGH, Row, number  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
-PAGES = ("README.md", "docs/performance.md", "docs/verification.md")
+PAGES = ("README.md", "docs/advantages.md", "docs/performance.md", "docs/verification.md")
 BUDGETS = ROOT / "tests/budgets.json"
 COUNTERS = tuple(ROOT / "tests/ptx" / name for name in ("counters.json", "counters_cuda.json"))
 
@@ -142,6 +142,9 @@ TABLES: Sequence[tuple[str, str, str, str]] = (
             ("hidden", "PPO, loss and gradients", "PPO from hidden states: loss and gradients"),
             ("token_logprobs", "forward", "log-probs and entropy: forward"),
             ("token_logprobs", "forward and backward", "log-probs and entropy: forward and backward"),
+            ("preference", "DPO from logits, loss and gradient", "DPO from logits: loss and gradient"),
+            ("preference", "DPO from hidden states, loss and gradients", "DPO from hidden states: loss and gradients"),
+            ("preference", "KL divergence over the vocabulary, loss and gradient", "exact KL: loss and gradient"),
         )
         for dtype in DTYPES
     ),
@@ -181,7 +184,7 @@ def tables() -> str:
         for operator, group, title, baseline in TABLES:
             blocks = cases(documents[operator], group)
             header = ["", "implementation", "ms", "20th to 80th percentile", "n", "medians of the processes"]
-            header += [f"speed against {baseline}", "of its lower bound", "page faults", "extra memory"]
+            header += [f"speed against {baseline}", "of its lower bound", "page faults", "extra memory", "error"]
             lines = [
                 [
                     sizes(row),
@@ -194,6 +197,7 @@ def tables() -> str:
                     f"{row.of_ceiling:.0%} of {row.ceiling}" if row.of_ceiling and row.ceiling != row.provider else "",
                     f"{row.page_faults or 0:,.0f}",
                     f"{row.peak_extra_megabytes or 0:,.0f} MB",
+                    "" if row.error is None else f"{row.error:.1e}",
                 ]
                 for block in blocks
                 for row in block.values()
@@ -209,13 +213,30 @@ def tables() -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def groups() -> str:
+    """Group advantages beside verl's, at the first size."""
+    parts = []
+    for folder, documents in recorded():
+        lines = []
+        for name in ("grpo", "rloo", "grpo_passk"):
+            block = next(iter(cases(documents["advantages"], name)), {})
+            for verl, what in (("verl", "a loop over groups"), ("verl, vectorised", "vectorised")):
+                if verl in block and "fusedpo" in block:
+                    ours, theirs = block["fusedpo"], block[verl]
+                    times = (f"{milliseconds(row, 'median')} ms, n = {row.samples}" for row in (ours, theirs))
+                    lines.append([f"`{name}`", sizes(ours), *times, what, against(ours, theirs)])
+        header = ("", "size", "here", "verl", "verl's way", "speed against verl's")
+        parts.append(f"{table(header, lines)}\n\n{source(folder, 'advantages', documents['advantages'])}")
+    return "\n\n".join(parts) or NOTHING
+
+
 def machine(document: Document) -> str:
     e = document["environment"]
     packages = ("torch", "triton", "trl", "verl", "liger_kernel", "cut-cross-entropy")
     versions = ", ".join(f"{name} {e[name]}" for name in packages if e.get(name))
     where = e["device"] if e.get("driver") else f"{e['threads']} threads of {e['device']}, {e['capability']}"
     pages = (
-        "huge pages for all"
+        "huge pages"
         if e["huge_pages"]
         else f"pages of 4 KiB (transparent_hugepage: {e['transparent_hugepage']})"
     )
@@ -385,6 +406,7 @@ def go() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "measured": measured,
+    "groups": groups,
     "tables": tables,
     "ceilings": ceilings,
     "budgets": budgets,
