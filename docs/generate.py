@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+import predicted  # noqa: E402
 from bench import choose, record  # noqa: E402
 from bench.record import BUSY, ENOUGH, Row, number  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
-PAGES = ("README.md", "docs/advantages.md", "docs/performance.md", "docs/verification.md")
+PAGES = ("README.md", "docs/advantages.md", "docs/distributed.md", "docs/performance.md", "docs/verification.md")
 BUDGETS = ROOT / "tests/budgets.json"
 COUNTERS = tuple(ROOT / "tests/ptx" / name for name in ("counters.json", "counters_cuda.json"))
 
@@ -235,11 +236,7 @@ def machine(document: Document) -> str:
     packages = ("torch", "triton", "trl", "verl", "liger_kernel", "cut-cross-entropy")
     versions = ", ".join(f"{name} {e[name]}" for name in packages if e.get(name))
     where = e["device"] if e.get("driver") else f"{e['threads']} threads of {e['device']}, {e['capability']}"
-    pages = (
-        "huge pages"
-        if e["huge_pages"]
-        else f"pages of 4 KiB (transparent_hugepage: {e['transparent_hugepage']})"
-    )
+    pages = "huge pages" if e["huge_pages"] else f"pages of 4 KiB (transparent_hugepage: {e['transparent_hugepage']})"
     others = max((row["others"] for row in document["rows"] if row["others"] is not None), default=0)
     busy = f"other programs used up to {others:.2f} processors" + (": **a busy machine**" if others > BUSY else "")
     return f"{where}; {pages} for all; {versions}; {e['date']}, commit {e['commit']}; {busy}"
@@ -402,6 +399,12 @@ def go() -> str:
     return "\n\n".join(parts)
 
 
+def ranks() -> str:
+    """What several ranks send, and how long that takes, on paper."""
+    parts = [f"**{title}**\n\n{table(header, lines())}" for title, header, lines in predicted.TABLES]
+    return "\n\n".join((predicted.note(), *parts))
+
+
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -414,6 +417,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compiled": compiled,
     "counters": counters,
     "devices": devices,
+    "ranks": ranks,
 }
 
 
