@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+import predicted  # noqa: E402
 from bench import choose, record  # noqa: E402
 from bench.record import BUSY, ENOUGH, Row, number  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
-PAGES = ("README.md", "docs/advantages.md", "docs/performance.md", "docs/verification.md")
+PAGES = ("README.md", "docs/advantages.md", "docs/distributed.md", "docs/performance.md", "docs/verification.md")
 BUDGETS = ROOT / "tests/budgets.json"
 COUNTERS = tuple(ROOT / "tests/ptx" / name for name in ("counters.json", "counters_cuda.json"))
 
@@ -399,6 +400,12 @@ def go() -> str:
     return "\n\n".join(parts)
 
 
+def ranks() -> str:
+    """What several ranks send, and how long that takes, on paper."""
+    parts = [f"**{title}**\n\n{table(header, lines())}" for title, header, lines in predicted.TABLES]
+    return "\n\n".join((predicted.note(), *parts))
+
+
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -411,6 +418,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compiled": compiled,
     "counters": counters,
     "devices": devices,
+    "ranks": ranks,
 }
 
 
