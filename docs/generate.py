@@ -117,7 +117,9 @@ def measured() -> str:
             if any(row for row, _ in rows):
                 busy = any(row and (row.others or 0) > BUSY for row, _ in rows)
                 lines.append([title + BUSY_MARK * busy, *(_cell(row, eager) for row, eager in rows)])
-        parts.append(f"{table(['', *blocks], lines)}\n\n{source(folder, 'one_pass', documents['one_pass'])}")
+        parts.append(
+            f"{table(['', *blocks], lines)}\n\n{source(folder, 'one_pass', documents['one_pass'], blocks.values())}"
+        )
     return "\n\n".join(parts) or NOTHING
 
 
@@ -204,9 +206,8 @@ def tables() -> str:
                 for row in block.values()
             ]
             if lines:
-                parts.append(
-                    f"**{title}**\n\n{table(header, lines)}\n\n{source(folder, operator, documents[operator])}"
-                )
+                where = source(folder, operator, documents[operator], blocks)
+                parts.append(f"**{title}**\n\n{table(header, lines)}\n\n{where}")
         plots = {name: (folder / f"{name}.png") for name in documents}
         parts += [
             f"![{name} on {folder.name}]({path.relative_to(ROOT)})" for name, path in plots.items() if path.exists()
@@ -218,33 +219,33 @@ def groups() -> str:
     """Group advantages beside verl's, at the first size."""
     parts = []
     for folder, documents in recorded():
-        lines = []
-        for name in ("grpo", "rloo", "grpo_passk"):
-            block = next(iter(cases(documents["advantages"], name)), {})
+        lines, blocks = [], [next(iter(cases(documents["advantages"], f)), {}) for f in ("grpo", "rloo", "grpo_passk")]
+        for block in blocks:
             for verl, what in (("verl", "a loop over groups"), ("verl, vectorised", "vectorised")):
                 if verl in block and "fusedpo" in block:
                     ours, theirs = block["fusedpo"], block[verl]
                     times = (f"{milliseconds(row, 'median')} ms, n = {row.samples}" for row in (ours, theirs))
-                    lines.append([f"`{name}`", sizes(ours), *times, what, against(ours, theirs)])
+                    lines.append([f"`{ours.group}`", sizes(ours), *times, what, against(ours, theirs)])
         header = ("", "size", "here", "verl", "verl's way", "speed against verl's")
-        parts.append(f"{table(header, lines)}\n\n{source(folder, 'advantages', documents['advantages'])}")
+        parts.append(f"{table(header, lines)}\n\n{source(folder, 'advantages', documents['advantages'], blocks)}")
     return "\n\n".join(parts) or NOTHING
 
 
-def machine(document: Document) -> str:
+def machine(document: Document, blocks: Iterable[dict[str, Row]]) -> str:
+    """Where, with what and when ``blocks`` were measured."""
     e = document["environment"]
     packages = ("torch", "triton", "trl", "verl", "liger_kernel", "cut-cross-entropy")
     versions = ", ".join(f"{name} {e[name]}" for name in packages if e.get(name))
     where = e["device"] if e.get("driver") else f"{e['threads']} threads of {e['device']}, {e['capability']}"
     pages = "huge pages" if e["huge_pages"] else f"pages of 4 KiB (transparent_hugepage: {e['transparent_hugepage']})"
-    others = max((row["others"] for row in document["rows"] if row["others"] is not None), default=0)
+    others = max((row.others for block in blocks for row in block.values() if row.others is not None), default=0)
     busy = f"other programs used up to {others:.2f} processors" + (": **a busy machine**" if others > BUSY else "")
     return f"{where}; {pages} for all; {versions}; {e['date']}, commit {e['commit']}; {busy}"
 
 
-def source(folder: Path, name: str, document: Document) -> str:
+def source(folder: Path, name: str, document: Document, blocks: Iterable[dict[str, Row]]) -> str:
     path = (folder / name).relative_to(ROOT)
-    return f"{machine(document)} ([all rows]({path}.md))."
+    return f"{machine(document, blocks)} ([all rows]({path}.md))."
 
 
 def ceilings() -> str:
