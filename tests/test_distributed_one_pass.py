@@ -305,7 +305,7 @@ def check_compiled(group):
     for loss in (from_logits, of_columns):
         torch._dynamo.reset()
         graphs = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=graphs)
+        compiled, compiled_times = torch.compile(loss, fullgraph=True, dynamic=True, backend=graphs), []
         for count in (10, 12, 18):
             batch = one_pass.batch((count * world,), 12 * world, kept=1)
             part, _ = local(batch, cp)
@@ -318,7 +318,8 @@ def check_compiled(group):
                 value.backward()
                 results.append((value.detach(), leaf.grad))
             torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-        assert graphs.frame_count == 1
+            compiled_times.append(graphs.frame_count)
+        assert len(set(compiled_times)) == 1, compiled_times  # the second length and the third need nothing anew
 
 
 def test_compiled_with_a_group():

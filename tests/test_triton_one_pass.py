@@ -421,7 +421,7 @@ def test_rows_that_are_left_out_are_not_evaluated():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_rows_with_gaps_and_masked_ones(inplace):
     """Windows go over tokens whose log-probs are there already; masked rows hold anything and get zeros."""
-    batch = make_batch((2, 7), 150)
+    batch = make_batch((2, 7), 150, kept=0.6)
     objective = O.nfpo(4, entropy_coef=0.1)
     whole = run(batch, objective)
     mask = batch["mask"].flatten()
