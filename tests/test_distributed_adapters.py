@@ -123,7 +123,7 @@ def check_logprobs(group):
             uneven = module.DistributedLogprob.apply(logits[..., cut], ids, cut.start, cut.stop, group)
             assert_close(uneven, want, **FLOAT64)
             if adapter is skyrl:
-                found = module.vocab_parallel_entropy(y)
+                found = module._VocabParallelEntropy.apply(y)
                 assert_close(found, entropy, **FLOAT64)
                 assert_close(gradients((found * upstream).sum(), y)[0], of_entropy[..., mine], **FLOAT64)
             else:

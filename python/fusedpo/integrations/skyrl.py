@@ -34,7 +34,6 @@ __all__ = [
     "policy_loss_fn",
     "register",
     "unpatch_logprobs",
-    "vocab_parallel_entropy",
 ]
 
 PREFIX = "fusedpo_"
@@ -123,15 +122,16 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     return token_logprobs(logits, labels, inplace_backward=inplace_backward)
 
 
-def vocab_parallel_entropy(vocab_parallel_logits: Tensor) -> Tensor:
-    """That of SkyRL's Megatron ``model_utils``: ``[...]`` in nats from this rank's part of the logits, ``[..., V_r]``.
+class _VocabParallelEntropy:
+    """In the place of the autograd function of that name, through which all entropy of a split vocabulary passes."""
 
-    The group is Megatron's tensor-parallel one, whose ranks hold equal parts. The logits are not changed.
-    """
-    return _common.entropy(vocab_parallel_logits, _common.tensor_parallel_group())
+    @staticmethod
+    def apply(vocab_parallel_logits: Tensor) -> Tensor:
+        """``[...]`` in nats from this rank's equal part of the logits, ``[..., V_r]``, which are not changed."""
+        return _common.entropy(vocab_parallel_logits, _common.tensor_parallel_group())
 
 
-_LOGPROBS = (_common.DistributedLogprob, _common.ChunkedDistributedLogprob, vocab_parallel_entropy)
+_LOGPROBS = (_common.DistributedLogprob, _common.ChunkedDistributedLogprob, _VocabParallelEntropy)
 _originals: dict[Any, Any] = {}  # of SkyRL, by what replaces them
 
 
