@@ -6,6 +6,7 @@ results have the same bits on all of them. The backward reads the columns again,
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def operators(backend: str) -> Operators:
 def pieces(rows: torch.Size, shard: Shard, device: torch.device) -> list[slice]:
     """How the first dimension of ``rows`` that has a length is cut; it depends on what is the same on all ranks."""
     lengths = [size for size in rows if size != 1] or [1]
-    cut = shard.group is not None and device.type != "cpu" and rows.numel() >= HALVES_FROM * shard.group.size()
+    cut = shard.group is not None and device.type != "cpu" and math.prod(rows) >= HALVES_FROM * shard.group.size()
     middle = lengths[0] // 2 if cut else 0
     return [slice(0, middle), slice(middle, lengths[0])] if middle > 0 else [slice(0, lengths[0])]
 

@@ -16,6 +16,8 @@ What they compute: :mod:`fusedpo.reference.row_stats`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,9 @@ def num_columns(token_ids: Tensor, leading: int, return_entropy: bool) -> int:
 
 
 def _row_stats_fake(logits: Tensor, token_ids: Tensor, *args: object) -> Tensor:
-    rows = logits.shape[:-1]
+    rows = logits.shape[:-1]  # Size.numel() would fix a number that is traced
     columns = num_columns(token_ids, len(rows), bool(args[-1]))
-    return logits.new_empty((1 + rows.numel(), columns), dtype=torch.float32)
+    return logits.new_empty((1 + math.prod(rows), columns), dtype=torch.float32)
 
 
 def _merge_row_stats_fake(
