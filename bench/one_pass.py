@@ -45,7 +45,9 @@ def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]
             yield _case("NFPO N=4", dtype, tokens, vocab, device)
     if quick:
         return
-    yield _case("PPO", dtypes[-1], *first, device)
+    for dtype in dtypes:
+        for tokens, vocab in SIZES[device, quick][:2]:
+            yield _case("PPO", dtype, tokens, vocab, device)
     yield _case("NFPO N=4", dtypes[-1], *first, device, masked=0.5)
     if torch.float16 not in dtypes:
         yield _case("NFPO N=4", torch.float16, *first, device)

@@ -24,6 +24,9 @@ BUSY = 0.2
 
 OPERATORS = ("token_logprobs", "policy_loss", "advantages", "one_pass", "hidden", "preference")
 
+OF_A_RUN = {"date", "run", "commit", "load"}
+"""What may differ between the operators that one machine has recorded."""
+
 Document = dict[str, Any]
 
 
@@ -165,13 +168,17 @@ def faults(document: Document) -> list[str]:
 
 
 def recorded(folder: Path) -> dict[str, Document]:
-    """By operator, the documents of a folder in the format of today; ValueError where they must not be published."""
+    """By operator, the documents of a folder in the format of today; ValueError where they must not be published.
+
+    Each is one run of one commit. All are of one machine and the same versions.
+    """
     read = {name: json.loads(path.read_text()) for name in OPERATORS if (path := folder / f"{name}.json").exists()}
     documents = {name: document for name, document in read.items() if document.get("format") == FORMAT}
     reasons = [f"{folder.name}/{name}: {reason}" for name, document in documents.items() for reason in faults(document)]
-    runs = {(d["environment"]["commit"], d["environment"]["run"]) for d in documents.values()}
-    if len(runs) > 1:
-        reasons.append(f"{folder.name}: not one run of one commit, but {sorted(runs)}")
+    for name in sorted({name for document in documents.values() for name in document["environment"]} - OF_A_RUN):
+        values = {str(document["environment"].get(name)) for document in documents.values()}
+        if len(values) > 1:
+            reasons.append(f"{folder.name}: not one machine, {name} is {' and '.join(sorted(values))}")
     if documents and len(documents) < len(OPERATORS):
         reasons.append(f"{folder.name}: without {', '.join(sorted(set(OPERATORS) - set(documents)))}")
     if reasons:

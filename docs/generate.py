@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+import predicted  # noqa: E402
 from bench import choose, record  # noqa: E402
 from bench.record import BUSY, ENOUGH, Row, number  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
-PAGES = ("README.md", "docs/performance.md", "docs/verification.md")
+PAGES = ("README.md", "docs/advantages.md", "docs/distributed.md", "docs/performance.md", "docs/verification.md")
 BUDGETS = ROOT / "tests/budgets.json"
 COUNTERS = tuple(ROOT / "tests/ptx" / name for name in ("counters.json", "counters_cuda.json"))
 
@@ -116,7 +117,9 @@ def measured() -> str:
             if any(row for row, _ in rows):
                 busy = any(row and (row.others or 0) > BUSY for row, _ in rows)
                 lines.append([title + BUSY_MARK * busy, *(_cell(row, eager) for row, eager in rows)])
-        parts.append(f"{table(['', *blocks], lines)}\n\n{source(folder, 'one_pass', documents['one_pass'])}")
+        parts.append(
+            f"{table(['', *blocks], lines)}\n\n{source(folder, 'one_pass', documents['one_pass'], blocks.values())}"
+        )
     return "\n\n".join(parts) or NOTHING
 
 
@@ -142,6 +145,9 @@ TABLES: Sequence[tuple[str, str, str, str]] = (
             ("hidden", "PPO, loss and gradients", "PPO from hidden states: loss and gradients"),
             ("token_logprobs", "forward", "log-probs and entropy: forward"),
             ("token_logprobs", "forward and backward", "log-probs and entropy: forward and backward"),
+            ("preference", "DPO from logits, loss and gradient", "DPO from logits: loss and gradient"),
+            ("preference", "DPO from hidden states, loss and gradients", "DPO from hidden states: loss and gradients"),
+            ("preference", "KL divergence over the vocabulary, loss and gradient", "exact KL: loss and gradient"),
         )
         for dtype in DTYPES
     ),
@@ -181,7 +187,7 @@ def tables() -> str:
         for operator, group, title, baseline in TABLES:
             blocks = cases(documents[operator], group)
             header = ["", "implementation", "ms", "20th to 80th percentile", "n", "medians of the processes"]
-            header += [f"speed against {baseline}", "of its lower bound", "page faults", "extra memory"]
+            header += [f"speed against {baseline}", "of its lower bound", "page faults", "extra memory", "error"]
             lines = [
                 [
                     sizes(row),
@@ -194,14 +200,14 @@ def tables() -> str:
                     f"{row.of_ceiling:.0%} of {row.ceiling}" if row.of_ceiling and row.ceiling != row.provider else "",
                     f"{row.page_faults or 0:,.0f}",
                     f"{row.peak_extra_megabytes or 0:,.0f} MB",
+                    "" if row.error is None else f"{row.error:.1e}",
                 ]
                 for block in blocks
                 for row in block.values()
             ]
             if lines:
-                parts.append(
-                    f"**{title}**\n\n{table(header, lines)}\n\n{source(folder, operator, documents[operator])}"
-                )
+                where = source(folder, operator, documents[operator], blocks)
+                parts.append(f"**{title}**\n\n{table(header, lines)}\n\n{where}")
         plots = {name: (folder / f"{name}.png") for name in documents}
         parts += [
             f"![{name} on {folder.name}]({path.relative_to(ROOT)})" for name, path in plots.items() if path.exists()
@@ -209,24 +215,37 @@ def tables() -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def machine(document: Document) -> str:
+def groups() -> str:
+    """Group advantages beside verl's, at the first size."""
+    parts = []
+    for folder, documents in recorded():
+        lines, blocks = [], [next(iter(cases(documents["advantages"], f)), {}) for f in ("grpo", "rloo", "grpo_passk")]
+        for block in blocks:
+            for verl, what in (("verl", "a loop over groups"), ("verl, vectorised", "vectorised")):
+                if verl in block and "fusedpo" in block:
+                    ours, theirs = block["fusedpo"], block[verl]
+                    times = (f"{milliseconds(row, 'median')} ms, n = {row.samples}" for row in (ours, theirs))
+                    lines.append([f"`{ours.group}`", sizes(ours), *times, what, against(ours, theirs)])
+        header = ("", "size", "here", "verl", "verl's way", "speed against verl's")
+        parts.append(f"{table(header, lines)}\n\n{source(folder, 'advantages', documents['advantages'], blocks)}")
+    return "\n\n".join(parts) or NOTHING
+
+
+def machine(document: Document, blocks: Iterable[dict[str, Row]]) -> str:
+    """Where, with what and when ``blocks`` were measured."""
     e = document["environment"]
     packages = ("torch", "triton", "trl", "verl", "liger_kernel", "cut-cross-entropy")
     versions = ", ".join(f"{name} {e[name]}" for name in packages if e.get(name))
     where = e["device"] if e.get("driver") else f"{e['threads']} threads of {e['device']}, {e['capability']}"
-    pages = (
-        "huge pages for all"
-        if e["huge_pages"]
-        else f"pages of 4 KiB (transparent_hugepage: {e['transparent_hugepage']})"
-    )
-    others = max((row["others"] for row in document["rows"] if row["others"] is not None), default=0)
+    pages = "huge pages" if e["huge_pages"] else f"pages of 4 KiB (transparent_hugepage: {e['transparent_hugepage']})"
+    others = max((row.others for block in blocks for row in block.values() if row.others is not None), default=0)
     busy = f"other programs used up to {others:.2f} processors" + (": **a busy machine**" if others > BUSY else "")
     return f"{where}; {pages} for all; {versions}; {e['date']}, commit {e['commit']}; {busy}"
 
 
-def source(folder: Path, name: str, document: Document) -> str:
+def source(folder: Path, name: str, document: Document, blocks: Iterable[dict[str, Row]]) -> str:
     path = (folder / name).relative_to(ROOT)
-    return f"{machine(document)} ([all rows]({path}.md))."
+    return f"{machine(document, blocks)} ([all rows]({path}.md))."
 
 
 def ceilings() -> str:
@@ -381,10 +400,17 @@ def go() -> str:
     return "\n\n".join(parts)
 
 
+def ranks() -> str:
+    """What several ranks send, and how long that takes, on paper."""
+    parts = [f"**{title}**\n\n{table(header, lines())}" for title, header, lines in predicted.TABLES]
+    return "\n\n".join((predicted.note(), *parts))
+
+
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "measured": measured,
+    "groups": groups,
     "tables": tables,
     "ceilings": ceilings,
     "budgets": budgets,
@@ -392,6 +418,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compiled": compiled,
     "counters": counters,
     "devices": devices,
+    "ranks": ranks,
 }
 
 

@@ -384,9 +384,12 @@ def test_what_may_be_published(tmp_path) -> None:
         (tmp_path / f"{name}.json").write_text(record.dumps(recorded_document(name, run="now")))
     assert list(record.recorded(tmp_path)) == list(OPERATORS)
     other = json.loads((tmp_path / "hidden.json").read_text())
-    other["environment"]["commit"] = "def5678"
+    other["environment"] |= {"commit": "def5678", "run": "later"}  # of this operator alone, again
     (tmp_path / "hidden.json").write_text(record.dumps(other))
-    with pytest.raises(ValueError, match="not one run of one commit"):
+    assert list(record.recorded(tmp_path)) == list(OPERATORS)
+    other["environment"]["device"] = "another processor"
+    (tmp_path / "hidden.json").write_text(record.dumps(other))
+    with pytest.raises(ValueError, match="not one machine, device is .* and another processor"):
         record.recorded(tmp_path)
     (tmp_path / "hidden.json").unlink()
     with pytest.raises(ValueError, match="without hidden"):
@@ -481,6 +484,14 @@ def test_a_clean_tree_is_recorded(tree, capsys) -> None:
     assert cli.main(["--device", "cpu", "--out", str(tree)]) == 0, capsys.readouterr().out
     assert set(record.recorded(tree)) == set(OPERATORS)
     assert " 12 " in (tree / "one_pass.md").read_text()
+
+
+def test_one_operator_is_recorded_again(tree, monkeypatch, capsys) -> None:
+    assert cli.main(["--device", "cpu", "--out", str(tree)]) == 0, capsys.readouterr().out
+    monkeypatch.setattr(report, "commit", lambda: "def5678")
+    assert cli.main(["--device", "cpu", "--op", "one_pass", "--out", str(tree)]) == 0, capsys.readouterr().out
+    commits = {name: document["environment"]["commit"] for name, document in record.recorded(tree).items()}
+    assert commits == dict.fromkeys(OPERATORS, "abc1234") | {"one_pass": "def5678"}
 
 
 def test_a_dirty_tree_cannot_record(tree, monkeypatch, capsys) -> None:

@@ -270,6 +270,26 @@ def check_groups(group):
         local = {n: x[mine] if isinstance(x, torch.Tensor) else x for n, x in {**options, **grouped}.items()}
         got = advantages.compute(name, rewards[mine], **local, mask=kept[mine], dp_group=group)
         assert torch.equal(got, want[mine]), name
+    greedy = torch.randn(2 * world, generator=rng(4))  # one per prompt of two samples
+    local, pairs = greedy[2 * rank : 2 * rank + 2], rewards.reshape(-1, 2)
+    want = advantages.remax(rewards, baselines=greedy, group_size=2)
+    assert torch.equal(advantages.remax(rewards[mine], baselines=local, group_size=2, dp_group=group), want[mine])
+    rows = advantages.remax(pairs[2 * rank : 2 * rank + 2], baselines=local.tolist(), dp_group=group)
+    assert torch.equal(rows, want[mine].reshape(-1, 2))
+    want = advantages.remax(rewards, baselines=greedy, group_ids=ids)
+    assert torch.equal(
+        advantages.remax(rewards[mine], baselines=greedy, group_ids=ids[mine], dp_group=group), want[mine]
+    )
+    each = advantages.remax(pairs, baselines=greedy.repeat_interleave(2).reshape(-1, 2))
+    two = advantages.remax(
+        pairs[2 * rank : 2 * rank + 2], baselines=local.repeat_interleave(2).reshape(-1, 2), dp_group=group
+    )
+    assert torch.equal(two, each[2 * rank : 2 * rank + 2])
+    # Lists, of whose values the kinds would depend on the rank: None, strings, whole numbers
+    scores, names = [1, 0, None, 2, 0.5, 1.0, 0.0, 0.25][: 4 * world], list("abbaabba")[: 4 * world]
+    want = advantages.rloo(scores, group_ids=names, trajectory_ids=list("pqrstuvw")[: 4 * world])
+    got = advantages.rloo(scores[mine], group_ids=names[mine], trajectory_ids=list("pqrstuvw")[mine], dp_group=group)
+    assert torch.equal(got, want[mine])
     want = advantages.grpo(rewards, group_size=2 * world)
     assert torch.equal(advantages.grpo(rewards[mine], group_size=2 * world, dp_group=group), want[mine])
 

@@ -402,3 +402,44 @@ def check_compiled(group):
 
 def test_compiled_with_a_group():
     ranks.run(check_compiled, 2)
+
+
+def test_what_takes_no_split_vocabulary_says_what_does():
+    logits, ids = torch.randn(2, 4, 8), torch.zeros(2, 4, dtype=torch.long)
+    states, weight = torch.randn(2, 4, 3), torch.randn(8, 3)
+    dpo = fusedpo.objectives.dpo(beta=0.1)
+    from_logits, from_hidden = "token_logprobs.*tp_group=tp_group", "linear_token_logprobs.*tp_group=tp_group"
+    calls = [
+        (from_logits, lambda **o: fusedpo.token_statistics(logits, ids, **o)),
+        (from_hidden, lambda **o: fusedpo.linear_token_statistics(states, weight, ids, **o)),
+        (from_logits, lambda **o: fusedpo.preference_loss_from_logits(logits, ids, None, objective=dpo, **o)),
+        (from_hidden, lambda **o: fusedpo.preference_loss_from_hidden(states, weight, ids, None, objective=dpo, **o)),
+        ("gather the logits", lambda **o: fusedpo.exact_kl(logits, logits, **o)),
+        ("gather the logits", lambda **o: fusedpo.exact_kl_from_hidden(states, weight, states, weight, **o)),
+    ]
+    for way, call in calls:
+        for name in ("tp_group", "vocab_start", "vocab_size", "cp"):
+            with pytest.raises(TypeError, match=f" takes no {name}, what it reads must be whole: .*{way}"):
+                call(**{name: None})
+
+
+def check_preferences(group):
+    """The way that works for a preference loss: of log-probs, which are the same on all ranks."""
+    logits, ids, _, given = batch()
+    logits, ids, ref = logits[:2], ids[:2], given["ref_logprobs"][:2]
+    start, width = bounds(group.size(), group.rank(), "uneven")
+    objective = fusedpo.objectives.dpo(beta=0.1)
+    whole = logits.clone().requires_grad_()
+    want = fusedpo.preference_loss_from_logits(whole, ids, ref, objective=objective)
+    want.loss.backward()
+    x = logits[..., start : start + width].clone().requires_grad_()
+    logprobs = fusedpo.token_logprobs(x, ids, tp_group=group, vocab_start=start)
+    out = fusedpo.preference_loss(logprobs, ref, objective=objective)
+    out.loss.backward()
+    assert_close(out.loss, want.loss, rtol=1e-12, atol=1e-12)
+    assert_close(x.grad, whole.grad[..., start : start + width], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_preference_losses_of_split_log_probs(world):
+    ranks.run(check_preferences, world)

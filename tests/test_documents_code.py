@@ -28,6 +28,7 @@ NOT_RUN = {
     ("docs/integrations/verl.md", 0): "changes verl for all tests; test_integration_verl.py calls register",
     ("docs/integrations/verl.md", 1): "changes verl for all tests; test_integration_verl.py calls patch_verl",
     ("docs/integrations/skyrl.md", 0): "needs SkyRL; test_integration_adapters.py registers with a stand-in",
+    ("docs/integrations/skyrl.md", 1): "needs SkyRL; test_integration_adapters.py patches a stand-in",
     ("docs/integrations/torchtitan.md", 0): "needs a trainer; test_trainers.py builds the loss beside torchtitan's",
     ("docs/integrations/torchrl.md", 0): "needs TorchRL; test_trainers.py builds the loss beside TorchRL's",
     (
@@ -35,6 +36,7 @@ NOT_RUN = {
         0,
     ): "needs several ranks; test_distributed_tensor.py and test_distributed_hidden.py start them",
     ("docs/integrations/nemo_rl.md", 0): "needs NeMo-RL; test_integration_adapters.py patches a stand-in",
+    ("docs/integrations/nemo_rl.md", 1): "needs NeMo-RL; test_integration_adapters.py patches a stand-in",
 }
 
 

@@ -326,13 +326,13 @@ def test_prime_rl_head():
 
 @pytest.fixture
 def mpu(monkeypatch):
-    """``megatron.core.mpu`` with sizes that a test may change."""
-    sizes = SimpleNamespace(tensor=1, context=1, data=1)
+    """Megatron's process groups, of which all have one rank; a test may say that there are others."""
+    sizes = SimpleNamespace(data=1)
     stand_in(
         monkeypatch,
-        "megatron.core.mpu",
-        get_tensor_model_parallel_world_size=lambda: sizes.tensor,
-        get_context_parallel_world_size=lambda: sizes.context,
+        "megatron.core.parallel_state",
+        get_tensor_model_parallel_group=lambda: None,
+        get_context_parallel_world_size=lambda: 1,
         get_data_parallel_world_size=lambda: sizes.data,
     )
     return sizes
@@ -502,15 +502,10 @@ def test_slime_refuses(mpu):
         slime.policy_loss(slime_args(rollout_top_p=0.9), batch, logits, slime_reducer(batch))
     with pytest.raises(NotImplementedError, match="eps_clip_c=3.0 with CISPO"):
         slime.policy_loss(slime_args(eps_clip_c=3.0, advantage_estimator="cispo"), batch, logits, slime_reducer(batch))
-    for axis in ("tensor", "context"):
-        setattr(mpu, axis, 2)
-        with pytest.raises(NotImplementedError, match=f"{axis}.*parallel_size of 2"):
-            slime.policy_loss(slime_args(), batch, logits, slime_reducer(batch))
-        setattr(mpu, axis, 1)
     with pytest.raises(NotImplementedError, match="kl_coef=0.1"):
         slime.advantages(slime_args(kl_coef=0.1), {"rewards": [1.0], "loss_masks": [torch.ones(2)]})
     mpu.data = 4
-    with pytest.raises(NotImplementedError, match="data_parallel_size of 4"):
+    with pytest.raises(NotImplementedError, match="data_parallel_size=4"):
         slime.advantages(slime_args(), {"rewards": [1.0], "loss_masks": [torch.ones(2)]})
 
 
@@ -597,7 +592,7 @@ def test_slime_opo_over_the_batch(mpu):
     assert got == [-0.5, 0.5]
 
 
-def test_slime_tis():
+def test_slime_tis(mpu):
     old, rollout = (
         [torch.tensor([-1.0, -0.5]), torch.tensor([-2.0])],
         [torch.tensor([-2.5, -0.6]), torch.tensor([-1.0])],
@@ -984,10 +979,34 @@ def test_nemo_rl_patch_reaches_all_that_build_the_loss(interfaces, monkeypatch):
     assert isinstance(nemo_rl.ClippedPGLossFn(NEMO).objective.ratio, fusedpo.objectives.TokenRatio)
 
 
-def test_nemo_rl_refuses_filtered_logprobs(batch, interfaces):
-    data = {**nemo_data(batch), "curr_logprobs_keep_mask": MASK}
-    with pytest.raises(NotImplementedError, match="curr_logprobs_keep_mask"):
+@pytest.mark.parametrize("key", ["curr_logprobs_keep_mask", "curr_logprobs_unfiltered"])
+def test_nemo_rl_refuses_filtered_logprobs(batch, interfaces, key):
+    data = {**nemo_data(batch), key: MASK}
+    with pytest.raises(NotImplementedError, match=key):
         nemo_rl.ClippedPGLossFn(NEMO)(batch.logprobs, data, torch.tensor(10.0), torch.tensor(40.0))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name"),
+    [
+        (nemo_rl, "nemo_rl.distributed.model_utils"),
+        (skyrl, "skyrl.backends.skyrl_train.distributed.megatron.model_utils"),
+    ],
+)
+def test_patch_logprobs_reaches_all_that_hold_them(monkeypatch, adapter, name):
+    theirs = {own.__name__: type(own.__name__, (), {}) for own in adapter._LOGPROBS[:-1]}  # a version without the last
+    module = stand_in(monkeypatch, name, **theirs)
+    worker = stand_in(monkeypatch, name.split(".")[0] + ".worker", **theirs)
+    try:
+        adapter.patch_logprobs()
+        adapter.patch_logprobs()
+        for own in adapter._LOGPROBS[:-1]:
+            assert getattr(module, own.__name__) is getattr(worker, own.__name__) is own
+        assert not hasattr(module, adapter._LOGPROBS[-1].__name__)
+    finally:
+        adapter.unpatch_logprobs()
+    for key, original in theirs.items():
+        assert getattr(module, key) is getattr(worker, key) is original
 
 
 # ---------------------------------------------------------------------------------------------------------------- AReaL

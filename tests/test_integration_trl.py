@@ -544,7 +544,19 @@ def test_unsupported_options_name_themselves(
         build(fused=fused, **config)
 
 
-def test_unsupported_combinations_name_themselves(build: Build, tmp_path: Path) -> None:
+def test_split_sequences_are_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build()
+    for option in ("cp_size", "sp_size"):
+        split = SimpleNamespace(parallelism_config=accelerate.ParallelismConfig(**{option: 2}))
+        monkeypatch.setattr(trainer, "accelerator", split)
+        with pytest.raises(NotImplementedError, match=f"FusedGRPOTrainer does not support {option}=2"):
+            trainer._check_setup(from_hidden=False)
+        monkeypatch.setattr(RLOOTrainer, "__init__", lambda self, split=split: setattr(self, "accelerator", split))
+        with pytest.raises(NotImplementedError, match=f"FusedRLOOTrainer does not support {option}=2"):
+            FusedRLOOTrainer()
+
+
+def test_unsupported_combinations_name_themselves(build: Build) -> None:
     """What takes a GPU, an inference engine or another model to set up is asked of the checks alone."""
     trainer = build()
     vllm = {"use_vllm": True, "importance_sampling_level": "sequence", "vllm_importance_sampling_mode": "token_mask"}

@@ -8,9 +8,8 @@ import pytest
 import torch
 from support import one_pass
 from support.logprobs import peak_extra_bytes
-from support.one_pass import OBJECTIVES, TWO_PASSES
+from support.one_pass import OBJECTIVES, TWO_PASSES, Operators
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedpo
@@ -24,21 +23,6 @@ EVERY = OBJECTIVES | TWO_PASSES
 every_objective = pytest.mark.parametrize("objective", EVERY.values(), ids=EVERY.keys())
 both_places = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Operators(TorchDispatchMode):
-    """The names of the operators that ran."""
-
-    def __enter__(self) -> Operators:
-        self.names: list[str] = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
-
-    def one_pass(self) -> bool:
-        return any(name.startswith("fusedpo::one_pass") for name in self.names)
 
 
 def run(batch, objective, inplace=False, upstream=None, **options):
@@ -444,13 +428,27 @@ def test_windows_look_over_rows_that_are_not_there(ahead):
     assert torch.equal(logits, whole[rows])
 
 
-@pytest.mark.parametrize("rows", [[3, 2], [2, 2], [-1], [30], [1]], ids=str)
+@pytest.mark.parametrize("ahead", [0, 3, 40])
+def test_rows_of_masked_tokens_have_no_gradient(ahead):
+    """They hold anything, and no window counts them."""
+    batch = one_pass.batch((30,), 64, kept=0.6)
+    args = arguments(batch, O.Objective(O.Trace(0, ahead), O.PPOClip(), entropy_coef=0.1))
+    whole = torch.empty_like(batch["logits"])
+    torch.ops.fusedpo.one_pass.native(batch["logits"], whole, *args)
+    rows = torch.arange(4, 30)
+    logits = batch["logits"].masked_fill(~batch["mask"][:, None], torch.nan)[rows]
+    ids = args[3].masked_fill(~batch["mask"], -100)
+    torch.ops.fusedpo.one_pass.native(logits, logits, torch.zeros(30), torch.zeros(30), rows, ids, *args[4:])
+    assert torch.equal(logits, whole[rows])
+    assert not logits[~batch["mask"][rows]].any()
+
+
+@pytest.mark.parametrize("rows", [[3, 2], [2, 2], [-1], [30]], ids=str)
 def test_rows_that_are_none(rows):
     batch = one_pass.batch((30,), 64, kept=1)
-    batch["mask"][1] = False
     rows = torch.tensor(rows)
     logits = batch["logits"][: len(rows)]
-    with pytest.raises(ValueError, match="rows must be ascending positions of kept tokens"):
+    with pytest.raises(ValueError, match="rows must be ascending positions of tokens"):
         torch.ops.fusedpo.one_pass.native(logits, logits, *arguments(batch, O.ppo(), rows))
 
 

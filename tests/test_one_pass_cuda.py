@@ -363,6 +363,23 @@ def test_chunks_of_rows(program, ahead):
     assert torch.equal(logprobs != 0, p.mask)
 
 
+@on_the_cpu
+@pytest.mark.parametrize("ahead", [2, 9])
+def test_rows_with_gaps_and_masked_ones(program, ahead):
+    """Windows go over tokens whose log-probs are there already; masked rows get zeros."""
+    p = problem(O.Objective(O.Trace(0, ahead), entropy_coef=0.1), (33,), 50, lengths=[12, 0, 21], spread=0.1)
+    expected = expect(p)
+    rows = torch.cat((torch.arange(2, 9), torch.arange(14, 25)))
+    given = torch.zeros(33, dtype=torch.bool).index_fill(0, rows, True)
+    assert 0 < p.mask[rows].sum() < len(rows)
+    known = expected.logprobs.float().masked_fill(given, 0)
+    for target in (None, DENSE):
+        call = Call(p, Device(1, clusters=3), target=target, rows=rows, known=known.clone())
+        [result] = run(program, [call])
+        compare(call, result, expected._replace(entropy=expected.entropy.where(given, 0)))
+        assert not result.gradient[~p.mask[rows]].any()
+
+
 # ------------------------------------------------------------------------------------------------------ awkward values
 
 

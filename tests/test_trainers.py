@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import types
 
 import pytest
 import torch
+from support import ranks
 from support.trainers import trainer
 from test_integration_adapters import (
     CLOSE,
@@ -148,6 +151,48 @@ def test_skyrl_log_probs(logits):
     x, ids = logits
     got, want = skyrl.logprobs_from_logits(x, ids, inplace_backward=False), theirs.logprobs_from_logits_v2(x, ids)
     assert_same(got.square().sum(), want.square().sum(), x)
+
+
+def check_skyrl_megatron(group):
+    """SkyRL's own functions on a split vocabulary, before and after what they call is replaced."""
+    parallel = types.ModuleType("megatron.core.parallel_state")
+    parallel.get_tensor_model_parallel_group = lambda: group
+    width = V // group.size()
+    start, stop = group.rank() * width, (group.rank() + 1) * width
+    logits = torch.randn(3, 7, width * group.size()).mul_(3)[..., start:stop]
+    ids, upstream = torch.randint(0, V - 1, (3, 7)), torch.randn(3, 7)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("megatron", "megatron.core"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, parallel.__name__, parallel)
+        patch.setattr(sys.modules["megatron"], "core", sys.modules["megatron.core"], raising=False)
+        patch.setattr(sys.modules["megatron.core"], "parallel_state", parallel, raising=False)
+        patch.setattr(torch, "compile", lambda *_, **__: lambda function: function)
+        utils = trainer("skyrl.backends.skyrl_train.distributed.megatron.model_utils")
+
+        def results():
+            found = []
+            for chunk in (None, 3):
+                x = logits.clone().requires_grad_()
+                lp = utils.from_parallel_logits_to_logprobs(x, ids, start, stop, group, chunk_size=chunk)
+                entropy = utils.vocab_parallel_entropy(x * 1, chunk_size=chunk)
+                ((lp * upstream[:, 1:]).sum() + (entropy * upstream).sum()).backward()
+                found += [lp.detach(), entropy.detach(), x.grad]
+            return found
+
+        want = results()
+        skyrl.patch_logprobs()
+        try:
+            torch.testing.assert_close(results(), want, rtol=1e-4, atol=1e-5)
+            assert utils.DistributedLogprob is skyrl._LOGPROBS[0]
+        finally:
+            skyrl.unpatch_logprobs()
+
+
+@ranks.needs_gloo
+def test_skyrl_megatron():
+    trainer(SKYRL + "torch_utils")  # skipped here where it is not installed
+    ranks.run(check_skyrl_megatron, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- torchtitan

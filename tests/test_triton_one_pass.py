@@ -416,6 +416,23 @@ def test_rows_that_are_left_out_are_not_evaluated():
     assert torch.equal(gradient, run(batch, O.ppo())[2][rows])
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_with_gaps_and_masked_ones(inplace):
+    """Windows go over tokens whose log-probs are there already; masked rows hold anything and get zeros."""
+    batch = make_batch((2, 7), 150, kept=0.6)
+    objective = O.nfpo(4, entropy_coef=0.1)
+    whole = run(batch, objective)
+    mask = batch["mask"].flatten()
+    rows = torch.tensor([0, 1, 2, 3, 8, 9, 10], device="cpu")
+    assert 0 < mask[rows].sum() < len(rows)
+    logits = batch["logits"].masked_fill(~batch["mask"][..., None], NAN).flatten(0, -2)[rows]
+    ids = batch["token_ids"].masked_fill(~batch["mask"], -100)
+    known = whole[0].flatten().index_fill(0, rows, 0).view(2, 7)
+    part = batch | {"logits": logits, "token_ids": ids, "rows": rows}
+    out = {"logprobs": known.to(DEVICE), "entropy": torch.zeros(2, 7).to(DEVICE)}
+    assert torch.equal(run(part, objective, inplace=inplace, **out)[2], whole[2].flatten(0, -2)[rows])
+
+
 # -------------------------------------------------------------------------------------------------- zeros and the edges
 
 

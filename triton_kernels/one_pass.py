@@ -5,8 +5,8 @@ cache it is read again and its gradient written. Both go on at once: while the g
 is reduced, so memory is always read and written. A trace looks at the tokens after its own, so every sequence is walked
 backwards: what a window holds is known when its row comes up.
 
-The evaluated rows (kept by the mask, or all those that ``rows`` names) are cut into segments of equal numbers,
-one per program. Launches, none of which waits for the host:
+The evaluated rows (kept by the mask, or all those that ``rows`` names, of which masked ones get zeros) are cut into
+segments of equal numbers, one per program. Launches, none of which waits for the host:
 
 1. where there is a mask, ``_evaluated_first_kernel`` counts the evaluated rows and lists their indices, then those of
    the skipped rows;
@@ -275,7 +275,11 @@ def _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK: tl.constex
         zero,
     )
     scale = tl.load(batch.scale.array + tl.where(batch.scale.per_token != 0, token, 0)) / batch.denominator
-    return scale * tl.sum(evaluate(o, x).d_logprob, 0), -scale * o.entropy_coef
+    d_logprob, d_entropy = scale * tl.sum(evaluate(o, x).d_logprob, 0), -scale * o.entropy_coef
+    if batch.mask is not None:  # rows that are given may be masked, and then hold anything
+        kept = tl.load(batch.mask + token) != 0
+        d_logprob, d_entropy = tl.where(kept, d_logprob, 0.0), tl.where(kept, d_entropy, 0.0)
+    return d_logprob, d_entropy
 
 
 # ------------------------------------------------------------------------------------------------------------- the walk
@@ -536,12 +540,11 @@ def _check_values(
     if rows is not None:
         count = token_ids.numel()
         bad = (rows < 0) | (rows >= count) | (rows.diff(prepend=rows.new_tensor([-1])) <= 0)
-        if mask is not None and not bad.any():
-            bad = ~mask.flatten()[rows]
         for row in rows[bad][:1].tolist():
-            raise ValueError(f"rows must be ascending positions of kept tokens, got {row}")
-        mask = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)
-        mask.view(-1)[rows] = True
+            raise ValueError(f"rows must be ascending positions of tokens, got {row}")
+        given = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)
+        given.view(-1)[rows] = True
+        mask = given if mask is None else given & mask
     check_values(vocab_size, token_ids, temperature, mask)
 
 

@@ -61,7 +61,7 @@ struct Walk : BatchArguments {
         }
       }
     });
-    const auto skipped = rows_where(token_of.empty() ? from.count : 0, [&](int64_t row) { return !is_kept(row); });
+    const auto skipped = rows_where(from.count, [&](int64_t row) { return !is_kept(token(row)); });
     for_each_row(skipped, from.size, [&](int64_t row) { clear(to[row], to.bytes_per_row()); });
   }
 
@@ -83,13 +83,10 @@ struct Walk : BatchArguments {
       token_of.assign(rows, rows + from.count);
       for (int64_t row = 0; row < from.count; ++row) {
         const int64_t t = rows[row], before = row == 0 ? -1 : rows[row - 1];
-        if (t <= before || t >= batch.num_tokens || !is_kept(t))
-          fail("rows must be ascending positions of kept tokens, got ", t);
+        if (t <= before || t >= batch.num_tokens) fail("rows must be ascending positions of tokens, got ", t);
       }
-      evaluated = rows_where(from.count, [](int64_t) { return true; });
-    } else {
-      evaluated = rows_where(from.count, [&](int64_t row) { return is_kept(row); });
     }
+    evaluated = rows_where(from.count, [&](int64_t row) { return is_kept(token(row)); });
     for (const int64_t row : evaluated) {
       const int64_t t = token(row);
       if (token_ids[t] < 0 || token_ids[t] >= from.size)

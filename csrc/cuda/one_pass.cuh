@@ -68,7 +68,10 @@ __device__ inline int64_t sequence_of(const Batch& batch, int64_t t) {
 // A thread per row. A block counts for itself what comes after its rows.
 __global__ void __launch_bounds__(kOrderThreads, 1) order_kernel(const __grid_constant__ OnePass p) {
   const auto plus = [](int64_t a, int64_t b) { return a + b; };
-  const auto is_evaluated = [&](int64_t row) { return p.rows != nullptr || is_kept(p.batch, row); };
+  const auto token_of = [&](int64_t row) {
+    return p.rows == nullptr ? row : position_in(p.batch.num_tokens - 1, p.rows[row]);
+  };
+  const auto is_evaluated = [&](int64_t row) { return is_kept(p.batch, token_of(row)); };
   const advantages::Block block;
   const int64_t first = (int64_t)blockIdx.x * blockDim.x, row = first + threadIdx.x;
   int64_t mine = 0;
@@ -77,8 +80,7 @@ __global__ void __launch_bounds__(kOrderThreads, 1) order_kernel(const __grid_co
   const bool evaluated = row < p.num_rows && is_evaluated(row);
   const int64_t later = block.after((int64_t)evaluated, following, plus);
   if (row < p.num_rows) {
-    const int64_t token = p.rows == nullptr ? row : position_in(p.batch.num_tokens - 1, p.rows[row]);
-    const int64_t sequence = sequence_of(p.batch, token);
+    const int64_t token = token_of(row), sequence = sequence_of(p.batch, token);
     p.order[evaluated ? later : row + later] = {p.from[row], p.to[row], token, sequence,
                                                 begin_of(p.batch, sequence + 1)};
   }

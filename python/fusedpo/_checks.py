@@ -6,10 +6,12 @@ free (:func:`values_are_free`), on the CPU, and on other devices under ``FUSEDPO
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Callable
 from reprlib import Repr
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,6 +101,26 @@ def is_tensor(name: str, value: object) -> None:
 
 def is_dtensor(value: object) -> bool:
     return type(value).__name__ == "DTensor"
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def of_whole_vocabulary(way: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """For functions that take no split vocabulary or sequences: who tries is told the ``way`` that works."""
+
+    def refusing(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            for name in ("tp_group", "vocab_start", "vocab_size", "cp"):
+                if name in kwargs:
+                    raise TypeError(f"{function.__name__} takes no {name}, what it reads must be whole: {way}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return refusing
 
 
 def floating(name: str, tensor: Tensor) -> None:

@@ -20,6 +20,11 @@ __all__ = ["ExactKLOutput", "exact_kl", "exact_kl_from_hidden"]
 
 Direction = Literal["reverse", "forward"]
 
+_WHOLE = _checks.of_whole_vocabulary(
+    "gather the logits or the weight of a split vocabulary, or estimate the divergence from log-probs by the KL part "
+    "of an objective; of split sequences, a token-sum, or a token-mean with the denominator of all ranks, is a share"
+)
+
 
 class ExactKLOutput(NamedTuple):
     """``loss`` is differentiable. ``kl``, detached: the divergence at each token in nats, 0 where masked."""
@@ -28,6 +33,7 @@ class ExactKLOutput(NamedTuple):
     kl: Tensor
 
 
+@_WHOLE
 def exact_kl(
     logits: Tensor,
     ref_logits: Tensor,
@@ -91,6 +97,7 @@ def exact_kl(
     return ExactKLOutput(*ops_divergence.from_logits(logits, ref_logits, rows, direction=direction, inplace=inplace))
 
 
+@_WHOLE
 def exact_kl_from_hidden(
     hidden: Tensor,
     weight: Tensor,

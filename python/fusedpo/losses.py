@@ -152,8 +152,10 @@ def policy_loss_from_logits(
             of their size. A use of the logits that was saved before raises then; reading them afterwards gives the
             gradient, undetected. Ignored by the reference, under ``torch.compile`` and where rows share memory.
         tp_group, vocab_start, vocab_size: the vocabulary is split over ranks, or padded, as in
-            :func:`fusedpo.token_logprobs`. All ranks get the same loss, which counts once.
-        Others as in :func:`policy_loss`. With these four arguments the gradient takes two passes.
+            :func:`fusedpo.token_logprobs`; the gradient takes two passes. All ranks get the same loss, which counts
+            once.
+        Others as in :func:`policy_loss`. With ``cp`` two passes, too, where a window crosses ranks so often that more
+        than a quarter of the rows would be read twice, and with ``positions`` and any window.
 
     Returns:
         As :func:`policy_loss`; ``logprobs`` and ``entropy`` are those of the tokens, detached, 0 where masked. ``loss``

@@ -128,6 +128,10 @@ def preference_loss(
     return PolicyLossOutput(loss(logprobs), loss.metrics(logprobs), logprobs.detach(), None)
 
 
+@_checks.of_whole_vocabulary(
+    "preference_loss(token_logprobs(logits, token_ids, tp_group=tp_group), ...) is the loss of a split vocabulary; "
+    "of split sequences gather the log-probs"
+)
 def preference_loss_from_logits(
     logits: Tensor,
     token_ids: Tensor,
@@ -175,6 +179,10 @@ def preference_loss_from_logits(
     return PolicyLossOutput(loss(logprobs), loss.metrics(logprobs), logprobs.detach(), entropy.detach())
 
 
+@_checks.of_whole_vocabulary(
+    "preference_loss(linear_token_logprobs(hidden, weight, token_ids, tp_group=tp_group), ...) is the loss of a split "
+    "head; of split sequences gather the log-probs"
+)
 def preference_loss_from_hidden(
     hidden: Tensor,
     weight: Tensor,

@@ -40,6 +40,10 @@ class TokenStatistics(NamedTuple):
     is_top1: Tensor
 
 
+@_checks.of_whole_vocabulary(
+    "token_logprobs(..., tp_group=tp_group, return_entropy=True) has log-probs and entropy of a split vocabulary; "
+    "for the other statistics gather the logits"
+)
 def token_statistics(
     logits: Tensor,
     token_ids: Tensor,
@@ -64,6 +68,10 @@ def token_statistics(
     return TokenStatistics(*ops_statistics.token_statistics(*inputs, as_bool(mask), inplace_backward, backend))
 
 
+@_checks.of_whole_vocabulary(
+    "linear_token_logprobs(..., tp_group=tp_group, return_entropy=True) has log-probs and entropy of a split head; "
+    "for the other statistics gather the weight"
+)
 def linear_token_statistics(
     hidden: Tensor,
     weight: Tensor,

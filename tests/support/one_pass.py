@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
 from fusedpo import objectives as O
@@ -50,6 +51,21 @@ TWO_PASSES = {
     "nfpo, differentiated": O.nfpo(4, differentiate=True, entropy_coef=0.1),
     "nfpo, long": O.nfpo(MAX_AHEAD + 2),
 }
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __enter__(self) -> Operators:
+        self.names: list[str] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+    def one_pass(self) -> bool:
+        return any(name.startswith("fusedpo::one_pass") for name in self.names)
 
 
 def batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from .samples import Samples
 
 SmallGroups = Literal["error", "zero"]
-
-
-def over_ranks(*arguments: Any, **others: Any) -> Tensor:
-    """:func:`fusedpo.distributed.groups.over_ranks`, which is imported where something is spread over ranks."""
-    from ..distributed.groups import over_ranks as gathered
-
-    return gathered(*arguments, **others)
 
 
 def unchecked(operator: str, *tensors: Tensor | None) -> bool:

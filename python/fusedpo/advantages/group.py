@@ -11,6 +11,7 @@ from ..ops.advantages import estimate
 from ..reference.advantages.group import batch_std
 from ..reference.advantages.segments import result_dtype, widened
 from . import arguments
+from .ranks import spread_over_ranks
 from .registry import register
 from .samples import Array, as_tensor, samples
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 @register("grpo")
+@spread_over_ranks
 def grpo(
     rewards: Array,
     *,
@@ -37,16 +39,6 @@ def grpo(
     rewards, and so a group of one, give exactly 0 (for a group of one, verl returns its reward).
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            grpo,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            group_size=group_size,
-            std=std,
-            eps=eps,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     eps = arguments.positive("eps", eps)
     if std == "batch":
@@ -58,6 +50,7 @@ def grpo(
 
 
 @register("dr_grpo")
+@spread_over_ranks
 def dr_grpo(
     rewards: Array,
     *,
@@ -68,19 +61,12 @@ def dr_grpo(
     dp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Dr. GRPO (2503.20783): ``r - mean`` of the group, ``[G]`` to ``[G]``; equal rewards give exactly 0."""
-    if dp_group is not None:
-        return arguments.over_ranks(
-            dr_grpo,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            group_size=group_size,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     return given.estimate("dr_grpo")
 
 
 @register("rloo")
+@spread_over_ranks
 def rloo(
     rewards: Array,
     *,
@@ -94,19 +80,12 @@ def rloo(
 
     Equal rewards give exactly 0; so does a group of one, which has no others.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            rloo,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            group_size=group_size,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     return given.estimate("rloo")
 
 
 @register("opo")
+@spread_over_ranks
 def opo(
     rewards: Array,
     *,
@@ -125,15 +104,6 @@ def opo(
     authors' code (verl returns its reward). ``scope="batch"``: one baseline for the whole batch, no groups.
     Raises as the package says; ``ValueError`` for negative lengths, and for groups given with ``scope="batch"``.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            opo,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "lengths": lengths, "mask": mask, "trajectory_ids": trajectory_ids},
-            group_size=group_size,
-            scope=scope,
-        )
     arguments.choice("scope", scope, ("group", "batch"))
     if scope == "batch" and (group_size is not None or group_ids is not None):
         raise ValueError("scope='batch' has one baseline for all samples: group_size and group_ids must be None")
@@ -142,6 +112,7 @@ def opo(
 
 
 @register("reinforce_plus_plus_baseline")
+@spread_over_ranks
 def reinforce_plus_plus_baseline(
     rewards: Array,
     *,
@@ -162,19 +133,12 @@ def reinforce_plus_plus_baseline(
     processes: ``whiten(to_tokens(dr_grpo(...), mask), mask=mask, group=...)``.
     Raises as the package says; ``ValueError`` for negative lengths.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            reinforce_plus_plus_baseline,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "lengths": lengths, "mask": mask, "trajectory_ids": trajectory_ids},
-            group_size=group_size,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     return given.estimate("reinforce_plus_plus_baseline", lengths=given.lengths(lengths))
 
 
 @register("gpg")
+@spread_over_ranks
 def gpg(
     rewards: Array,
     *,
@@ -191,21 +155,13 @@ def gpg(
     1: it depends on what stands for a wrong answer, 0 or -1. Equal rewards give exactly 0, and so does a group of one
     (for verl, ``alpha r / f_norm``). Raises as the package says; ``ValueError`` for ``f_norm <= 0``.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            gpg,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            f_norm=f_norm,
-            group_size=group_size,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     f_norm = arguments.positive("f_norm", f_norm)
     return given.estimate("gpg", f_norm=f_norm)
 
 
 @register("reinforce_rej")
+@spread_over_ranks
 def reinforce_rej(
     rewards: Array,
     *,
@@ -219,14 +175,6 @@ def reinforce_rej(
 
     A group of one keeps its reward, as in the authors' code. There is no baseline.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            reinforce_rej,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            group_size=group_size,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     return given.estimate("reinforce_rej")
 
@@ -241,6 +189,7 @@ def raft(rewards: Tensor, *, mask: Array | None = None, trajectory_ids: Array | 
 
 
 @register("remax")
+@spread_over_ranks
 def remax(
     rewards: Array,
     *,
@@ -255,19 +204,10 @@ def remax(
 
     ``baselines``: the rewards of the greedy responses, ``[G]``, one per sample; or one per prompt, ``[P]``, with
     ``group_size`` (``P = G / group_size``) or ``group_ids`` (0 to P - 1). Not centred. For rewards per token, subtract
-    ``to_tokens(baselines, mask)`` from :func:`reward_to_go`.
+    ``to_tokens(baselines, mask)`` from :func:`reward_to_go`. With ``dp_group`` they are those of this rank, as rewards
+    are; with ``group_ids`` besides, those of all prompts.
     Raises as the package says; ``ValueError`` for group ids outside 0 to P - 1.
     """
-    if dp_group is not None:
-        each = getattr(baselines, "shape", None) == getattr(rewards, "shape", ())
-        per_sample = {
-            "group_ids": group_ids,
-            "mask": mask,
-            "trajectory_ids": trajectory_ids,
-            **({"baselines": baselines} if each else {}),
-        }
-        whole = {} if each else {"baselines": baselines}
-        return arguments.over_ranks(remax, dp_group, rewards, per_sample, group_size=group_size, **whole)
     per_prompt = group_size is not None or group_ids is not None
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids, grouped=per_prompt)
     flat, size, ids, counted = given.groups

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks
 from . import arguments
 from .arguments import SmallGroups
+from .ranks import spread_over_ranks
 from .registry import register
 from .samples import Array, samples
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @register("maxpo")
+@spread_over_ranks
 def maxpo(
     rewards: Array,
     *,
@@ -48,17 +50,6 @@ def maxpo(
     ``small_groups="error"``, ``ValueError``, or nan where that depends on data that is not read (see the package);
     with ``"zero"``, advantage 0. Raises as the package says besides.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            maxpo,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            k=k,
-            scale=scale,
-            group_size=group_size,
-            small_groups=small_groups,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("scale", scale, ("mean", "unbiased"))
     given = arguments.subset_size(k, given, small_groups, spare=1)
@@ -66,6 +57,7 @@ def maxpo(
 
 
 @register("order_statistic")
+@spread_over_ranks
 def order_statistic(
     rewards: Array,
     *,
@@ -93,18 +85,6 @@ def order_statistic(
     ``1 <= k <= n - 1``, as for :func:`maxpo`. Raises as the package says; ``TypeError`` if ``weights`` is not a
     sequence of numbers, ``ValueError`` if it does not have k finite ones.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            order_statistic,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            k=k,
-            weights=weights,
-            scale=scale,
-            group_size=group_size,
-            small_groups=small_groups,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("scale", scale, ("mean", "unbiased"))
     given = arguments.subset_size(k, given, small_groups, spare=1)
@@ -146,6 +126,7 @@ def rank_weights(
 
 
 @register("pkpo")
+@spread_over_ranks
 def pkpo(
     rewards: Array,
     *,
@@ -175,17 +156,6 @@ def pkpo(
     Unlike those of :func:`maxpo` they do not sum to 0 over a group, and with ``s`` and ``sloo`` equal rewards do not
     give 0. Raises as the package says; for ``k`` outside its domain as :func:`maxpo`.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            pkpo,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            k=k,
-            variant=variant,
-            group_size=group_size,
-            small_groups=small_groups,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     arguments.choice("variant", variant, ("s", "sloo", "sloo-1"))
     at_least, spare = {"s": (1, 0), "sloo": (1, 1), "sloo-1": (2, 0)}[variant]
@@ -194,6 +164,7 @@ def pkpo(
 
 
 @register("passk")
+@spread_over_ranks
 def passk(
     rewards: Array,
     *,
@@ -212,16 +183,6 @@ def passk(
     It is :func:`maxpo` times ``(n - k) / (n sigma)``.
     Raises as the package says; ``ValueError`` for other rewards; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            passk,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            k=k,
-            group_size=group_size,
-            small_groups=small_groups,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     given = arguments.subset_size(k, given, small_groups)
     flat, counted = given.groups.rewards, given.groups.mask
@@ -234,6 +195,7 @@ def passk(
 
 
 @register("grpo_passk")
+@spread_over_ranks
 def grpo_passk(
     rewards: Array,
     *,
@@ -254,17 +216,6 @@ def grpo_passk(
     A group needs two samples; ``small_groups`` says what becomes of smaller ones, as for :func:`maxpo`. Not centred.
     Raises as the package says; ``ValueError`` for ``eps <= 0``.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            grpo_passk,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            std=std,
-            eps=eps,
-            group_size=group_size,
-            small_groups=small_groups,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     eps = arguments.positive("eps", eps)
     rule = "every group must have at least 2 samples"
@@ -272,6 +223,7 @@ def grpo_passk(
     return given.estimate("grpo_passk", std=std, eps=eps)
 
 
+@spread_over_ranks
 def max_at_k(
     rewards: Array,
     *,
@@ -287,15 +239,6 @@ def max_at_k(
     The mean of the maximum over all subsets of k samples of a group; ``[G]`` to ``[G]``, every kept sample has the
     value of its group. Raises as the package says; for ``k`` outside ``1 <= k <= n`` as :func:`maxpo`.
     """
-    if dp_group is not None:
-        return arguments.over_ranks(
-            max_at_k,
-            dp_group,
-            rewards,
-            {"group_ids": group_ids, "mask": mask, "trajectory_ids": trajectory_ids},
-            k=k,
-            group_size=group_size,
-        )
     given = samples(rewards, group_size, group_ids, mask, trajectory_ids)
     given = arguments.subset_size(k, given)
     return given.estimate("max_at_k", k=k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -43,8 +43,8 @@ def as_tensor(name: str, values: Array, like: Tensor | None = None) -> Tensor:
     raise TypeError(f"{name} must be a torch.Tensor, an array or a list of numbers, got {_checks.brief(values)}")
 
 
-def as_labels(name: str, values: Array, like: Tensor) -> Tensor:
-    """Integers as they are; labels of another kind are numbered from 0 on, as they first appear."""
+def as_labels(name: str, values: Array, like: Tensor, number: Callable[[Any], int] | None = None) -> Tensor:
+    """Integers as they are; labels of another kind by ``number``, None: from 0 on, as they first appear."""
     if isinstance(values, Tensor):
         return values
     given = values.__array__().tolist() if hasattr(values, "__array__") else values
@@ -54,7 +54,7 @@ def as_labels(name: str, values: Array, like: Tensor) -> Tensor:
     if not all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
         numbers: dict[Any, int] = {}
         try:
-            labels = [numbers.setdefault(label, len(numbers)) for label in labels]
+            labels = [numbers.setdefault(label, number(label) if number else len(numbers)) for label in labels]
         except TypeError:
             raise TypeError(f"{name} must hold one label per sample, got {_checks.brief(values)}") from None
     return torch.tensor(labels, dtype=torch.int64, device=like.device)
@@ -109,7 +109,7 @@ def samples(
     grouped: bool = True,
 ) -> Samples:
     """Checks the arguments that all estimators share; ``grouped`` ones compare within groups."""
-    missing = None if isinstance(rewards, Tensor) else _missing(rewards)
+    lost = None if isinstance(rewards, Tensor) else missing(rewards)
     rewards = as_tensor("rewards", rewards)
     arguments.real("rewards", rewards)
     shape = rewards.shape
@@ -123,8 +123,8 @@ def samples(
         rewards = rewards.reshape(-1)
         if grouped:
             group_size = _per_prompt(shape[1], group_size, group_ids)
-    if missing is not None:
-        mask = ~missing if mask is None else (mask != 0) & ~missing
+    if lost is not None:
+        mask = ~lost if mask is None else (mask != 0) & ~lost
     if group_ids is not None:
         group_ids = as_labels("group_ids", group_ids, rewards)
     if grouped:
@@ -171,7 +171,7 @@ def _per_prompt(of_a_row: int, group_size: int | None, group_ids: Array | None) 
     return of_a_row
 
 
-def _missing(rewards: HasArray | Sequence[Any]) -> Tensor | None:
+def missing(rewards: HasArray | Sequence[Any]) -> Tensor | None:
     """bool ``[G]``: which rewards are None, if there is any: samples that could not be scored."""
     if hasattr(rewards, "__array__"):
         array = rewards.__array__()

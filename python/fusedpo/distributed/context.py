@@ -165,6 +165,41 @@ class Tokens:
         mine = self.order[self.cp.group.rank()]
         return whole.reshape(self.whole).index_select(-1, mine).reshape(self.shape)
 
+    def spread(self, x: Tensor, fill: float) -> Tensor:
+        """The array of all tokens that has ``x`` at those of this rank."""
+        mine = self.order[self.cp.group.rank()]
+        return x.new_full(self.whole, fill).index_copy_(-1, mine, x.reshape(self.shape))
+
+    def flat_positions(self) -> Tensor:
+        """Where the tokens of this rank stand in the flattened array of all tokens, ascending unless ``positions`` are
+        given.
+        """
+        mine = self.order[self.cp.group.rank()]
+        rows = torch.arange(self.whole[:-1].numel(), device=mine.device) * self.whole[-1]
+        return (rows[:, None] + mine).reshape(-1)
+
+    def stretches(self, cu_seqlens: Tensor | None) -> int | None:
+        """Of how many stretches of neighbours this rank's tokens consist at most; None: nobody knows."""
+        if self.cp.positions is not None:
+            return None
+        if self.cp.layout == "zigzag-sequences":
+            assert cu_seqlens is not None
+            return 2 * (cu_seqlens.numel() - 1)
+        return self.shape[:-1].numel() * (1 if self.cp.layout == "contiguous" else 2)
+
+    def looked_at_by_others(self, ahead: int, cu_seqlens: Tensor | None) -> Tensor:
+        """Which tokens of this rank are among the ``ahead`` tokens after one that another rank holds; bool."""
+        mine, width = self.order[self.cp.group.rank()], self.whole[-1]
+        position = torch.arange(width, device=mine.device)
+        # the last position, up to each, that another rank holds: at those of this rank, the last before it
+        others = position.index_fill(0, mine, -ahead - 1).cummax(0).values
+        begin = torch.zeros_like(position)
+        if cu_seqlens is not None:
+            offsets = cu_seqlens.to(torch.int64)
+            begin = offsets[torch.bucketize(position, offsets[1:], right=True)]
+        looked_at = (position - others <= ahead) & (others >= begin)
+        return looked_at[mine].expand(self.shape)
+
 
 def on_whole_sequences(
     function: Callable[..., Result],

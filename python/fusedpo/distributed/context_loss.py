@@ -45,6 +45,29 @@ def checked(batch: Batch, where: Tokens, name: str, source: Tensor, objective: O
     return batch
 
 
+def gathered(batch: Batch, where: Tokens, *others: Tensor | None) -> tuple[list[Tensor | None], Batch]:
+    """``others``, which have a value per token, and the batch, of the tokens of all ranks, by one gather."""
+    names = [n for n in PER_TOKEN_OR_SEQUENCE if isinstance(x := getattr(batch, n), Tensor) and where.is_per_token(x)]
+    names += PER_TOKEN
+    found = where.gathered(*others, *(getattr(batch, n) for n in names))
+    arrays: dict[str, Any] = dict(zip(names, found[len(others) :], strict=True))
+    return found[: len(others)], batch._replace(**arrays)
+
+
+def share_and_metrics(
+    logprobs: Tensor, entropy: Tensor, whole: Batch, where: Tokens, objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of this rank's log-probs and entropy, and the batch of all ranks; without a gradient."""
+    lp, h = where.gathered(logprobs, entropy)
+    assert lp is not None
+    values, metrics, *_ = _whole(lp, h, whole, objective, "mean")
+    return _share(where.own(values), logprobs), metrics
+
+
+def _share(own: Tensor, logprobs: Tensor) -> Tensor:
+    return own.sum(dtype=torch.float64).to(result_dtype(logprobs))
+
+
 def policy_loss(
     logprobs: Tensor,
     entropy: Tensor | None,
@@ -59,15 +82,11 @@ def policy_loss(
             "reduction must be 'mean' with cp and a differentiated trace: the gradient of a token's loss would have to "
             "reach the log-probs of other ranks in the backward"
         )
-    names = [n for n in PER_TOKEN_OR_SEQUENCE if isinstance(x := getattr(batch, n), Tensor) and where.is_per_token(x)]
-    names += PER_TOKEN
-    lp, h, *rest = where.gathered(logprobs, entropy, *(getattr(batch, n) for n in names))
+    (lp, h), whole = gathered(batch, where, logprobs, entropy)
     assert lp is not None
-    gathered: dict[str, Any] = dict(zip(names, rest, strict=True))
-    whole = batch._replace(**gathered)
     values, metrics, grad_logprobs, grad_entropy = _whole(lp, h, whole, objective, reduction)
     own = where.own(values)
-    loss = own if reduction == "none" else own.sum(dtype=torch.float64).to(result_dtype(logprobs))
+    loss = own if reduction == "none" else _share(own, logprobs)
     gradients = [
         (x, where.own(g).to(x.dtype))
         for x, g in ((logprobs, grad_logprobs), (entropy, grad_entropy))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,49 +11,71 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .. import _checks
-from ..advantages.samples import Array, as_tensor
+from ..advantages.samples import Array, as_labels, as_tensor, missing
 from .collectives import gather
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def over_ranks(
-    estimator: Callable[..., Tensor],
-    group: ProcessGroup,
-    rewards: Array,
-    per_sample: Mapping[str, Array | None],
-    **others: Any,
-) -> Tensor:
+def over_ranks(estimator: Callable[..., Tensor], group: ProcessGroup, rewards: Array, **arguments: Any) -> Tensor:
     """``estimator`` of the samples of all ranks, in their order, of whose results this rank takes its own.
 
-    All ranks have equally many samples. Integers and floats are gathered apart: labels are any integers.
+    All ranks have equally many samples, and what is given is given on all of them.
     """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"dp_group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
-    rewards = as_tensor("rewards", rewards)
-    if rewards.dim() == 2:  # a group per row: rows of all ranks
-        width = rewards.shape[1]
-        flat = {name: None if x is None else as_tensor(name, x).reshape(-1) for name, x in per_sample.items()}
-        if others.get("group_size") is None and flat.get("group_ids") is None:
-            others["group_size"] = width
-        return over_ranks(estimator, group, rewards.reshape(-1), flat, **others).reshape(rewards.shape)
+    own = _per_sample(rewards, arguments)
+    rewards = own["rewards"]
     _checks.real("rewards", rewards)
-    count = rewards.shape[0] if rewards.dim() else 0
-    given = {"rewards": rewards, **{name: as_tensor(name, x) for name, x in per_sample.items() if x is not None}}
-    for name, x in given.items():
+    if not rewards.dim():
+        raise ValueError("rewards must have shape [G], one per sample, or [prompts, samples], got []")
+    for name, x in own.items():
         _checks.real(name, x)
-        _checks.shape(name, x, (count,), "one per sample of this rank")
+        if x.numel() != rewards.numel():
+            raise ValueError(f"{name} must have {rewards.numel()} values, one per sample of this rank, got {x.numel()}")
         _checks.same_device(name, x, "rewards", rewards)
+    if arguments.get("baselines") is not None:
+        baselines = as_tensor("baselines", arguments["baselines"], rewards)
+        # With labels there is one per label of the whole batch; else they belong to the samples of this rank.
+        if "group_ids" not in own and baselines.dim():
+            baselines = gather(baselines.detach(), group).flatten(0, 1)
+        arguments["baselines"] = baselines
+    first, count = group.rank() * rewards.shape[0], rewards.shape[0]
+    return estimator(**_of_all_ranks(own, group), **arguments)[first : first + count]
+
+
+def _per_sample(rewards: Array, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """What has a value per sample, taken out of ``arguments``; of kinds that do not depend on the values of a rank."""
+    given = {name: x for name in ("mask", "lengths") if (x := arguments.pop(name, None)) is not None}
+    scores = as_tensor("rewards", rewards)
+    if not isinstance(rewards, Tensor):  # a reward of None, here or on another rank
+        lost = missing(rewards)
+        kept = torch.ones(scores.shape, dtype=torch.bool) if lost is None else ~lost.view(scores.shape)
+        given["mask"] = kept if "mask" not in given else kept & (as_tensor("mask", given["mask"]).cpu() != 0)
+        scores = scores.to(torch.get_default_dtype())
+    own = {"rewards": scores, **{name: as_tensor(name, x, scores) for name, x in given.items()}}
+    for name in ("group_ids", "trajectory_ids"):
+        if (labels := arguments.pop(name, None)) is not None:
+            own[name] = as_labels(name, labels, scores, number=_number)
+    return own
+
+
+def _number(label: object) -> int:
+    """The same on all ranks, which number what they have in an order of their own; two share one at odds of 2^-63."""
+    return int.from_bytes(blake2b(repr(label).encode(), digest_size=8).digest(), signed=True)
+
+
+def _of_all_ranks(own: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+    """Integers and floats are gathered apart: labels are any integers."""
     whole: dict[str, Tensor] = {}
     for floating in (True, False):
-        names = [name for name, x in given.items() if x.is_floating_point() == floating]
-        if names:
+        given = {name: x.detach() for name, x in own.items() if x.is_floating_point() == floating}
+        if given:
             dtype = torch.int64
             if floating:
-                dtype = torch.float64 if any(given[n].dtype == torch.float64 for n in names) else torch.float32
-            gathered = gather(torch.stack([given[name].detach().to(dtype) for name in names]), group)
-            for name, x in zip(names, gathered.transpose(0, 1).reshape(len(names), -1), strict=True):
-                whole[name] = x.to(given[name].dtype)
-    first = group.rank() * count
-    return estimator(whole.pop("rewards"), **whole, **others)[first : first + count]
+                dtype = torch.float64 if any(x.dtype == torch.float64 for x in given.values()) else torch.float32
+            gathered = gather(torch.stack([x.reshape(-1).to(dtype) for x in given.values()]), group)
+            for (name, x), of_all in zip(given.items(), gathered.unbind(1), strict=True):
+                whole[name] = of_all.reshape(-1, *x.shape[1:]).to(x.dtype)
+    return whole

@@ -7,6 +7,8 @@ whose sum over the ranks begins while the gradient of the weight is computed.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -39,9 +41,9 @@ class Split(NamedTuple):
 class _Gradients(ops_hidden._Gradients):
     """Starts the sum of the gradient of the hidden states as soon as that of the last chunk is there."""
 
-    def __init__(self, head: ops_hidden._Head, needed: tuple[bool, ...], inputs: tuple[Any, ...], split: Split) -> None:
+    def __init__(self, head: ops_hidden._Head, needed: Sequence[bool], *inputs: Any, split: Split) -> None:
         super().__init__(head, needed, *inputs)
-        self.split, self.left = split, len(head.chunks)
+        self.split, self.left, self.vocab_start = split, len(head.chunks), split.shard.start
         self.pending: PendingSum | None = None
         if not head.chunks:
             self.start()
@@ -116,14 +118,16 @@ class _ShardedLinear(torch.autograd.Function):
         size = shards.check_headers(of_ranks, shard)
         if size is not None:
             logprobs._check_values(ids_of, size, 1.0, None)
-        found, entropies, stats = of.merge_row_stats(of_ranks, t_of, None, return_entropy)
+        found, entropies, stats_of = of.merge_row_stats(of_ranks, t_of, None, return_entropy)
         result = found.new_zeros(ids.shape)
         result[rows] = found.reshape(ids_of.shape)
+        stats = stats_of.new_empty((ids.shape[0], 3))
+        stats[rows] = stats_of
         entropy = found.new_zeros(ids.shape[0] if return_entropy else 0)
         if return_entropy:
             entropy[rows] = entropies
         ctx.split, ctx.options, ctx.return_entropy, ctx.backend = split, options, return_entropy, backend
-        ctx.save_for_backward(hidden, weight, bias, ids, t, rows, stats)
+        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, rows, stats)
         ctx.set_materialize_grads(False)
         if not return_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -134,37 +138,26 @@ class _ShardedLinear(torch.autograd.Function):
         none = (None,) * 7
         if not ctx.return_entropy:
             grad_entropy = None
-        hidden, weight, bias, ids, t, rows, stats = ctx.saved_tensors
-        shard = ctx.split.shard
+        hidden, weight, bias, *of_rows, stats = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:  # nothing depends on it, here and on the other ranks
             return None, None, None, *none
-        upstream = [
-            None if g is None else ops_hidden._per_row(g.detach(), hidden.shape[:-1])
-            for g in (grad_logprobs, grad_entropy)
-        ]
+        shard, upstream = ctx.split.shard, (grad_logprobs, grad_entropy)
         valid = weight.detach()[: shard.valid], None if bias is None else bias.detach()[: shard.valid]
-        with ops_hidden._plain(hidden):
-            head = ops_hidden._Head(hidden, *valid, rows, ctx.options, gradients=True)
-            sums = _Gradients(head, ctx.needs_input_grad[:3], (hidden, *valid), ctx.split)
-            for chunk in head.chunks:
-                at = rows[chunk]
-                states = head.rows_of(at)
-                logits = head.logits(states)
-                grads = [None if g is None else g[at] for g in upstream]
-                args = (*grads, logits, ids[at], t if t.dim() == 0 else t[at], None, stats[chunk])
-                if ctx.backend == "reference":
-                    logits = operators("reference").token_logprobs_backward(*args, vocab_start=shard.start)
-                else:
-                    operator = getattr(torch.ops.fusedpo.token_logprobs_backward_out, ctx.backend)
-                    operator(*args, logits, vocab_start=shard.start)
-                sums.add(at, states, logits)
-            results = sums.rounded()
+        results, _ = ops_hidden.gradients_of_logprobs(
+            upstream,
+            ops_hidden.Inputs(hidden, *valid, *of_rows),
+            stats,
+            ctx.options,
+            ctx.needs_input_grad[:3],
+            ctx.backend,
+            functools.partial(_Gradients, split=ctx.split),
+        )
         padding = weight.shape[0] - shard.valid
         if padding:
             results[1:] = [
                 None if g is None else torch.cat((g, g.new_zeros(padding, *g.shape[1:]))) for g in results[1:]
             ]
-        sources = (hidden, weight, bias, grad_logprobs, grad_entropy)
+        sources = (hidden, weight, bias, *upstream)
         return *ops_hidden._once_differentiable("linear_token_logprobs", results, *sources), *none
 
 

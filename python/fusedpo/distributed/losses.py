@@ -14,7 +14,7 @@ from ..logprobs import linear_token_logprobs, token_logprobs
 from ..objectives import Objective
 from ..ops import hidden as ops_hidden
 from ..reference import PolicyLossOutput
-from . import context_loss, shards
+from . import context_loss, context_one_pass, shards
 from . import hidden as of_hidden
 from .context import ContextParallel
 
@@ -77,6 +77,14 @@ def policy_loss_from_logits(
         batch = context_loss.checked(batch, tokens, "logits", rows[..., :0].sum(-1), objective)
     token_ids, temperature = _checks.taken(token_ids, temperature)
     _check_token_ids(token_ids, "logits", rows)
+    if tokens is not None and rows is logits:
+        shard = shards.of_arguments("logits", rows.shape[-1], **given)
+        is_whole = shard.group is None and shard.valid == shard.width
+        backend = context_one_pass.backend_for(rows, batch, tokens, objective) if is_whole else None
+        if backend is not None:
+            return context_one_pass.policy_loss_from_logits(
+                *(rows, token_ids, temperature, batch, tokens), objective=objective, inplace=inplace, backend=backend
+            )
     logprobs, entropy = token_logprobs(
         logits,
         token_ids,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -159,10 +160,64 @@ def group_ids(index: Any, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ log-probs
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy ``[...]`` in nats of ``softmax(logits)``, ``[..., V]``, where no token was chosen."""
+def entropy(logits: Tensor, tp_group: Any = None) -> Tensor:
+    """Entropy ``[...]`` in nats of ``softmax(logits)``, ``[..., V]``, where no token was chosen.
+
+    With a ``tp_group``, the logits are this rank's equal part of the vocabulary.
+    """
     any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return token_logprobs(logits, any_token, return_entropy=True)[1]
+    return token_logprobs(logits, any_token, return_entropy=True, tp_group=tp_group)[1]
+
+
+def megatron() -> Any:
+    """Megatron's module of process groups."""
+    return importlib.import_module("megatron.core.parallel_state")
+
+
+def tensor_parallel_group() -> Any:
+    """Megatron's, whose ranks hold equal parts of the vocabulary."""
+    return megatron().get_tensor_model_parallel_group()
+
+
+class DistributedLogprob:
+    """In the place of the autograd function of that name, of which NeMo-RL and SkyRL have a copy each.
+
+    Every log-prob from logits that are split along the vocabulary passes through it: of padded and of packed sequences,
+    whole or in parts. The gradient is that of this rank's columns; it has the dtype of the logits.
+    """
+
+    @staticmethod
+    def apply(
+        vocab_parallel_logits: Tensor,
+        target: Tensor,
+        vocab_start_index: int,
+        vocab_end_index: int,
+        group: Any,
+        inference_only: bool = False,
+    ) -> Tensor:
+        """``[..., V_r]``, the columns from ``vocab_start_index`` on, and ids of the vocabulary ``[...]`` to ``[...]``.
+
+        float32, or float64 from such logits; no gradient with ``inference_only``.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
+            return token_logprobs(vocab_parallel_logits, target, tp_group=group, vocab_start=vocab_start_index)
+
+
+class ChunkedDistributedLogprob:
+    """:class:`DistributedLogprob`, which allocates nothing of the size of the logits: ``chunk_size`` is not needed."""
+
+    @staticmethod
+    def apply(
+        vocab_parallel_logits: Tensor,
+        target: Tensor,
+        vocab_start_index: int,
+        vocab_end_index: int,
+        chunk_size: int,
+        tp_group: Any,
+        inference_only: bool = False,
+    ) -> Tensor:
+        given = (vocab_start_index, vocab_end_index, tp_group, inference_only)
+        return DistributedLogprob.apply(vocab_parallel_logits, target, *given)
 
 
 def kl_per_token(
@@ -195,6 +250,23 @@ def swap(package: str, replacements: Mapping[Any, Any]) -> None:
                 setattr(module, attribute, by_id[id(value)])
 
 
+def put_in_place(package: str, module: Any, own: Iterable[Any], originals: dict[Any, Any]) -> None:
+    """Replaces what ``module`` has by the names of ``own``, in all loaded modules of ``package``.
+
+    ``originals`` gets what was there before, by what replaces it, for :func:`put_back`.
+    """
+    for replacement in own:
+        if hasattr(module, replacement.__name__):
+            originals.setdefault(replacement, getattr(module, replacement.__name__))
+    swap(package, {original: replacement for replacement, original in originals.items()})
+
+
+def put_back(package: str, originals: dict[Any, Any]) -> None:
+    """Undoes :func:`put_in_place`, in modules that were loaded in between too."""
+    swap(package, originals)
+    originals.clear()
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -203,14 +275,3 @@ def refuse(trainer: str, **options: Any) -> None:
     for name, value in options.items():
         if value is not None and value is not False and value != 0 and value != ():
             raise NotImplementedError(f"fusedpo.integrations.{trainer} does not support {name}={value!r}")
-
-
-def refuse_group(trainer: str, **groups: Any) -> None:
-    """Raises ``NotImplementedError`` that names the first process group with more than one rank."""
-    for name, group in groups.items():
-        size = 1 if group is None else group if isinstance(group, int) else group.size()
-        if size > 1:
-            raise NotImplementedError(
-                f"fusedpo.integrations.{trainer} does not support {name} of {size} ranks: "
-                "it needs the whole vocabulary and whole sequences on one rank"
-            )

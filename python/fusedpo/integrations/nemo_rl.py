@@ -6,6 +6,9 @@ controller), before the algorithm is set up::
     import fusedpo.integrations.nemo_rl
 
     fusedpo.integrations.nemo_rl.patch(objective="nfpo", n=4)
+
+NeMo-RL hands the log-probs of whole sequences to its loss, gathered over the ranks that share a vocabulary or a
+sequence: the loss needs no group. :func:`patch_logprobs` has the log-probs of a split vocabulary computed here, too.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from torch import Tensor
 
 from ..aggregation import aggregate, to_floats
 from ..corrections import importance_weights
+from ..logprobs import linear_token_logprobs
 from ..losses import policy_loss
 from ..objectives import Objective
 from . import _common
 
-__all__ = ["ClippedPGLossFn", "patch", "unpatch"]
+__all__ = ["ClippedPGLossFn", "patch", "patch_logprobs", "unpatch", "unpatch_logprobs"]
 
 _patched: dict[str, Any] = {}  # while patched: NeMo-RL's class, and the objective and options of those that are built
 
@@ -47,6 +51,59 @@ def unpatch() -> None:
     if _patched:
         _common.swap("nemo_rl", {ClippedPGLossFn: _patched["original"]})
         _patched.clear()
+
+
+class ChunkedDistributedHiddenStatesToLogprobs:
+    """In the place of the autograd function of that name: log-probs from hidden states, a chunk of logits at a time."""
+
+    @staticmethod
+    def apply(
+        tensor_parallel_hidden_states: Tensor,
+        target: Tensor,
+        output_weight_layer: Tensor,
+        vocab_start_index: int,
+        vocab_end_index: int,
+        chunk_size: int,
+        tp_group: Any,
+        inference_only: bool = False,
+    ) -> Tensor:
+        """Sequence-parallel hidden states ``[S / P, B, H]``, ``[V_r, H]`` and ids ``[B, S]`` to ``[B, S]``.
+
+        ``chunk_size`` is not needed. The gradient of the hidden states is summed over the ranks, as NeMo-RL sums it.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
+            return linear_token_logprobs(
+                tensor_parallel_hidden_states.transpose(0, 1),
+                output_weight_layer,
+                target,
+                tp_group=tp_group,
+                vocab_start=vocab_start_index,
+            )
+
+
+_LOGPROBS = (
+    _common.DistributedLogprob,
+    _common.ChunkedDistributedLogprob,
+    ChunkedDistributedHiddenStatesToLogprobs,
+)
+_originals: dict[Any, Any] = {}  # of NeMo-RL, by what replaces them
+
+
+def patch_logprobs() -> None:
+    """Log-probs of a split vocabulary by this library, in every imported module of NeMo-RL.
+
+    What computes them from logits, and from hidden states where the loss is fused with the head, is replaced: for
+    policies of Megatron and of DTensors, padded and packed, for training and for ``prev_logprobs``. How sequences are
+    split over ranks and gathered stays NeMo-RL's, and so do log-probs after top-k or top-p filtering, and those for
+    which there is no tensor-parallel group. Call it in each worker; calling it again patches modules loaded since.
+    """
+    module = importlib.import_module("nemo_rl.distributed.model_utils")
+    _common.put_in_place("nemo_rl", module, _LOGPROBS, _originals)
+
+
+def unpatch_logprobs() -> None:
+    """Undoes :func:`patch_logprobs`."""
+    _common.put_back("nemo_rl", _originals)
 
 
 class ClippedPGLossFn:
@@ -137,8 +194,9 @@ class ClippedPGLossFn:
         ``advantages``, ``prev_logprobs``, ``generation_logprobs``, ``reference_policy_logprobs``, ``token_mask``, and
         ``sample_mask`` ``[B]``.
         """
-        if data.get("curr_logprobs_keep_mask") is not None:
-            raise NotImplementedError("fusedpo.integrations.nemo_rl does not support curr_logprobs_keep_mask")
+        for name in ("curr_logprobs_keep_mask", "curr_logprobs_unfiltered"):  # of top-k or top-p filtering
+            if data.get(name) is not None:
+                raise NotImplementedError(f"fusedpo.integrations.nemo_rl does not support {name}")
         lp = next_token_logprobs
         mask = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
         generation = data["generation_logprobs"][:, 1:]

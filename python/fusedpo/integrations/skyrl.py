@@ -8,6 +8,9 @@ by name.
 
 SkyRL divides advantages by what its ``loss_reduction`` averages over, and adds up the losses of tokens. So a loss here
 is a sum, and DRO, which has a term that no advantage multiplies, is left out. SkyRL adds the KL and entropy terms.
+
+SkyRL hands the log-probs of whole sequences to its losses, gathered over the ranks that share a vocabulary (Megatron's
+tensor parallelism) or a sequence (Ulysses, Megatron's context parallelism): they need no group.
 """
 
 from __future__ import annotations
@@ -24,7 +27,14 @@ from ..losses import policy_loss
 from ..objectives import PRESETS
 from . import _common
 
-__all__ = ["advantage_estimator", "logprobs_from_logits", "policy_loss_fn", "register"]
+__all__ = [
+    "advantage_estimator",
+    "logprobs_from_logits",
+    "patch_logprobs",
+    "policy_loss_fn",
+    "register",
+    "unpatch_logprobs",
+]
 
 PREFIX = "fusedpo_"
 LOSSES = (*(name for name in PRESETS if name != "dro"), "dual_clip")
@@ -106,9 +116,40 @@ def advantage_estimator(name: str, **options: Any) -> Callable[..., tuple[Tensor
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """``torch_utils.logprobs_from_logits``: ``[B, T]`` float32 from ``[B, T, V]`` and ``[B, T]``.
 
-    The gradient overwrites ``logits`` unless ``inplace_backward=False``.
+    The gradient overwrites ``logits`` unless ``inplace_backward=False``. With sequence parallelism both are the part of
+    this rank, which SkyRL gathers.
     """
     return token_logprobs(logits, labels, inplace_backward=inplace_backward)
+
+
+class _VocabParallelEntropy:
+    """In the place of the autograd function of that name, through which all entropy of a split vocabulary passes."""
+
+    @staticmethod
+    def apply(vocab_parallel_logits: Tensor) -> Tensor:
+        """``[...]`` in nats from this rank's equal part of the logits, ``[..., V_r]``, which are not changed."""
+        return _common.entropy(vocab_parallel_logits, _common.tensor_parallel_group())
+
+
+_LOGPROBS = (_common.DistributedLogprob, _common.ChunkedDistributedLogprob, _VocabParallelEntropy)
+_originals: dict[Any, Any] = {}  # of SkyRL, by what replaces them
+
+
+def patch_logprobs() -> None:
+    """Log-probs and entropy of Megatron's split vocabulary by this library, in every imported module of SkyRL.
+
+    Of padded and packed sequences, for training and for the old log-probs. How sequences are split over ranks and
+    gathered stays SkyRL's. So does its fused head: SkyRL adds up the gradient of the hidden states around it, and
+    ``linear_token_logprobs`` would have added it up already. Call it in each worker; calling it again patches modules
+    that were loaded since.
+    """
+    module = importlib.import_module("skyrl.backends.skyrl_train.distributed.megatron.model_utils")
+    _common.put_in_place("skyrl", module, _LOGPROBS, _originals)
+
+
+def unpatch_logprobs() -> None:
+    """Undoes :func:`patch_logprobs`."""
+    _common.put_back("skyrl", _originals)
 
 
 def _refuse_correction(correction: Any, rollout_logprobs: Tensor | None) -> None:

@@ -15,15 +15,14 @@ with the options in the file of ``--custom-config-path``, which slime puts into 
     fusedpo_advantage: maxpo
     fusedpo_advantage_options: {k: 4}
 
-Tensor and context parallel groups of more than one rank are refused, but by ``calculate_log_probs_and_entropy``.
+The vocabulary may be split over Megatron's tensor-parallel ranks, samples over its context-parallel ones.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from torch import Tensor
 from .. import advantages as estimators
 from .. import losses
 from ..corrections import importance_weights
+from ..distributed import ContextParallel
 from ..logprobs import token_logprobs
 from ..objectives import Objective
 from ..reference.losses import LOG_RATIO_CLAMP
@@ -61,41 +61,54 @@ def policy_loss(
             of ints ``total_lengths`` and ``response_lengths``.
         logits: ``[1, T, V]``, the samples one after another, padding last. Not sliced: the gradient is one tensor.
         sum_of_sample_mean: slime's reduction of ``[sum_i R_i]``.
+
+    With tensor parallelism the logits are this rank's part of the vocabulary. With context parallelism they are two
+    chunks of each sample; so are advantages and log-probs, but not ``loss_masks``, tokens and lengths. The loss, and
+    what is logged, is then the share of this rank, as that of slime.
     """
-    _refuse_parallel()
     refused = (
         *("use_opsm", "use_tis", "get_mismatch_metrics", "use_score_centering"),
         "custom_pg_loss_reducer_function_path",
     )
     _common.refuse("slime", **{name: getattr(args, name, None) for name in refused})
     _common.refuse("slime", rollout_top_p=None if getattr(args, "rollout_top_p", 1.0) == 1.0 else args.rollout_top_p)
+    cp = _context_parallel()
+    _common.refuse("slime", allgather_cp=cp is not None and getattr(args, "allgather_cp", False))
 
-    lengths = batch["response_lengths"]
-    rows, token_ids, mask = _response_rows(batch, logits)
+    at = _response_rows(batch, logits, cp)
     lp, entropies = token_logprobs(
-        logits[0], token_ids, temperature=getattr(args, "rollout_temperature", 1.0), mask=mask, return_entropy=True
+        logits[0],
+        at.token_ids,
+        temperature=getattr(args, "rollout_temperature", 1.0),
+        mask=at.mask,
+        return_entropy=True,
+        tp_group=_common.tensor_parallel_group(),
     )
-    lp, entropies = lp[rows], entropies[rows]
-    kept = mask[rows]
+    of_samples, kept = slice(0, at.size), at.mask[at.rows]
 
     def response(key: str) -> Tensor:
         """0 at masked tokens: ``sum_of_sample_mean`` multiplies by the mask, and 0 * nan is nan."""
         return torch.cat(batch[key]).masked_fill(~kept, 0)
 
+    def spread(x: Tensor) -> Tensor:
+        """From the tokens of responses to the rows of samples."""
+        return x.new_zeros(at.size).index_copy_(0, at.rows, x)
+
     key = "rollout_log_probs" if getattr(args, "use_rollout_logprobs", False) else "log_probs"
     old = response(key) if batch.get(key) else None
-    ends = torch.tensor([0, *lengths], device=logits.device).cumsum(0)
     objective = _common.with_dual_clip("slime", _objective(args), eps_clip_c=getattr(args, "eps_clip_c", None))
     out = losses.policy_loss(
-        lp,
-        old,
-        torch.cat(batch["advantages"]),
+        lp[of_samples],
+        None if old is None else spread(old),
+        spread(response("advantages")),
         objective=objective,
-        mask=kept,
-        cu_seqlens=ends,
+        mask=at.mask[of_samples],
+        cu_seqlens=at.cu_seqlens,
         reduction="none",
+        cp=cp,
     )
-    pg_loss, entropy_loss = sum_of_sample_mean(out.loss), sum_of_sample_mean(entropies)
+    lp, entropies = lp[at.rows], entropies[at.rows]
+    pg_loss, entropy_loss = sum_of_sample_mean(out.loss[at.rows]), sum_of_sample_mean(entropies)
     loss = pg_loss - args.entropy_coef * entropy_loss
     log = {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
     sampled = lp.detach() if old is None else old
@@ -141,7 +154,9 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     parallelism use :func:`post_process_rewards`. A sample that is removed, which slime shows by a loss mask of zeros,
     or whose reward is None or nan, gets 0 and counts for nobody.
     """
-    _refuse_parallel(data=True)
+    mpu = _common.megatron()
+    ranks = mpu.get_data_parallel_world_size()
+    _common.refuse("slime", data_parallel_size=ranks if ranks > 1 else None)
     _common.refuse("slime", kl_coef=getattr(args, "kl_coef", 0.0))
     masks = rollout_data["loss_masks"]
     given = [math.nan if reward is None else float(reward) for reward in rollout_data["rewards"]]
@@ -149,7 +164,8 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     groups = torch.arange(len(rewards), device=rewards.device) // args.n_samples_per_prompt
     lengths = torch.stack([(mask != 0).sum() for mask in masks])
     values = _estimate(args, rewards, groups, lengths, ~rewards.isnan() & (lengths > 0))
-    rollout_data["returns"] = [value.expand(mask.shape).clone() for value, mask in zip(values, masks, strict=True)]
+    tokens = rollout_data["kl"] if mpu.get_context_parallel_world_size() > 1 else masks  # of this rank
+    rollout_data["returns"] = [value.expand(like.shape).clone() for value, like in zip(values, tokens, strict=True)]
     rollout_data["advantages"] = list(rollout_data["returns"])
 
 
@@ -160,11 +176,18 @@ def tis(
     train_log_probs: list[Tensor],
     rollout_log_probs: list[Tensor],
     loss_masks: list[Tensor],
+    total_lengths: Sequence[int] = (),
+    response_lengths: Sequence[int] = (),
     **unused: Any,
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """A custom TIS, for slime's own losses: ``pg_loss`` times the ratio clipped to ``[tis_clip_low, tis_clip]``."""
     old, rollout = torch.cat(train_log_probs), torch.cat(rollout_log_probs)
-    low, mask = getattr(args, "tis_clip_low", 0) or None, torch.cat(loss_masks)
+    low, cp, masks = getattr(args, "tis_clip_low", 0) or None, _context_parallel(), loss_masks
+    if cp is not None:  # which slime has whole, unlike log-probs
+        pieces = [_pieces(*lengths, cp)[1] for lengths in zip(total_lengths, response_lengths, strict=True)]
+        own = [mask[i:j] for mask, runs in zip(loss_masks, pieces, strict=True) for _, i, j in runs]
+        masks = [loss_masks[0][:0], *own]
+    mask = torch.cat(masks)
     weights, _ = importance_weights(old, rollout, mask=mask, low=low, high=args.tis_clip)
     ratio, _ = importance_weights(old, rollout, mask=mask, high=None)
     metrics = {"tis": ratio, "tis_clipfrac": (weights != ratio).float(), "tis_abs": (ratio - 1).abs()}
@@ -209,30 +232,56 @@ def calculate_log_probs_and_entropy(
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _refuse_parallel(*, data: bool = False) -> None:
-    mpu = importlib.import_module("megatron.core.mpu")
-    groups = {
-        "tensor_model_parallel_size": mpu.get_tensor_model_parallel_world_size(),
-        "context_parallel_size": mpu.get_context_parallel_world_size(),
-    }
-    if data:
-        groups["data_parallel_size"] = mpu.get_data_parallel_world_size()
-    _common.refuse_group("slime", **groups)
+class _Rows(NamedTuple):
+    """What the rows of the logits on this rank predict."""
+
+    rows: Tensor  # int64 [R]: those that predict tokens of responses, in the order of slime's own tensors
+    token_ids: Tensor  # int64 [T]
+    mask: Tensor  # bool [T]: tokens of responses that count
+    size: int  # rows of samples; the others are padding
+    cu_seqlens: Tensor  # of the samples on all ranks
 
 
-def _response_rows(batch: dict[str, Any], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows of the logits predict response tokens, and for all rows the token and whether it is kept."""
+def _context_parallel() -> ContextParallel | None:
+    """slime cuts each sample in twice as many chunks as there are ranks, each of which has one from either end."""
+    mpu = _common.megatron()
+    if mpu.get_context_parallel_world_size() == 1:
+        return None
+    return ContextParallel(mpu.get_context_parallel_group(), "zigzag-sequences")
+
+
+def _pieces(total: int, response: int, cp: ContextParallel | None) -> tuple[int, list[tuple[int, int, int]]]:
+    """How many rows of a sample this rank has; and of those that predict its response, runs of one after another.
+
+    A run: its first row, and from which on and up to which token of the response.
+    """
+    size, chunks = total, [0]
+    if cp is not None:
+        rank, last = cp.group.rank(), 2 * cp.size - 1
+        size, chunks = -(-total // (last + 1)), [rank, last - rank]
+    before, runs = total - response - 1, []
+    for place, chunk in enumerate(chunks):
+        start, stop = max(chunk * size, before), min((chunk + 1) * size, total - 1)
+        if start < stop:
+            runs.append((start + (place - chunk) * size, start - before, stop - before))
+    return size * len(chunks), runs
+
+
+def _response_rows(batch: dict[str, Any], logits: Tensor, cp: ContextParallel | None) -> _Rows:
     token_ids = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     mask = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    rows, end = [], 0
+    rows, count, ends = [token_ids[:0]], 0, [0]
     samples = zip(batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True)
     for (tokens, total, response), loss_mask in zip(samples, batch["loss_masks"], strict=True):
-        end += total
-        own = torch.arange(end - response - 1, end - 1, device=logits.device)
-        token_ids[own] = tokens[total - response : total]
-        mask[own] = loss_mask != 0
-        rows.append(own)
-    return torch.cat(rows), token_ids, mask
+        size, runs = _pieces(total, response, cp)
+        for row, start, stop in runs:
+            own = slice(count + row, count + row + stop - start)
+            token_ids[own] = tokens[total - response :][start:stop]
+            mask[own] = loss_mask[start:stop] != 0
+            rows.append(torch.arange(own.start, own.stop, device=logits.device))
+        count += size
+        ends.append(count if cp is None else count * cp.size)
+    return _Rows(torch.cat(rows), token_ids, mask, count, torch.tensor(ends, device=logits.device))
 
 
 def _objective(args: Any) -> Objective:

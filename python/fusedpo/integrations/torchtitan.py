@@ -9,14 +9,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..distributed import ContextParallel
 from ..losses import policy_loss_from_logits
 from ..objectives import Objective
 from . import _common
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["PolicyLoss"]
 
@@ -24,10 +28,23 @@ __all__ = ["PolicyLoss"]
 class PolicyLoss:
     """The arguments and results of ``torchtitan.experiments.rl.losses.DAPOLoss``; ``objective`` as a name, or built."""
 
-    def __init__(self, objective: str | Objective = "dapo", *, inplace: bool = False, **options: Any) -> None:
-        """``options``: of the preset; ``inplace``: the gradient overwrites the logits."""
+    def __init__(
+        self,
+        objective: str | Objective = "dapo",
+        *,
+        inplace: bool = False,
+        tp_group: ProcessGroup | None = None,
+        vocab_start: int | None = None,
+        cp: ContextParallel | None = None,
+        **options: Any,
+    ) -> None:
+        """``options``: of the preset; ``inplace``: the gradient overwrites the logits.
+
+        ``tp_group``, ``vocab_start``, ``cp``: as in :func:`fusedpo.policy_loss_from_logits`, where plain tensors hold
+        this rank's part of the vocabulary or of the tokens. A ``DTensor`` says itself how the vocabulary is split.
+        """
         self.objective = _common.objective(objective, options, aggregation="token-mean")
-        self.inplace = inplace
+        self.given: dict[str, Any] = {"inplace": inplace, "tp_group": tp_group, "vocab_start": vocab_start, "cp": cp}
 
     def __call__(
         self,
@@ -41,7 +58,7 @@ class PolicyLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``logits`` ``[B, L, V]``, the others ``[B, L]``; tokens whose ``generator_logprobs`` are not finite drop out.
 
-        The loss is a sum over ``global_valid_tokens``, or over 1. Vocabulary-parallel logits are refused.
+        The loss is a sum over ``global_valid_tokens``, or over 1; where tokens are split, the share of this rank's own.
         """
         kept = (loss_mask != 0) & generator_logprobs.isfinite()
         count = 1.0 if global_valid_tokens is None else max(float(global_valid_tokens), 1.0)
@@ -53,7 +70,7 @@ class PolicyLoss:
             objective=self.objective,
             mask=kept,
             denominator=count,
-            inplace=self.inplace,
+            **self.given,
         )
         assert out.logprobs is not None
         assert out.entropy is not None

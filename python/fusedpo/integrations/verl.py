@@ -372,23 +372,17 @@ def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tens
     The group is Megatron's tensor-parallel one, whose ranks hold equal parts. Columns that Megatron adds to make them
     equal count as vocabulary, as they do in verl.
     """
-    return token_logprobs(logits, labels, tp_group=_tensor_parallel_group())
+    return token_logprobs(logits, labels, tp_group=_common.tensor_parallel_group())
 
 
 def vocab_parallel_entropy(vocab_parallel_logits: Tensor) -> Tensor:
     """The entropy of :func:`vocab_parallel_log_probs_from_logits`, ``[...]`` in nats; the logits are not changed."""
-    logits = vocab_parallel_logits
-    any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return token_logprobs(logits, any_token, return_entropy=True, tp_group=_tensor_parallel_group())[1]
+    return _common.entropy(vocab_parallel_logits, _common.tensor_parallel_group())
 
 
 def vocab_parallel_entropy_with_chunking(vocab_parallel_logits: Tensor, chunk_size: int = 2048) -> Tensor:
     """:func:`vocab_parallel_entropy`, which allocates nothing of the size of the logits."""
     return vocab_parallel_entropy(vocab_parallel_logits)
-
-
-def _tensor_parallel_group() -> Any:
-    return importlib.import_module("megatron.core.parallel_state").get_tensor_model_parallel_group()
 
 
 class FusedLinearForPPO(torch.nn.Module):

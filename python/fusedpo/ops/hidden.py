@@ -7,7 +7,7 @@ positions among the flattened tokens) are those that are evaluated, all others c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import backends, objectives
 from .._batch import Batch
 from ..objectives import Objective
+from ..reference import row_stats
 from ..reference.layout import layout
 from . import apply, are_batched, edge_to, is_transformed, must_be_functional, once_differentiable
 from . import policy_loss as ops_policy_loss
@@ -187,7 +188,10 @@ class _Gradients:
     """Of hidden states, weight and bias, as far as ``needed``: summed in float32 over the chunks, then rounded.
 
     ``dropped``: the largest probability that the gradient of a row was left without.
+    ``vocab_start``: the column of the vocabulary that the first row of the weight is.
     """
+
+    vocab_start = 0
 
     def __init__(self, head: _Head, needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.head, self.inputs = head, (hidden, weight, bias)
@@ -255,8 +259,13 @@ class _Gradients:
         if threshold is not None:
             found = gradient_of_active(upstream, *given, threshold=threshold, backend=backend)
         if found is None:
-            backward_out = getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)
-            backward_out(*upstream, logits, token_ids, temperature, None, stats, logits)
+            arguments = (*upstream, logits, token_ids, temperature, None, stats)
+            if backend == "reference":
+                backward: Any = row_stats.token_logprobs_backward
+                logits = backward(*arguments, vocab_start=self.vocab_start)
+            else:
+                backward = getattr(torch.ops.fusedpo.token_logprobs_backward_out, backend)
+                backward(*arguments, logits, vocab_start=self.vocab_start)
             self.add(rows, hidden, logits)
         else:
             columns, dropped = found
@@ -336,10 +345,12 @@ def gradients_of_logprobs(
     options: Options,
     needed: Sequence[bool],
     backend: str,
+    sums: Callable[..., _Gradients] = _Gradients,
 ) -> tuple[list[Tensor | None], Tensor]:
     """Of hidden, weight and bias, and the largest probability that a row was left without.
 
-    ``upstream``: the gradients of the log-probs and of the entropy, each may be None.
+    ``upstream``: the gradients of the log-probs and of the entropy, each may be None. ``sums`` makes what adds up the
+    chunks.
     """
     hidden, weight, bias, token_ids, temperature, rows = inputs
     leading = hidden.shape[:-1]
@@ -347,7 +358,7 @@ def gradients_of_logprobs(
     flat = [None if g is None else _per_row(g.detach(), leading) for g in upstream]
     with _plain(hidden):
         head = _Head(hidden, weight, bias, rows, options, gradients=True)
-        gradients = _Gradients(head, needed, hidden, weight, bias)
+        gradients = sums(head, needed, hidden, weight, bias)
         for chunk in head.chunks:
             at = rows[chunk]
             states = head.rows_of(at)

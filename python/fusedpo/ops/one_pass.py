@@ -9,11 +9,12 @@
 * ``logits`` ``[*tokens, V]``, float16, bfloat16 or float32, unit stride along V; ``tokens`` is ``[B, T]`` or ``[T]``:
   padded sequences, or one; with ``cu_seqlens`` ``[S + 1]`` (int64) packed ``[T]`` or ``[1, T]``. Their gradient is
   written into ``out``, which may be the logits.
-* ``logprobs`` and ``entropy``, float32 ``[*tokens]``, are written at every row that is evaluated; by Triton, at the
-  others 0 unless ``rows`` are given.
+* ``logprobs`` and ``entropy``, float32 ``[*tokens]``, are written at every row that is evaluated; by Triton, 0 at
+  the others, and anything at masked ``rows``.
 * ``rows`` None: every token that ``mask`` (bool) keeps is evaluated, and the gradient of the others is zero. Otherwise
-  ``logits`` is ``[R, V]`` and its row r belongs to the kept token ``rows[r]`` (int64, ascending positions among the
-  flattened tokens); tokens after the last of them that a window reaches have their log-probs in ``logprobs`` already.
+  ``logits`` is ``[R, V]`` and its row r belongs to the token ``rows[r]`` (int64, ascending positions among the
+  flattened tokens), of which, too, those are evaluated that ``mask`` keeps; kept tokens that are not in ``rows`` and
+  that a window reaches have their log-probs in ``logprobs`` already.
 * ``token_ids`` int64; ``temperature`` ``[]`` or ``[*tokens]``; ``advantages`` and ``is_weights`` ``[*tokens]`` or
   ``[num_sequences, 1]``; ``old_logprobs`` (None: the log-probs themselves) and ``ref_logprobs`` ``[*tokens]``; float32.
 * ``scale`` ``[*tokens]`` float32: what the loss of each token is multiplied by. For Triton it may be 0-d, if the
@@ -92,6 +93,13 @@ def _scaled(gradient: Tensor, factor: Tensor, backend: str | None) -> Tensor:
     return gradient
 
 
+def keep(ctx: Any, logits: Tensor, gradient: Tensor, backend: str) -> None:
+    """What the backward of :class:`_OnePass` needs: the gradient of the ``logits``, which were the first input."""
+    ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(logits)]
+    ctx.save_for_backward(gradient)
+    ctx.set_materialize_grads(False)
+
+
 class _OnePass(torch.autograd.Function):
     """Old-style: what goes through functorch takes two passes."""
 
@@ -124,15 +132,13 @@ class _OnePass(torch.autograd.Function):
         loss, metrics = ops_policy_loss.policy_loss(
             logprobs, entropy, batch, objective=objective, per_token=False, backend=backend
         )
-        ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(logits)]
-        ctx.save_for_backward(gradient)
+        keep(ctx, logits, gradient, backend)
         ctx.mark_non_differentiable(metrics, logprobs, entropy)
-        ctx.set_materialize_grads(False)
         return loss, metrics, logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
-        none = (None,) * 6
+        none = (None,) * (len(ctx.needs_input_grad) - 1)
         if grad_loss is None:
             return None, *none
         return *scaled_once(ctx, "policy_loss_from_logits", grad_loss, one=True), *none

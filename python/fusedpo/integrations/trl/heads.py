@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ... import linear_token_logprobs, policy_loss_from_hidden, policy_loss_from_logits, token_logprobs
@@ -59,6 +60,17 @@ def add_fused_forward(model: PreTrainedModel) -> None:
 
 def _call(model: PreTrainedModel, forward: Callable[..., Any], fused: Callable[..., Any], **inputs: Any) -> Any:
     return fused(model, forward, **inputs)
+
+
+def whole(parameter: Any) -> Any:
+    """A shard gathered; its gradient is the mean over the ranks, as that of modules that FSDP2 calls itself."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    gathered = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if gathered.requires_grad:
+        gathered.register_hook(lambda gradient: gradient / mesh.size())
+    return gathered
 
 
 # Both heads return the result of the loss, or log-probs and entropy, of the last `width` positions, and the auxiliary
@@ -114,6 +126,7 @@ class HiddenHead:
     ) -> tuple[Any, Tensor | None]:
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, -width:]
         head, config = model.get_output_embeddings(), model.config.get_text_config()
+        weight, bias = whole(head.weight), whole(head.bias)
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device) and not self.in_float32
         dtype = torch.get_autocast_dtype(device) if autocast else torch.float32 if self.in_float32 else hidden.dtype
@@ -123,8 +136,8 @@ class HiddenHead:
         with torch.autocast(device, enabled=autocast):
             result = function(
                 hidden.to(dtype),
-                head.weight.to(dtype),
-                bias=None if head.bias is None else head.bias.to(dtype),
+                weight.to(dtype),
+                bias=None if bias is None else bias.to(dtype),
                 softcap=getattr(config, "final_logit_softcapping", None),
                 logit_scale=logit_scale(config),
                 chunk_tokens=self.chunk_tokens,

@@ -11,14 +11,13 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from trl import kernels
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from ... import statistics
 from ...ops.token_statistics import LinearTokenStatistics
-from .heads import add_forward, logit_scale
+from .heads import add_forward, logit_scale, whole
 
 TRLS = getattr(kernels, "ChunkedLogProbFunction", None)
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -69,7 +68,7 @@ def _forward(
         labels = shift_labels
 
     head = model.get_output_embeddings()  # FSDP and PEFT replace it after the model was given this forward
-    weight, bias = _whole(head.weight), _whole(head.bias)
+    weight, bias = whole(head.weight), whole(head.bias)
     hidden, labels = hidden.to(weight.device), labels.to(weight.device)  # maybe not that of the last layer
     mask = labels != -100
     autocast: Any = nullcontext()
@@ -85,17 +84,6 @@ def _forward(
         aux_loss = _balance(model, config, backbone.router_logits, inputs.get("attention_mask"))
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return FusedCausalLMOutput(loss=loss, log_probs=found.logprobs, label_mask=mask, aux_loss=aux_loss, **per_token)
-
-
-def _whole(parameter: Any) -> Any:
-    """A shard gathered; its gradient is the mean over the ranks, as that of modules that FSDP2 calls itself."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    mesh = parameter.device_mesh
-    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())
-    return whole
 
 
 def _balance(model: Any, config: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:

@@ -37,6 +37,15 @@ def refuse(option: str, reason: str, trainer: str = "FusedGRPOTrainer") -> NotIm
     return NotImplementedError(f"{trainer} does not support {option}: {reason}")
 
 
+def refuse_split_sequences(parallelism_config: Any, trainer: str = "FusedGRPOTrainer") -> None:
+    """Of TRL's trainers, SFT alone has what splits a sequence over ranks."""
+    for option in ("cp_size", "sp_size"):
+        size = getattr(parallelism_config, option, 1)
+        if size > 1:
+            reason = "TRL splits the sequences of SFT alone; in a loop of your own, fusedpo.policy_loss takes cp="
+            raise refuse(f"{option}={size}", reason, trainer)
+
+
 def from_config(args: GRPOConfig) -> Objective:
     """The objective of TRL's loss types; raises ``NotImplementedError`` for what has no part in an objective."""
     if args.loss_type not in AGGREGATIONS:

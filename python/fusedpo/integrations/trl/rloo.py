@@ -8,7 +8,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 from .._versions import check_version
 from .advantages import Estimated, EstimatorLike, GroupAdvantages
-from .objective import refuse
+from .objective import refuse, refuse_split_sequences
 from .patch import patch_trl
 from .versions import TESTED
 
@@ -33,6 +33,7 @@ class FusedRLOOTrainer(Estimated, RLOOTrainer):
         check_version("trl", *TESTED)
         with patch_trl():
             super().__init__(*args, **kwargs)
+        refuse_split_sequences(getattr(self.accelerator, "parallelism_config", None), "FusedRLOOTrainer")
         if advantage_estimator is not None:
             if self.beta != 0:
                 option = f"beta={self.beta} with advantage_estimator"

@@ -20,7 +20,7 @@ from ...objectives import VESPO, Objective
 from .._versions import check_version
 from .advantages import Estimated, EstimatorLike, GroupAdvantages
 from .heads import HiddenHead, LogitsHead, add_fused_forward
-from .objective import ObjectiveLike, from_config, from_user, refuse
+from .objective import ObjectiveLike, from_config, from_user, refuse, refuse_split_sequences
 from .patch import patch_trl
 from .versions import TESTED
 
@@ -94,6 +94,7 @@ class FusedGRPOTrainer(Estimated, GRPOTrainer):
         add_fused_forward(model)
 
     def _check_setup(self, from_hidden: bool) -> None:
+        refuse_split_sequences(getattr(self.accelerator, "parallelism_config", None))
         if self.args.fp16:
             raise refuse("fp16=True", "the gradient of the logits would be stored before it is scaled; use bf16")
         if self.args.torch_compile:
@@ -106,8 +107,8 @@ class FusedGRPOTrainer(Estimated, GRPOTrainer):
             raise refuse(f"{option} with from_hidden=True", "the model computes that loss in the forward for logits")
         elif self._is_vlm:
             raise refuse("a processor for images with from_hidden=True", "only language models are")
-        elif self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise refuse("DeepSpeed and FSDP with from_hidden=True", "the weight of the head may be a shard")
+        elif self.is_deepspeed_enabled or (self.is_fsdp_enabled and not getattr(self.accelerator, "is_fsdp2", False)):
+            raise refuse("DeepSpeed and FSDP1 with from_hidden=True", "the weight of the head may be a shard")
 
     # ------------------------------------------------------------------------------------------------------------ loss
 
