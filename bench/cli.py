@@ -35,11 +35,11 @@ MEMORY = {
 }
 
 
-def why_no_recording(arguments: argparse.Namespace, commit: str | None) -> str:
+def why_no_recording(arguments: argparse.Namespace, commit: str | None, whole: Sequence[str]) -> str:
     """Empty where the tables of this run may be published."""
     if commit is None or commit.endswith("-dirty"):
         return f"the tree is not that of a commit ({commit}): commit first, or write elsewhere with --out"
-    partial = arguments.quick or arguments.providers or arguments.dtype or set(arguments.op) != set(OPERATORS)
+    partial = arguments.quick or arguments.providers or arguments.dtype or set(arguments.op) != set(whole)
     return "a recording is of all operators, dtypes, sizes and providers" if partial else ""
 
 
@@ -85,6 +85,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     if arguments.compare:
         return compare.main(arguments.before, arguments.after, arguments.threshold, arguments.of_ceiling)
+    return measured(arguments, OPERATORS)
+
+
+def measured(arguments: argparse.Namespace, whole: Sequence[str], patience: float = Plan.patience) -> int:
+    """Measures and, under ``bench/results``, records; ``whole``: the operators that are recorded together."""
     arguments.threads = arguments.threads or torch.get_num_threads()
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -93,15 +98,25 @@ def main(argv: Sequence[str]) -> int:
     started, failures = time.perf_counter(), []
     header = report.environment(arguments.device, arguments.threads)
     recording = report.RESULTS in arguments.out.resolve().parents
-    if recording and (reason := why_no_recording(arguments, header["commit"])):
+    if recording and (reason := why_no_recording(arguments, header["commit"], whole)):
         console.print(f"not recorded: {reason}", style="red", soft_wrap=True, highlight=False)
         return 2
-    out = Path("out/recording") if recording else arguments.out
+    out = arguments.out
+    if recording:
+        out = Path("out/recording")
+        shutil.rmtree(out, ignore_errors=True)
     dtypes = arguments.dtype or (["bfloat16"] if arguments.quick else ["float32", "bfloat16"])
     processes = PROCESSES if recording else arguments.processes
     for operator in arguments.op:
         plan = Plan(
-            operator, arguments.device, arguments.quick, dtypes, arguments.providers, arguments.threads, processes
+            operator,
+            arguments.device,
+            arguments.quick,
+            dtypes,
+            arguments.providers,
+            arguments.threads,
+            processes,
+            patience=patience,
         )
         rows = run(plan, header, out, console)
         failures += [r for r in rows if r.provider.startswith("fusedpo") and r.note.startswith(("wrong", "failed"))]
@@ -111,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             if report.commit() != header["commit"]:
                 raise ValueError("the tree has changed during the run")
-            recorded(out)
+            recorded(out, whole)
         except ValueError as reasons:
             console.print(f"not recorded, and left in {out}:\n{reasons}", style="red", soft_wrap=True, highlight=False)
             return 2
