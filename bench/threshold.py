@@ -25,8 +25,8 @@ from torch import Tensor
 
 import fusedpo
 
-from .batch import OBJECTIVES, SEQUENCES, Batch, exact_coefficients, make_batch
-from .harness import Case, Provider, Run
+from .batch import OBJECTIVES, SEQUENCES, exact_coefficients, make_batch
+from .harness import Case, Provider
 from .hidden import ALLOWED, PRODUCTS, Exact, three_products
 from .record import THRESHOLD
 
@@ -59,19 +59,14 @@ class Policy:
     def __init__(self, hidden: Tensor, weight: Tensor, doubled: Tensor, entropy: float | None) -> None:
         scale = 1.0 if entropy is None else scale_of(hidden.flatten(0, 1), weight, entropy)
         self.hidden, self.weight = (hidden * scale).to(weight.dtype), weight
-        logp = [torch.log_softmax((h @ self.weight.T).float(), -1) for h in self.hidden]
+        logits = [(h @ weight.T).float() for h in self.hidden]
+        self.widest = max(x.abs().max().item() for x in logits)
+        logp = [torch.log_softmax(x, -1) for x in logits]
         self.entropy = torch.stack([mean_entropy(x) for x in logp]).mean().item()
         self.ids = torch.stack([x.exp().multinomial(1)[:, 0] for x in logp])
         halves = [torch.stack([x.amax(0) for x in row.chunk(2)]) for row in logp]
         self.largest = torch.stack(halves).amax(0).exp()  # the largest probability of each column, by halves of [B, T]
         self.exact = Exact(self.hidden, doubled, self.ids, COLUMNS)
-
-    def active(self, threshold: float, batch: Batch) -> float:
-        """The share of the columns that are not left out."""
-        whole = bool(batch.mask.all())
-        found = (self.largest.amax(0) if whole else self.largest[1]) > threshold
-        found[self.ids[batch.mask]] = True
-        return found.float().mean().item()
 
 
 def mean_entropy(logp: Tensor) -> Tensor:
@@ -89,6 +84,66 @@ def scale_of(hidden: Tensor, weight: Tensor, entropy: float) -> float:
     return low
 
 
+class Task:
+    """Loss and gradients of PPO on the tokens that the policy has drawn: no rounding of wide logits decides a clip.
+
+    Of each sequence ``masked`` of the tokens are left out, at its beginning.
+    """
+
+    objective = OBJECTIVES["PPO"][0]
+
+    def __init__(self, policy: Policy, masked: float) -> None:
+        self.policy, exact = policy, policy.exact
+        self.batch = make_batch(exact.logprobs, policy.ids, masked=masked)._replace(old_logprobs=exact.logprobs)
+        self.wanted = exact.gradients(exact_coefficients(exact.logprobs, self.batch, self.objective))
+
+    def run(self, threshold: float | None) -> Gradients:
+        h, w = self.policy.hidden.detach().requires_grad_(), self.policy.weight.detach().requires_grad_()
+        arguments = (h, w, self.policy.ids, None, self.batch.advantages)
+        options = {"objective": self.objective, "mask": self.batch.mask, "gradient_threshold": threshold}
+        out = fusedpo.policy_loss_from_hidden(*arguments, **options)
+        out.loss.backward()
+        return h.grad, w.grad, out.metrics["dropped"]
+
+    def errors(self, result: Gradients) -> tuple[float, ...]:
+        exact = self.policy.exact
+        found = result[0].flatten(0, 1)[exact.rows], result[1][exact.columns]
+        return tuple(((x - w).norm() / w.norm()).item() for x, w in zip(found, self.wanted, strict=True))
+
+    @functools.cached_property
+    def exact_errors(self) -> tuple[float, ...]:
+        return self.errors(self.run(None))
+
+    def active(self, threshold: float) -> float:
+        """The share of the columns that are not left out."""
+        largest, mask = self.policy.largest, self.batch.mask
+        found = (largest.amax(0) if mask.all() else largest[1]) > threshold
+        found[self.policy.ids[mask]] = True
+        return found.float().mean().item()
+
+    def provider(self, name: str, power: int | None) -> Provider:
+        threshold = None if power is None else 2.0**power
+
+        def details(result: Gradients) -> dict[str, float]:
+            errors = *self.errors(result), *self.exact_errors
+            names = ("error of dHidden", "error of dWeight", "exact: dHidden", "exact: dWeight")
+            active = 1.0 if threshold is None else self.active(threshold)
+            found = {"nats": self.policy.entropy, "active": active, "dropped": result[2].item()}
+            return found | dict(zip(names, errors, strict=True))
+
+        # A logit is off by half a unit in its last place, and a probability by as much. Of a row of dHidden, the square
+        # of what is left out is at most the threshold times its probability: rows of this weight are random.
+        dtype = self.policy.weight.dtype
+        allowed = ALLOWED[dtype] + torch.finfo(dtype).eps / 2 * self.policy.widest + (threshold or 0.0) ** 0.5
+        return Provider(
+            f"fusedpo, {name}, {'exact' if power is None else f'2^{power}'}",
+            lambda: lambda: self.run(threshold),
+            lambda result: max(self.errors(result)),
+            allowed,
+            details=details,
+        )
+
+
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
     tokens, width, vocab = SIZES[device, quick]
     hidden = torch.randn(SEQUENCES, tokens // SEQUENCES, width, device=device)
@@ -102,63 +157,21 @@ def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]
 
 
 def _case(policies: dict[str, Policy], dtype: torch.dtype, *, masked: float = 0.0) -> Case:
-    batches = {name: make_batch(p.exact.logprobs.float(), p.ids, masked=masked) for name, p in policies.items()}
-    first = next(iter(policies))
-    hidden, weight, mask = policies[first].hidden, policies[first].weight, batches[first].mask
+    tasks = {name: Task(policy, masked) for name, policy in policies.items()}
+    first = next(iter(tasks.values()))
+    hidden, weight, mask = first.policy.hidden, first.policy.weight, first.batch.mask
     (vocab, width), tokens = weight.shape, mask.numel()
     return Case(
         group=f"PPO, gradient threshold, {str(dtype).removeprefix('torch.')}" + (", half masked" if masked else ""),
         sizes={"T": tokens, "H": width, "V": vocab},
         providers=[
             three_products(hidden, weight, mask),
-            *(_provider(n, p, batches[n], power) for n, p in policies.items() for power in POLICIES[n][1]),
+            *(task.provider(name, power) for name, task in tasks.items() for power in POLICIES[name][1]),
         ],
         ceiling=PRODUCTS,
         bytes_moved=2 * (hidden.numel() + weight.numel()) * hidden.element_size(),
         flops=6 * int(mask.sum()) * width * vocab,
     )
-
-
-def _provider(name: str, policy: Policy, batch: Batch, power: int | None) -> Provider:
-    objective, threshold = OBJECTIVES["PPO"][0], None if power is None else 2.0**power
-    exact, dtype = policy.exact, policy.hidden.dtype
-
-    def run() -> Gradients:
-        h, w = policy.hidden.detach().requires_grad_(), policy.weight.detach().requires_grad_()
-        options = {"objective": objective, "mask": batch.mask, "gradient_threshold": threshold}
-        out = fusedpo.policy_loss_from_hidden(h, w, *batch[:3], **options)
-        out.loss.backward()
-        return h.grad, w.grad, out.metrics["dropped"]
-
-    def prepare() -> Run:
-        return run
-
-    @functools.cache
-    def wanted() -> tuple[Tensor, Tensor]:
-        return exact.gradients(exact_coefficients(exact.logprobs, batch, objective))
-
-    def errors(result: Gradients) -> list[float]:
-        of_hidden, of_weight = result[0].flatten(0, 1)[exact.rows], result[1][exact.columns]
-        return [((g - w).norm() / w.norm()).item() for g, w in zip((of_hidden, of_weight), wanted(), strict=True)]
-
-    def check(result: Gradients) -> float:
-        return max(errors(result))
-
-    def details(result: Gradients) -> dict[str, float]:
-        of_hidden, of_weight = errors(result)
-        return {
-            "nats": policy.entropy,
-            "active": 1.0 if threshold is None else policy.active(threshold, batch),
-            "dropped": result[2].item(),
-            "error of dHidden": of_hidden,
-            "error of dWeight": of_weight,
-        }
-
-    # Rows of the weight that are left out are random here: of a row of dHidden, the square of what they add up to is at
-    # most the threshold times their probability, in units of that of a row of the weight.
-    allowed = ALLOWED[dtype] + (0.0 if threshold is None else threshold**0.5)
-    what = "exact" if power is None else f"2^{power}"
-    return Provider(f"fusedpo, {name}, {what}", prepare, check, allowed, details=details)
 
 
 def main(argv: Sequence[str]) -> int:

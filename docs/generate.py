@@ -213,7 +213,7 @@ def threshold() -> str:
     """What a gradient threshold leaves of three bare products, and its errors."""
     parts = []
     header = ("", "of three products", "20th to 80th percentile", "n", "active columns", "dropped")
-    header += ("error of dHidden", "error of dWeight")
+    header += ("error of dHidden (exact)", "of dWeight (exact)")
     for folder in machines():
         for name, document in record.recorded(folder, record.THRESHOLD).items():
             lines = []
@@ -238,7 +238,10 @@ def _policy(row: Row) -> str:
 def _of_products(row: Row, products: Row) -> list[str]:
     samples, unit = min(row.samples, products.samples), products.median
     ratio, low, high = (number(time / unit, samples) for time in (row.median, row.p20, row.p80))
-    errors = (f"{row.details[f'error of {name}']:.1e}" for name in ("dHidden", "dWeight"))
+    errors = (
+        f"{row.details[f'error of {name}']:.1e} ({row.details[f'exact: {name}']:.1e})"
+        for name in ("dHidden", "dWeight")
+    )
     return [ratio, f"{low} to {high}", str(row.samples), *_left_out(row), *errors]
 
 
