@@ -76,7 +76,7 @@ def verl_by(device: str) -> str:
 
 def exact_coefficients(logprobs: Tensor, batch: Batch, objective: Objective) -> Tensor:
     """The gradient of the loss with respect to float64 log-probs, by the reference."""
-    leaf = logprobs.double().requires_grad_()
+    leaf = logprobs.detach().double().requires_grad_()
     with fusedpo.backend("reference"):
         fusedpo.policy_loss(
             leaf, batch.old_logprobs.double(), batch.advantages.double(), objective=objective, mask=batch.mask

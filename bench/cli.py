@@ -24,7 +24,7 @@ from rich.console import Console
 from . import compare, launch, plots, report
 from .arguments import parse, parser
 from .launch import Plan
-from .record import PROCESSES, Row, merge, recorded
+from .record import OPERATORS, PROCESSES, Row, merge, recorded
 
 MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",  # torch's allocator asks for huge pages, as the kernels of this library do
@@ -85,6 +85,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     if arguments.compare:
         return compare.main(arguments.before, arguments.after, arguments.threshold, arguments.of_ceiling)
+    return measured(arguments, OPERATORS)
+
+
+def measured(arguments: argparse.Namespace, whole: Sequence[str], patience: float = Plan.patience) -> int:
+    """Measures and, under ``bench/results``, records; ``whole``: the operators that a folder has all of, or none."""
     arguments.threads = arguments.threads or torch.get_num_threads()
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -106,7 +111,14 @@ def main(argv: Sequence[str]) -> int:
     processes = PROCESSES if recording else arguments.processes
     for operator in arguments.op:
         plan = Plan(
-            operator, arguments.device, arguments.quick, dtypes, arguments.providers, arguments.threads, processes
+            operator,
+            arguments.device,
+            arguments.quick,
+            dtypes,
+            arguments.providers,
+            arguments.threads,
+            processes,
+            patience=patience,
         )
         rows = run(plan, header, out, console)
         failures += [r for r in rows if r.provider.startswith("fusedpo") and r.note.startswith(("wrong", "failed"))]
@@ -116,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             if report.commit() != header["commit"]:
                 raise ValueError("the tree has changed during the run")
-            recorded(out)
+            recorded(out, whole)
         except ValueError as reasons:
             console.print(f"not recorded, and left in {out}:\n{reasons}", style="red", soft_wrap=True, highlight=False)
             return 2

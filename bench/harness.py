@@ -40,7 +40,8 @@ class Provider:
     """``prepare()`` gives the call that is timed; ``check(result)`` gives its error, and ``allowed`` bounds that.
 
     ``reset()`` runs before each call, untimed: it restores what the call overwrites. ``missing``: why it cannot run.
-    ``ceiling``: the provider whose time is its floor, where that is not the one of the case.
+    ``ceiling``: the provider whose time is its floor, where that is not the one of the case. ``details(result)``: what
+    else there is to say of it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Provider:
     missing: str = ""
     reset: Callable[[], object] | None = None
     ceiling: str = ""
+    details: Callable[[Any], dict[str, float]] | None = None
 
 
 @dataclass
@@ -83,9 +85,9 @@ class Effort:
     patience: float = 5.0
 
 
-def effort(quick: bool, processes: int) -> Effort:
-    """Of one of ``processes``, so that all of them together take :data:`ENOUGH` samples."""
-    return Effort(-(-ENOUGH // processes), patience=2.0 if quick else 15.0 / processes)
+def effort(quick: bool, processes: int, patience: float = 15.0) -> Effort:
+    """Of one of ``processes``: together they take :data:`ENOUGH` samples, where these fit into ``patience``."""
+    return Effort(-(-ENOUGH // processes), patience=2.0 if quick else patience / processes)
 
 
 LARGE = 16e6
@@ -122,8 +124,10 @@ class _Call:
         return max(turns / effort.most, enough, min(turns / 2, self.seconds / effort.patience))
 
 
-def measure(case: Case, device: str, effort: Effort) -> list[Row]:
-    """One row per provider, in their order."""
+def measure(
+    case: Case, device: str, effort: Effort, progress: Callable[[float], object] = lambda share: None
+) -> list[Row]:
+    """One row per provider, in their order; tells ``progress`` the share of all turns that are over."""
     torch._dynamo.reset()  # once: it takes from every provider what that has compiled
     rows = {p.name: _row(case, p) for p in case.providers}
     calls: dict[str, _Call] = {}
@@ -153,6 +157,7 @@ def measure(case: Case, device: str, effort: Effort) -> list[Row]:
         done = call.done(effort)
         call.due = done + chance.random() * (done - before)
         waiting = [call for call in waiting if call.done(effort) < 1]
+        progress(statistics.fmean(min(call.done(effort), 1.0) for call in calls.values()))
     others = watch.others()
     gc.unfreeze()
 
@@ -197,10 +202,13 @@ def _first_calls(provider: Provider, row: Row, case: Case, device: str) -> _Call
     peak, total = allocated(lambda: results.append(run()), device)
     row.peak_extra_megabytes, row.allocated_megabytes = peak / 1e6, total / 1e6
     if provider.check is not None:
-        row.error = provider.check(results.pop())
+        row.error = provider.check(results[0])
         if not row.error <= provider.allowed:
             row.note = f"wrong: error {row.error:.1e}, allowed {provider.allowed:.1e}"
             return None
+    if provider.details is not None:
+        row.details = provider.details(results[0])
+    results.clear()
     if large or provider.reset is not None:
         return _Call(run, reset)
     started = time.perf_counter()

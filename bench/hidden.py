@@ -37,7 +37,7 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str, 
     hidden = torch.randn(SEQUENCES, tokens // SEQUENCES, width, device=device).to(dtype)
     weight = (torch.randn(vocab, width, device=device) * 3 * width**-0.5).to(dtype)
     ids = torch.randint(vocab, hidden.shape[:-1], device=device)
-    exact = _Exact(hidden, weight, ids)
+    exact = Exact(hidden, weight, ids)
     batch = make_batch(exact.logprobs.float(), ids, masked=masked)
     truth = exact.gradients(exact_coefficients(exact.logprobs, batch, objective))
 
@@ -109,7 +109,7 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str, 
         group=f"PPO, loss and gradients, {str(dtype).removeprefix('torch.')}" + (", half masked" if masked else ""),
         sizes={"T": tokens, "H": width, "V": vocab},
         providers=[
-            _three_products(hidden, weight, batch.mask),
+            three_products(hidden, weight, batch.mask),
             provider("fusedpo", fused),
             provider("fusedpo, torch.compile", fused, compile=True),
             *(
@@ -135,7 +135,7 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str, 
     )
 
 
-def _three_products(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
+def three_products(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
     """The logits of the kept tokens, and the two gradients from a gradient of theirs: 6 H V flops per token."""
 
     def prepare() -> Run:
@@ -152,19 +152,19 @@ def _three_products(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
     return Provider(PRODUCTS, prepare)
 
 
-class _Exact:
+class Exact:
     """Log-probs, and the gradients of some rows of the hidden states and of the weight, in float64."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, ids: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, ids: Tensor, columns: int = 16) -> None:
         self.hidden, self.weight, self.ids = hidden.flatten(0, 1).double(), weight.double(), ids.flatten()
         self.rows = some_rows(len(self.ids)).to(hidden.device)
-        self.columns = torch.cat([self.ids[self.rows], some_rows(len(weight)).to(hidden.device)])
-        logprobs, columns = [], []
+        self.columns = torch.cat([self.ids[self.rows], some_rows(len(weight), columns).to(hidden.device)])
+        logprobs, probabilities = [], []
         for h, i in zip(self.hidden.split(256), self.ids.split(256), strict=True):
             logp = torch.log_softmax(h @ self.weight.T, -1)
             logprobs.append(logp.gather(-1, i.unsqueeze(-1)).squeeze(-1))
-            columns.append(logp[:, self.columns].exp())
-        self.logprobs, self.probabilities = torch.cat(logprobs).view(ids.shape), torch.cat(columns)
+            probabilities.append(logp[:, self.columns].exp())
+        self.logprobs, self.probabilities = torch.cat(logprobs).view(ids.shape), torch.cat(probabilities)
 
     def gradients(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         c = coefficients.flatten()[:, None]

@@ -35,10 +35,11 @@ class Plan:
     threads: int
     processes: int
     number: int = 0
+    patience: float = 15.0  # seconds a case may spend on a provider; beyond, it has fewer samples
 
     @property
     def effort(self) -> Effort:
-        return effort(self.quick, self.processes)
+        return effort(self.quick, self.processes, self.patience)
 
 
 @dataclass
@@ -73,11 +74,16 @@ def run(plan: Plan, console: Console) -> Iterator[dict[str, Any]]:
     title = f"{plan.operator}, process {plan.number + 1} of {plan.processes}"
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(pulse_style="bar.complete"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(title, total=1.0)
         for case in module.cases(plan.device, plan.quick, [DTYPES[name] for name in plan.dtypes]):
-            progress.update(task, description=f"{title}: {case.name}")
+            progress.update(task, description=f"{title}: {case.name}", completed=0.0)
             started = time.perf_counter()
-            rows = measure(select(case, plan.providers), plan.device, plan.effort)
+            rows = measure(
+                select(case, plan.providers),
+                plan.device,
+                plan.effort,
+                lambda share: progress.update(task, completed=share),
+            )
             progress.console.print(f"{title}: {case.name}: {time.perf_counter() - started:.0f} s", highlight=False)
             yield {"rows": [asdict(row) for row in rows]}
     if hasattr(module, "overhead"):

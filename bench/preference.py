@@ -14,7 +14,7 @@ from fusedpo import objectives
 
 from .batch import Loss, some_rows
 from .harness import CLONE, COPY, Case, Provider, Run, clone, compiled, copy, not_installed, relative_error
-from .hidden import PRODUCTS, _Exact, _three_products
+from .hidden import PRODUCTS, Exact, three_products
 from .one_pass import ROUNDED
 
 SEQUENCES = 4  # two pairs, the chosen ones first
@@ -155,10 +155,10 @@ def _from_hidden(dtype: torch.dtype, tokens: int, width: int, vocab: int, device
     hidden = torch.randn(SEQUENCES, tokens // SEQUENCES, width, device=device).to(dtype)
     weight = (torch.randn(vocab, width, device=device) * 3 * width**-0.5).to(dtype)
     ids = torch.randint(vocab, hidden.shape[:-1], device=device)
-    exact = _Exact(hidden, weight, ids)
+    exact = Exact(hidden, weight, ids)
     # the reference is another head on the same hidden states, so that Liger, which computes it, sees the same
     ref_weight = (weight + 0.01 * torch.randn_like(weight)).to(dtype)
-    ref = _Exact(hidden, ref_weight, ids).logprobs.float()
+    ref = Exact(hidden, ref_weight, ids).logprobs.float()
     truth = exact.gradients(coefficients_of(exact.logprobs, ref))
 
     def error(gradients: tuple[Tensor, ...]) -> float:
@@ -191,7 +191,7 @@ def _from_hidden(dtype: torch.dtype, tokens: int, width: int, vocab: int, device
         group=f"DPO from hidden states, loss and gradients, {_dtype(dtype)}",
         sizes={"T": tokens, "H": width, "V": vocab},
         providers=[
-            _three_products(hidden, weight, torch.ones_like(ids, dtype=torch.bool)),
+            three_products(hidden, weight, torch.ones_like(ids, dtype=torch.bool)),
             provider("fusedpo", fused),
             provider("fusedpo, four products", lambda h, w: fused(h, w, chunk_tokens=tokens // SEQUENCES)),
             provider("eager", eager),

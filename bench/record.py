@@ -23,6 +23,9 @@ BUSY = 0.2
 """Processors in use by others from which on a case was measured on a busy machine."""
 
 OPERATORS = ("token_logprobs", "policy_loss", "advantages", "one_pass", "hidden", "preference")
+"""Recorded together."""
+THRESHOLD = ("threshold",)
+"""Recorded apart: one option of ``hidden``, for several policies."""
 
 OF_A_RUN = {"date", "run", "commit", "load"}
 """What may differ between the operators that one machine has recorded."""
@@ -61,6 +64,7 @@ class Row:
     others: float | None = None  # processors that other programs used while the case was timed
     launches: int | None = None
     error: float | None = None  # largest difference from float64, over the largest value there
+    details: dict[str, float] = field(default_factory=dict)  # what else there is to say of the result, by name
     compile_seconds: float | None = None
     note: str = ""
 
@@ -167,20 +171,20 @@ def faults(document: Document) -> list[str]:
     return found
 
 
-def recorded(folder: Path) -> dict[str, Document]:
+def recorded(folder: Path, operators: Sequence[str] = OPERATORS) -> dict[str, Document]:
     """By operator, the documents of a folder in the format of today; ValueError where they must not be published.
 
     Each is one run of one commit. All are of one machine and the same versions.
     """
-    read = {name: json.loads(path.read_text()) for name in OPERATORS if (path := folder / f"{name}.json").exists()}
+    read = {name: json.loads(path.read_text()) for name in operators if (path := folder / f"{name}.json").exists()}
     documents = {name: document for name, document in read.items() if document.get("format") == FORMAT}
     reasons = [f"{folder.name}/{name}: {reason}" for name, document in documents.items() for reason in faults(document)]
     for name in sorted({name for document in documents.values() for name in document["environment"]} - OF_A_RUN):
         values = {str(document["environment"].get(name)) for document in documents.values()}
         if len(values) > 1:
             reasons.append(f"{folder.name}: not one machine, {name} is {' and '.join(sorted(values))}")
-    if documents and len(documents) < len(OPERATORS):
-        reasons.append(f"{folder.name}: without {', '.join(sorted(set(OPERATORS) - set(documents)))}")
+    if documents and len(documents) < len(operators):
+        reasons.append(f"{folder.name}: without {', '.join(sorted(set(operators) - set(documents)))}")
     if reasons:
         raise ValueError("\n".join(reasons))
     return documents

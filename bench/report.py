@@ -114,7 +114,7 @@ TIMES = ("median", "p20", "p80", "low", "high")
 
 
 def _cell(row: Row, key: str, pattern: str) -> str:
-    value = getattr(row, key)
+    value = row.details[key] if key in row.details else getattr(row, key, None)
     if value is None or (key == "samples" and not value):
         return ""
     return number(value, row.samples) if key in TIMES else pattern.format(value)
@@ -122,7 +122,8 @@ def _cell(row: Row, key: str, pattern: str) -> str:
 
 def _cells(rows: Sequence[Row], leave_out: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Titles and lines of the table, without the columns that are empty."""
-    columns = [c for c in COLUMNS if c[0] not in leave_out and any(_cell(row, c[0], c[2]) for row in rows)]
+    details = ((name, name, "{:.2g}") for name in dict.fromkeys(name for row in rows for name in row.details))
+    columns = [c for c in (*COLUMNS, *details) if c[0] not in leave_out and any(_cell(row, c[0], c[2]) for row in rows)]
     lines = [[_cell(row, key, pattern) for key, _, pattern in columns] for row in rows]
     return [title for _, title, _ in columns], lines
 

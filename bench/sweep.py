@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import math
 import statistics
@@ -26,21 +27,37 @@ from fusedpo import _chosen, advantages, backends, objectives
 
 ROWS_CHECKED = 64
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative to the largest number
-L2_SHARES = (1 / 3, 1 / 2, 2 / 3, 1.0, 2.0)
+# Values to try for the constants of _chosen.py, beside the present ones, and what they are called.
+CONSTANTS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "L2_SHARE": ("{:.2f} of L2", (1 / 3, 1 / 2, 2 / 3, 1.0, 2.0)),
+    "FORWARD": ("{} words, {} warps", ((128, 1), (256, 2), (512, 2), (1024, 8))),
+    "BACKWARD": ("{} bytes, {} warps", ((4096, 2), (8192, 4), (16384, 4), (16384, 16))),
+    "WALK": ("{} words, {} warps", ((1024, 8), (2048, 8))),
+}
 OBJECTIVE = objectives.ppo()
 
 Call = Callable[[], Tensor]
 
 
 class Variant(NamedTuple):
-    """``backend`` runs ``operator``; ``run`` is timed, and gives what ``exact``, in float64, is compared with."""
+    """``backend`` runs ``operator``; ``run`` is timed, and gives what ``exact``, in float64, is compared with.
+
+    ``setting``: a constant of _chosen.py, and its value meanwhile.
+    """
 
     operator: str
     backend: str
     name: str
     run: Call
     exact: Call | None = None
-    l2_share: float | None = None
+    setting: tuple[str, Any] | None = None
+
+    def with_each(self, constant: str) -> Iterator[Variant]:
+        """One for each value of a constant, the present one first."""
+        name, others = CONSTANTS[constant]
+        for value in dict.fromkeys((getattr(_chosen, constant), *others)):
+            text = name.format(*value) if isinstance(value, tuple) else name.format(value)
+            yield self._replace(name=f"{self.name}, {text}", setting=(constant, value))
 
 
 def of_rows(logits: Tensor) -> Iterator[Variant]:
@@ -66,6 +83,12 @@ def of_rows(logits: Tensor) -> Iterator[Variant]:
         assert x.grad is not None
         return x.grad
 
+    def backward(x: Tensor, rows: slice) -> Call:
+        """What follows a forward that is done once."""
+        x = x.detach().requires_grad_()
+        outputs = functools.cache(lambda: fusedpo.token_logprobs(x, ids[rows]))
+        return lambda: torch.autograd.grad(outputs(), x, signs[rows], retain_graph=True)[0]
+
     def two_passes(x: Tensor, rows: slice) -> Tensor:
         x = x.detach().requires_grad_()
         lp = fusedpo.token_logprobs(x, ids[rows])
@@ -77,10 +100,12 @@ def of_rows(logits: Tensor) -> Iterator[Variant]:
         return lambda: function(logits, slice(None)), lambda: function(logits[some].double(), some)
 
     triton = "triton" if device.type == "cuda" else "native"
-    yield Variant("token_logprobs", triton, "forward", *both(forward))
+    yield from Variant("token_logprobs", triton, "forward", *both(forward)).with_each("FORWARD")
+    gradients = backward(logits, slice(None)), backward(logits[some].double(), some)
+    yield from Variant("token_logprobs", triton, "backward", *gradients).with_each("BACKWARD")
     yield Variant("one_pass", triton, "two passes", *both(two_passes))
-    for share in L2_SHARES:
-        yield Variant("one_pass", triton, f"one pass, {share:.2f} of L2", *both(one_pass), l2_share=share)
+    for constant in ("L2_SHARE", "WALK"):
+        yield from Variant("one_pass", triton, "one pass", *both(one_pass)).with_each(constant)
     if device.type == "cuda":
         yield Variant("one_pass", "native", "one pass", *both(one_pass))
 
@@ -154,15 +179,15 @@ def measure(variant: Variant, dtype: torch.dtype, device: torch.device, seconds:
         "backend": variant.backend,
         "name": variant.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "l2_share": variant.l2_share,
+        "setting": variant.setting,
         "milliseconds": None,
         "error": None,
         "reason": "",
     }
     forced = variant.operator != "ceiling"
-    before = _chosen.L2_SHARE
+    present = dict(vars(_chosen))
     try:
-        _chosen.L2_SHARE = variant.l2_share or before
+        vars(_chosen).update([variant.setting] if variant.setting else [])
         with fusedpo.backend(variant.backend) if forced else contextlib.nullcontext():
             result = variant.run()
             if variant.exact is not None:
@@ -176,7 +201,7 @@ def measure(variant: Variant, dtype: torch.dtype, device: torch.device, seconds:
     except Exception as problem:  # the others are still to be measured
         row["reason"] = f"{type(problem).__name__}: {problem}"[:300]
     finally:
-        _chosen.L2_SHARE = before
+        vars(_chosen).update(present)
     return row
 
 
@@ -199,6 +224,7 @@ def main() -> None:
         "native": backends.NATIVE_MISSING is None,
         "tokens": options.tokens,
         "vocab": options.vocab,
+        "chosen": {name: getattr(_chosen, name) for name in CONSTANTS},
         "rows": [],
     }
     if options.backend and options.out.exists():
@@ -213,7 +239,7 @@ def main() -> None:
             document["rows"].append(row)
             options.out.write_text(json.dumps(document, indent=1) + "\n")
             time_ = row["reason"] if row["milliseconds"] is None else f"{row['milliseconds']:9.3f} ms"
-            print(f"{row['dtype']:9s} {row['backend']:7s} {row['name']:28s} {time_}", flush=True)
+            print(f"{row['dtype']:9s} {row['backend']:7s} {row['name']:34s} {time_}", flush=True)
 
     for dtype in ALLOWED:
         logits = torch.randn(options.tokens, options.vocab, device=device).mul_(3).to(dtype)

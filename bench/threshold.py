@@ -1,141 +1,198 @@
-"""The path from hidden states with a gradient threshold, as a ratio to three bare matrix products, with its errors.
+"""The path from hidden states with a gradient threshold, beside three bare matrix products, with its errors.
 
-    python -m fusedpo.bench.threshold [--dtype bfloat16] [--entropy 1.0] [--thresholds 2^-16 ...] [--turns 3]
+    python -m fusedpo.bench.threshold [--out bench/results/MACHINE]
 
-A row of the policy is a softmax of Gaussian logits that are so wide that it condenses on few tokens with a power law
-behind them. Its scale is chosen so that the mean entropy is what is asked for. ``flat`` is the width of a model that
-has not been trained. Everybody takes turns; what is printed are medians, and the extremes behind them. Errors are those
-of the gradients, as Frobenius norms over those of the exact ones, beside the errors of the exact path in that dtype:
-both against float64, from the same hidden states and weight, for some rows and columns.
+A row of a policy is a softmax of Gaussian logits, so wide that it condenses on few tokens with a power law behind them:
+their scale is the one with which the mean entropy is what the name says. ``flat`` is the scale of a model that has not
+been trained. All policies have the same weight, and take turns.
+
+``error`` is the larger one of those of the gradients of the hidden states and of the weight, as Frobenius norms over
+those of the exact ones, for some rows of both, against float64 from the same hidden states and weight. ``active`` is
+the share of columns above the threshold in some row, all rows taken together.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fusedpo
-from fusedpo import objectives
+
+from .batch import OBJECTIVES, SEQUENCES, exact_coefficients, make_batch
+from .harness import Case, Provider
+from .hidden import ALLOWED, PRODUCTS, Exact, three_products
+from .record import THRESHOLD
+
+SIZES = {
+    ("cpu", False): (512, 1024, 151_936),
+    ("cpu", True): (64, 256, 32_000),
+    ("cuda", False): (8192, 4096, 151_936),
+    ("cuda", True): (2048, 4096, 151_936),
+}
+# By policy: its mean entropy in nats, and the exponents of the thresholds, None for the exact gradient.
+POLICIES: dict[str, tuple[float | None, Sequence[int | None]]] = {
+    "0.3 nats": (0.3, (-12, -14)),
+    "1 nat": (1.0, (None, -12, -14)),
+    "2 nats": (2.0, (-12, -14)),
+    "flat": (None, (None, -14)),
+}
+MASKED = ("1 nat",)
+COLUMNS = 256  # whose gradient is compared
+PATIENCE = 240.0
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden states and weight; and the dropped probability
 
 
-def entropies(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
-    logp = torch.log_softmax(hidden.float() @ weight.float().T * scale, -1)
-    return -(logp.exp() * logp).sum(-1)
+class Policy:
+    """Hidden states ``[B, T, H]`` that give, with this weight, rows of the entropy; and tokens that were drawn.
+
+    ``doubled``: the weight in float64.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, doubled: Tensor, entropy: float | None) -> None:
+        scale = 1.0 if entropy is None else scale_of(hidden.flatten(0, 1), weight, entropy)
+        self.hidden, self.weight = (hidden * scale).to(weight.dtype), weight
+        logits = [(h @ weight.T).float() for h in self.hidden]
+        self.widest = max(x.abs().max().item() for x in logits)
+        logp = [torch.log_softmax(x, -1) for x in logits]
+        self.entropy = torch.stack([mean_entropy(x) for x in logp]).mean().item()
+        self.ids = torch.stack([x.exp().multinomial(1)[:, 0] for x in logp])
+        halves = [torch.stack([x.amax(0) for x in row.chunk(2)]) for row in logp]
+        self.largest = torch.stack(halves).amax(0).exp()  # the largest probability of each column, by halves of [B, T]
+        self.exact = Exact(self.hidden, doubled, self.ids, COLUMNS)
 
 
-def policy(tokens: int, width: int, vocab: int, entropy: float | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Hidden states, and a weight with which the rows have this mean entropy; None for flat ones."""
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(tokens, width, generator=g), torch.randn(vocab, width, generator=g) / width**0.5
+def mean_entropy(logp: Tensor) -> Tensor:
+    return -(logp.exp() * logp).sum(-1).mean()
+
+
+def scale_of(hidden: Tensor, weight: Tensor, entropy: float) -> float:
+    """Of logits whose rows have this entropy, by some of the rows."""
+    logits = hidden[:: max(1, len(hidden) // 32)].to(weight.dtype) @ weight.T
     low, high = 1.0, 64.0
-    some = hidden[:: max(1, tokens // 32)]
-    while entropy is not None and high / low > 1.01:
+    while high / low > 1.01:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if entropies(some, weight, middle).mean() > entropy else (low, middle)
-    return hidden.to(dtype), (weight * low).to(dtype)
+        wide = mean_entropy(torch.log_softmax(logits.float() * middle, -1)) < entropy
+        low, high = (low, middle) if wide else (middle, high)
+    return low
 
 
-class Case:
-    def __init__(self, args: argparse.Namespace, dtype: torch.dtype, entropy: float | None) -> None:
-        hidden, weight = policy(args.tokens, args.width, args.vocab, entropy, dtype)
-        self.hidden, self.weight = hidden.view(4, -1, args.width), weight
-        with torch.no_grad():
-            logp = [torch.log_softmax((h @ weight.T).float(), -1) for h in hidden.split(128)]
-            self.entropy = torch.cat([-(x.exp() * x).sum(-1) for x in logp]).mean().item()
-            self.ids = torch.cat([x.exp().multinomial(1)[:, 0] for x in logp]).view(4, -1)
-            self.active = torch.cat([x.exp() for x in logp]).amax(0) if args.active else None
-        self.advantages = torch.randn(4, 1)
-        self.mask = None
-        if args.masked:
-            self.mask = torch.zeros(self.ids.shape, dtype=torch.bool)
-            self.mask[:, : int(self.ids.shape[1] * (1 - args.masked))] = True
+class Task:
+    """Loss and gradients of PPO on the tokens that the policy has drawn: no rounding of wide logits decides a clip.
 
-    def products(self) -> Callable[[], None]:
-        rows = self.hidden.flatten(0, 1) if self.mask is None else self.hidden[self.mask]
-        logits = rows @ self.weight.T
+    Of each sequence ``masked`` of the tokens are left out, at its beginning.
+    """
 
-        def run() -> None:
-            torch.mm(rows, self.weight.T, out=logits)
-            _ = logits @ self.weight
-            _ = logits.T @ rows
+    objective = OBJECTIVES["PPO"][0]
 
-        return run
+    def __init__(self, policy: Policy, masked: float) -> None:
+        self.policy, exact = policy, policy.exact
+        self.batch = make_batch(exact.logprobs, policy.ids, masked=masked)._replace(old_logprobs=exact.logprobs)
+        self.wanted = exact.gradients(exact_coefficients(exact.logprobs, self.batch, self.objective))
 
-    def fused(self, threshold: float | None) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            h, w = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
-            out = fusedpo.policy_loss_from_hidden(
-                h,
-                w,
-                self.ids,
-                None,
-                self.advantages,
-                objective=objectives.ppo(),
-                mask=self.mask,
-                gradient_threshold=threshold,
-            )
-            out.loss.backward()
-            return h.grad, w.grad, out.metrics["dropped"]
+    def run(self, threshold: float | None) -> Gradients:
+        h, w = self.policy.hidden.detach().requires_grad_(), self.policy.weight.detach().requires_grad_()
+        arguments = (h, w, self.policy.ids, None, self.batch.advantages)
+        options = {"objective": self.objective, "mask": self.batch.mask, "gradient_threshold": threshold}
+        out = fusedpo.policy_loss_from_hidden(*arguments, **options)
+        out.loss.backward()
+        return h.grad, w.grad, out.metrics["dropped"]
 
-        return run
+    def errors(self, result: Gradients) -> tuple[float, ...]:
+        exact = self.policy.exact
+        found = result[0].flatten(0, 1)[exact.rows], result[1][exact.columns]
+        return tuple(((x - w).norm() / w.norm()).item() for x, w in zip(found, self.wanted, strict=True))
+
+    @functools.cached_property
+    def exact_errors(self) -> tuple[float, ...]:
+        return self.errors(self.run(None))
+
+    def active(self, threshold: float) -> float:
+        """The share of the columns that are not left out."""
+        largest, mask = self.policy.largest, self.batch.mask
+        found = (largest.amax(0) if mask.all() else largest[1]) > threshold
+        found[self.policy.ids[mask]] = True
+        return found.float().mean().item()
+
+    def provider(self, name: str, power: int | None) -> Provider:
+        threshold = None if power is None else 2.0**power
+
+        def details(result: Gradients) -> dict[str, float]:
+            errors = *self.errors(result), *self.exact_errors
+            names = ("error of dHidden", "error of dWeight", "exact: dHidden", "exact: dWeight")
+            active = 1.0 if threshold is None else self.active(threshold)
+            found = {"nats": self.policy.entropy, "active": active, "dropped": result[2].item()}
+            return found | dict(zip(names, errors, strict=True))
+
+        # A logit is off by half a unit in its last place, and a probability by as much. Of a row of dHidden, the square
+        # of what is left out is at most the threshold times its probability: rows of this weight are random.
+        dtype = self.policy.weight.dtype
+        allowed = ALLOWED[dtype] + torch.finfo(dtype).eps / 2 * self.policy.widest + (threshold or 0.0) ** 0.5
+        return Provider(
+            f"fusedpo, {name}, {'exact' if power is None else f'2^{power}'}",
+            lambda: lambda: self.run(threshold),
+            lambda result: max(self.errors(result)),
+            allowed,
+            details=details,
+        )
 
 
-def turns(runs: dict[str, Callable[[], object]], count: int, seconds: float) -> Iterator[tuple[str, list[float]]]:
-    """Times of each; ratios to the first are taken within a round."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    began = time.perf_counter()
-    for _ in range(count):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-        if time.perf_counter() - began > seconds:
-            break
-    return iter(times.items())
+def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    tokens, width, vocab = SIZES[device, quick]
+    hidden = torch.randn(SEQUENCES, tokens // SEQUENCES, width, device=device)
+    weight = torch.randn(vocab, width, device=device) / width**0.5
+    for dtype in dtypes:
+        rounded = weight.to(dtype)
+        doubled = rounded.double()
+        policies = {name: Policy(hidden, rounded, doubled, entropy) for name, (entropy, _) in POLICIES.items()}
+        yield _case(policies, dtype)
+        yield _case({name: policies[name] for name in MASKED}, dtype, masked=0.5)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--entropy", default="1.0", help="in nats, or flat")
-    parser.add_argument("--thresholds", nargs="*", type=int, default=[-12, -14, -16, -18], help="powers of 2")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--masked", type=float, default=0)
-    parser.add_argument("--active", action="store_true", help="count active columns")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=151_936)
-    args = parser.parse_args()
-    case = Case(args, getattr(torch, args.dtype), None if args.entropy == "flat" else float(args.entropy))
-    print(f"{args.dtype}, entropy {case.entropy:.2f}, {torch.get_num_threads()} threads")
-    runs = {"three products": case.products(), "exact": case.fused(None)}
-    runs |= {f"2^{power}": case.fused(2.0**power) for power in args.thresholds}
-    times = dict(turns(runs, args.turns, args.seconds))
-    floor = times["three products"]
-    exact = case.fused(None)() if args.active else None
-    for name, of in times.items():
-        ratios = sorted(t / f for t, f in zip(of, floor, strict=True))
-        line = f"{name:>15}: {statistics.median(of):.3f} s, {statistics.median(ratios):.3f} of three products"
-        line += f" ({ratios[0]:.3f} to {ratios[-1]:.3f}, n = {len(of)})"
-        if exact is not None and name.startswith("2^"):
-            power = float(name[2:])
-            *got, dropped = case.fused(2.0**power)()
-            errors = [
-                ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(got, exact, strict=False)
-            ]
-            share = (case.active > 2.0**power).float().mean().item()
-            line += f"; active {share:.2%}, dropped {dropped:.1e}, errors {errors[0]:.1e}, {errors[1]:.1e}"
-        print(line, flush=True)
+def _case(policies: dict[str, Policy], dtype: torch.dtype, *, masked: float = 0.0) -> Case:
+    tasks = {name: Task(policy, masked) for name, policy in policies.items()}
+    first = next(iter(tasks.values()))
+    hidden, weight, mask = first.policy.hidden, first.policy.weight, first.batch.mask
+    (vocab, width), tokens = weight.shape, mask.numel()
+    return Case(
+        group=f"PPO, gradient threshold, {str(dtype).removeprefix('torch.')}" + (", half masked" if masked else ""),
+        sizes={"T": tokens, "H": width, "V": vocab},
+        providers=[
+            three_products(hidden, weight, mask),
+            *(task.provider(name, power) for name, task in tasks.items() for power in POLICIES[name][1]),
+        ],
+        ceiling=PRODUCTS,
+        bytes_moved=2 * (hidden.numel() + weight.numel()) * hidden.element_size(),
+        flops=6 * int(mask.sum()) * width * vocab,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """As ``python -m fusedpo bench``: 1 if a row is wrong, 2 if the run may not be recorded."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedpo.bench.threshold",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(op=THRESHOLD)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", nargs="+", choices=[str(dtype).removeprefix("torch.") for dtype in ALLOWED])
+    parser.add_argument("--quick", action="store_true", help="bfloat16, and less of everything")
+    parser.add_argument("--providers", nargs="+", help='only those whose name starts so, as "fusedpo, 1 nat"')
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--processes", type=int, default=1, help="3 in a recording")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="under bench/results it is a recording")
+    from . import cli
+
+    return cli.measured(parser.parse_args(argv), THRESHOLD, PATIENCE)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

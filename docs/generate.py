@@ -215,6 +215,46 @@ def tables() -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def threshold() -> str:
+    """What a gradient threshold leaves of three bare products, and its errors."""
+    parts = []
+    header = ("", "of three products", "20th to 80th percentile", "n", "active columns", "dropped")
+    header += ("error of dHidden (exact)", "of dWeight (exact)")
+    for folder in machines():
+        for name, document in record.recorded(folder, record.THRESHOLD).items():
+            names = dict.fromkeys(row["group"] for row in document["rows"])
+            blocks = [block for group in names for block in cases(document, group)]
+            lines = []
+            for block in blocks:
+                products = block[any_row(block).ceiling]
+                what = products.group.partition("threshold, ")[2]
+                others = (row for row in block.values() if row is not products)
+                lines += [[f"{_policy(row)}, {what}", *_of_products(row, products)] for row in others]
+            parts.append(f"{table(header, lines)}\n\n{source(folder, name, document, blocks)}")
+    return "\n\n".join(parts) or NOTHING.replace("fusedpo bench", "fusedpo.bench.threshold")
+
+
+def _policy(row: Row) -> str:
+    """Its name, with the entropy that it has, and the threshold."""
+    name, what = row.provider.removeprefix("fusedpo, ").split(", ")
+    return f"{name} ({row.details['nats']:.3g}), {what}{BUSY_MARK * ((row.others or 0) > BUSY)}"
+
+
+def _of_products(row: Row, products: Row) -> list[str]:
+    samples, unit = min(row.samples, products.samples), products.median
+    ratio, low, high = (number(time / unit, samples) for time in (row.median, row.p20, row.p80))
+    errors = (
+        f"{row.details[f'error of {name}']:.1e} ({row.details[f'exact: {name}']:.1e})"
+        for name in ("dHidden", "dWeight")
+    )
+    return [ratio, f"{low} to {high}", str(row.samples), *_left_out(row), *errors]
+
+
+def _left_out(row: Row) -> tuple[str, str]:
+    active, dropped = row.details["active"], row.details["dropped"]
+    return (f"{active:.1%}", f"{dropped:.1e}") if dropped else ("all", "0")
+
+
 def groups() -> str:
     """Group advantages beside verl's, at the first size."""
     parts = []
@@ -412,6 +452,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "measured": measured,
     "groups": groups,
     "tables": tables,
+    "threshold": threshold,
     "ceilings": ceilings,
     "budgets": budgets,
     "go": go,

@@ -80,6 +80,8 @@ def all_kernels(threads: int, small: bool) -> Batch:
         dtype = cuda_on_cpu.DTYPES[i % len(cuda_on_cpu.DTYPES)]
         rewards = random(i, 20) if dtype == torch.float64 else random(i, 20).mul(3).round().abs()
         add_groups(batch, estimator, rewards.to(dtype), (9, 11), threads)
+    for estimator in ("grpo", "opo", "gpg", "maxpo"):  # larger than a block, and than what is sorted by counting
+        add_groups(batch, estimator, random(3, 300), (290, 10), threads)
     if not small:
         for estimator in ("grpo", "maxpo", "order_statistic"):
             add_groups(batch, estimator, random(3, 700), (50, 650), threads)
@@ -98,9 +100,11 @@ def all_kernels(threads: int, small: bool) -> Batch:
                 arguments = (rewards, *others, kept, offsets, per_sequence, *numbers)
                 batch.add("token_advantages", (rows * width, 3, width), arguments, threads, f"{estimator} {offsets}")
 
-    values = random(10, 3, 6).where(random(11, 3, 6) > 0, NAN)
-    step_ids = torch.randint(-1, 5, (3, 50), generator=torch.Generator().manual_seed(0))
-    batch.add("step_advantages", (150, 5, 50), (values, random(12, 3, 5), step_ids, True), threads, "steps")
+    for num_steps in (5, 3 * threads):
+        values = random(10, 3, num_steps + 1).where(random(11, 3, num_steps + 1) > 0, NAN)
+        step_ids = torch.randint(-1, num_steps, (3, 50), generator=torch.Generator().manual_seed(0))
+        arguments = (values, random(12, 3, num_steps), step_ids, True)
+        batch.add("step_advantages", (150, num_steps, 50), arguments, threads, f"{num_steps} steps")
 
     x = random(13, 10 if small else 9000)
     kept = x > -1

@@ -21,7 +21,20 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fusedpo.bench import OPERATORS, arguments, batch, cli, compare, harness, launch, overhead, plots, record, report
+from fusedpo.bench import (
+    OPERATORS,
+    arguments,
+    batch,
+    cli,
+    compare,
+    harness,
+    launch,
+    overhead,
+    plots,
+    record,
+    report,
+    threshold,
+)
 from fusedpo.bench.harness import Case, Effort, Provider, compiled, measure, peak_extra_bytes, relative_error
 from fusedpo.bench.record import Row
 from matplotlib import pyplot as plt
@@ -39,7 +52,7 @@ ONCE = Effort(most=3, seconds=1.0, least=3)
 def here(monkeypatch) -> None:
     """Measures in this process, with what runs without a compiler."""
     monkeypatch.setattr(cli, "launched", lambda plan, path: launch.main(plan, path, Console(quiet=True)))
-    monkeypatch.setattr(launch, "effort", lambda quick, processes: ONCE)
+    monkeypatch.setattr(launch, "effort", lambda *_: ONCE)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     threads = torch.get_num_threads()
     yield
@@ -210,6 +223,33 @@ def test_every_operator_is_measured(operator, tmp_path, monkeypatch, capsys, her
         assert row["case"] in markdown
         assert row["provider"] in markdown
         assert row["group"].split(",")[0] in shown
+
+
+def test_the_gradient_threshold_is_measured(tmp_path, monkeypatch, capsys, here) -> None:
+    """Every policy and threshold beside the bare products, with what is left out and the errors that this makes."""
+    monkeypatch.setattr(threshold, "SIZES", {("cpu", False): (64, 64, 4000)})
+    assert threshold.main(["--device", "cpu", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    rows = [Row(**row) for row in json.loads((tmp_path / "threshold.json").read_text())["rows"]]
+    for dtype, masked in itertools.product(("float32", "bfloat16"), ("", ", half masked")):
+        block = {row.provider: row for row in rows if row.group == f"PPO, gradient threshold, {dtype}{masked}"}
+        policies = threshold.MASKED if masked else threshold.POLICIES
+        named = [
+            f"fusedpo, {name}, " + ("exact" if power is None else f"2^{power}")
+            for name in policies
+            for power in threshold.POLICIES[name][1]
+        ]
+        assert list(block) == ["three matrix products", *named]
+        assert all(row.median and row.of_ceiling for row in block.values())
+        for name, row in list(block.items())[1:]:
+            found, entropy = row.details, threshold.POLICIES[name.split(", ")[1]][0]
+            assert entropy is None or entropy / 1.5 < found["nats"] < 1.5 * entropy
+            assert row.error == max(found["error of dHidden"], found["error of dWeight"])
+            left_out = found["dropped"] > 0
+            assert left_out == (found["active"] <= 0.5)
+            if not left_out:
+                assert row.error == max(found["exact: dHidden"], found["exact: dWeight"])
+        assert block["fusedpo, 1 nat, 2^-12"].details["dropped"] > block["fusedpo, 1 nat, 2^-14"].details["dropped"] > 0
+    assert "error of dWeight" in (tmp_path / "threshold.md").read_text()
 
 
 @pytest.mark.parametrize("operator", ["one_pass", "hidden"])
@@ -492,6 +532,32 @@ def test_one_operator_is_recorded_again(tree, monkeypatch, capsys) -> None:
     assert cli.main(["--device", "cpu", "--op", "one_pass", "--out", str(tree)]) == 0, capsys.readouterr().out
     commits = {name: document["environment"]["commit"] for name, document in record.recorded(tree).items()}
     assert commits == dict.fromkeys(OPERATORS, "abc1234") | {"one_pass": "def5678"}
+
+
+def test_the_gradient_threshold_is_recorded_apart(tree, monkeypatch, capsys) -> None:
+    """With the samples of three processes, none of which is given up for its time; what was recorded before stays."""
+    plans = []
+    launched = cli.launched
+    monkeypatch.setattr(cli, "launched", lambda plan, path: plans.append(plan) or launched(plan, path))
+    assert cli.main(["--device", "cpu", "--out", str(tree)]) == 0, capsys.readouterr().out
+    before = (tree / "one_pass.json").read_text()
+    plans.clear()
+    assert threshold.main(["--device", "cpu", "--dtype", "bfloat16", "--out", str(tree)]) == 2
+    assert not plans
+    assert threshold.main(["--device", "cpu", "--out", str(tree)]) == 0, capsys.readouterr().out
+    assert [(plan.operator, plan.number) for plan in plans] == [("threshold", number) for number in range(3)]
+    assert all(plan.effort.patience > 10 * plan.effort.least for plan in plans)
+    assert set(record.recorded(tree, record.THRESHOLD)) == {"threshold"}
+    assert set(record.recorded(tree)) == set(OPERATORS)
+    assert (tree / "one_pass.json").read_text() == before
+
+
+def test_progress_is_told() -> None:
+    shares = []
+    measure(case(Provider("slow", lambda: lambda: time.sleep(0.01))), "cpu", ONCE, shares.append)
+    assert shares == sorted(shares)
+    assert len(shares) > 3
+    assert shares[-1] == 1
 
 
 def test_a_dirty_tree_cannot_record(tree, monkeypatch, capsys) -> None:

@@ -32,9 +32,7 @@ def batch(k, dtype):
     return logits.to(dtype), ids, mask, temperature, torch.randn(R, k, generator=g), torch.randn(R, generator=g)
 
 
-@on_the_cpu
-@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 2)])
-def test_against_the_reference(program, dtype, k):
+def check(program, dtype, k):
     logits, ids, mask, temperature, g, g_entropy = batch(k, dtype)
     starts = [sum(WIDTHS[:r]) for r in range(len(WIDTHS))]
 
@@ -69,6 +67,20 @@ def test_against_the_reference(program, dtype, k):
         assert_close(gradient[:, own].double(), x.grad[:, own], equal_nan=True, **rounding)
         assert torch.equal(gradient[:, :start], logits[:, :start])  # columns of other ranks are not written to
         assert torch.equal(gradient[:, start + width :], logits[:, start + width :])
+
+
+CASES = [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 2)]
+
+
+@on_the_cpu
+@pytest.mark.parametrize(("dtype", "k"), CASES)
+def test_against_the_reference(program, dtype, k):
+    check(program, dtype, k)
+
+
+def check_a_few(program):
+    for dtype, k in CASES:
+        check(program, dtype, k)
 
 
 @on_the_cpu

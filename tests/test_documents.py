@@ -44,6 +44,8 @@ def copy(generate, tmp_path, monkeypatch) -> Path:
     for machine in (tmp_path / "bench/results").glob("cpu-*"):
         for name in record.OPERATORS:
             (machine / f"{name}.json").write_text(record.dumps(made_up(generate, name)))
+        (machine / "threshold.json").write_text(record.dumps(made_up_threshold(generate)))
+        (machine / "threshold.md").touch()
     for page in generate.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
@@ -69,6 +71,30 @@ def made_up(generate, operator: str) -> record.Document:
                 rows.append(replace(row, times=times, page_faults=150.0, peak_extra_megabytes=311.0, others=0.01))
     document = {"format": record.FORMAT, "operator": operator, "environment": environment}
     return document | {"rows": [asdict(row) for row in record.summarise(rows)]}
+
+
+def made_up_threshold(generate) -> record.Document:
+    document = made_up(generate, "one_pass")
+    rows = []
+    for dtype in generate.DTYPES:
+        group = f"PPO, gradient threshold, {dtype}"
+        for provider, time, active in (
+            ("three matrix products", 2000.0, None),
+            ("fusedpo, 1 nat, 2^-12", 1000.0, 0.06),
+            ("fusedpo, flat, 2^-14", 2100.0, 0.97),
+        ):
+            row = Row(group, group, {"T": 512, "V": 151_936}, provider, "three matrix products", 1e6, others=0.01)
+            if active is not None:
+                errors = {
+                    "error of dHidden": 2e-3,
+                    "error of dWeight": 1e-4,
+                    "exact: dHidden": 1e-3,
+                    "exact: dWeight": 9e-5,
+                }
+                dropped = 0.01 if active < 0.5 else 0.0
+                row = replace(row, details={"nats": 1.03, "active": active, "dropped": dropped, **errors})
+            rows.append(replace(row, times=[[time, 1.1 * time, 1.2 * time, 1.3 * time]] * record.PROCESSES))
+    return document | {"operator": "threshold", "rows": [asdict(row) for row in record.summarise(rows)]}
 
 
 def edit(path: Path, change) -> None:
@@ -115,6 +141,25 @@ def test_the_plots_of_every_operator_are_on_the_page(generate, copy) -> None:
         assert len(re.findall(rf"!\[{name} on [\w-]+\]\(\.\./bench/results/[\w-]+/{name}\.png\)", text)) == 1
 
 
+def test_the_gradient_threshold_is_in_units_of_the_products_of_its_run(generate, copy) -> None:
+    text = generate.threshold()
+    line = "| 1 nat (1.03), 2^-12, {} | 0.500 | 0.443 to 0.557 | 12 "
+    line += "| 6.0% | 1.0e-02 | 2.0e-03 (1.0e-03) | 1.0e-04 (9.0e-05) |"
+    for dtype in generate.DTYPES:
+        assert line.format(dtype) in text
+        assert f"| flat (1.03), 2^-14, {dtype} | 1.05 | " in text
+    assert text.count("| all | 0 |") == 2
+    assert "threshold.md)" in text
+    machine = next((copy / "bench/results").glob("cpu-*"))
+    edit(machine / "threshold.json", lambda document: document["environment"].update(commit="abc1234-dirty"))
+    with pytest.raises(ValueError, match="threshold: comes from no commit"):
+        generate.main(check=True)
+    (machine / "threshold.json").unlink()
+    assert generate.threshold() == (
+        "Not recorded yet: `python -m fusedpo.bench.threshold --out bench/results/MACHINE`."
+    )
+
+
 def test_another_result_or_figure_is_noticed(generate, copy) -> None:
     machine = next((copy / "bench/results").glob("cpu-*"))
 
@@ -126,11 +171,15 @@ def test_another_result_or_figure_is_noticed(generate, copy) -> None:
     def spilled(document: dict) -> None:
         document["rows"][0]["stack"] = 640
 
+    def less_exact(document: dict) -> None:
+        document["rows"][1]["details"]["dropped"] = 0.5
+
     def wrong(document: dict) -> None:
         document["results"][0]["ok"] = False
 
     assert generate.main(check=True) == 0
-    changes = {"one_pass.json": slower, "advantages.json": slower, "../compiled.json": spilled, "verify.json": wrong}
+    changes = {"one_pass.json": slower, "advantages.json": slower, "threshold.json": less_exact}
+    changes |= {"../compiled.json": spilled, "verify.json": wrong}
     for name, change in changes.items():
         edit(machine / name, change)
         assert generate.main(check=True) == 1, name

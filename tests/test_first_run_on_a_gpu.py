@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from fusedpo.bench import choose
 
+from fusedpo import _chosen
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -41,6 +43,7 @@ def test_sweep_is_rehearsed_on_the_cpu(tmp_path):
     document = json.loads((tmp_path / "all/sweep.json").read_text())
     assert [row for row in document["rows"] if row["milliseconds"] is None] == []
     assert {row["dtype"] for row in document["rows"]} == {"float32", "bfloat16"}
+    assert {row["setting"][0] for row in document["rows"] if row["setting"]} == set(PRESENT) == set(document["chosen"])
     assert "| question | go |" in (tmp_path / "all/choose.log").read_text()
     assert choose.main([str(tmp_path / "all/sweep.json"), "--write"]) == 2  # it is no GPU's
 
@@ -67,15 +70,18 @@ def test_steps_of_a_command(command, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- decisions
 
 
-def record(*rows: tuple[str, str, str, str, float | None]) -> dict[str, Any]:
-    names = ("operator", "backend", "name", "dtype", "milliseconds")
-    shares = (
-        {"l2_share": float(found[1]) if (found := re.search(r"([\d.]+) of L2", row[2])) else None} for row in rows
-    )
+PRESENT = {"L2_SHARE": 2 / 3, "FORWARD": [512, 4], "BACKWARD": [16384, 8], "WALK": [2048, 16]}
+
+
+def record(*rows: tuple[Any, ...]) -> dict[str, Any]:
+    """Rows of operator, backend, name, dtype, milliseconds and, where there is one, a setting."""
+    names = ("operator", "backend", "name", "dtype", "milliseconds", "setting")
+    without = {"setting": None, "error": None}
     return {
         "device": "H200",
         "date": "2030-01-01",
-        "rows": [dict(zip(names, row, strict=True)) | share for row, share in zip(rows, shares, strict=True)],
+        "chosen": PRESENT,
+        "rows": [without | dict(zip(names, row, strict=False)) for row in rows],
     }
 
 
@@ -87,15 +93,16 @@ def test_native_kernels_are_chosen_where_they_are_right_and_faster():
         *CEILINGS,
         ("one_pass", "native", "one pass", "bfloat16", 1.1),
         ("one_pass", "native", "one pass", "float32", 2.1),
-        ("one_pass", "triton", "one pass, 0.50 of L2", "bfloat16", 1.3),
-        ("one_pass", "triton", "one pass, 0.67 of L2", "bfloat16", 1.4),
-        ("one_pass", "triton", "one pass, 0.50 of L2", "float32", 2.4),
+        ("one_pass", "triton", "one pass, 0.50 of L2", "bfloat16", 1.3, ["L2_SHARE", 0.50]),
+        ("one_pass", "triton", "one pass, 0.67 of L2", "bfloat16", 1.4, ["L2_SHARE", 0.67]),
+        ("one_pass", "triton", "one pass, 0.50 of L2", "float32", 2.4, ["L2_SHARE", 0.50]),
         ("policy_loss", "native", "policy_loss", "float32", 0.1),  # no faster
         ("policy_loss", "triton", "policy_loss", "float32", 0.1),
         ("whiten", "native", "whiten", "float32", None),  # wrong
         ("whiten", "triton", "whiten", "float32", 0.1),
     )
-    assert choose.decide(document) == choose.Decision(("one_pass",), 0.5)
+    decision = choose.decide(document)
+    assert (decision.native, decision.constants["L2_SHARE"]) == (("one_pass",), 0.5)
     verdicts = {line[0]: line[3:] for line in choose.answers(document)}
     assert verdicts["one pass, native, bfloat16"] == ("1.10", "go")
     assert verdicts["one pass, triton, bfloat16"] == ("1.30", "between")
@@ -115,9 +122,45 @@ def test_one_wrong_dtype_is_enough():
 
 def test_what_is_written_is_what_was_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(choose, "CHOSEN", tmp_path / "chosen.py")
-    rows = [("one_pass", b, "one pass, 0.50 of L2", "float32", t) for b, t in (("native", 1.0), ("triton", 2.0))]
+    rows = [("one_pass", b, "", "float32", t, ["L2_SHARE", 0.5]) for b, t in (("native", 1.0), ("triton", 2.0))]
     (tmp_path / "sweep.json").write_text(json.dumps(record(*rows)))
     assert choose.main([str(tmp_path / "sweep.json"), "--write"]) == 0
     written: dict[str, Any] = {}
     exec((tmp_path / "chosen.py").read_text(), written)
-    assert (written["NATIVE_ON_CUDA"], written["L2_SHARE"]) == (("one_pass",), 0.5)
+    assert (written["NATIVE_ON_CUDA"], written["L2_SHARE"], written["FORWARD"]) == (("one_pass",), 0.5, (512, 4))
+
+
+def test_the_file_of_what_is_chosen_is_one_that_is_written():
+    constants = {name: getattr(_chosen, name) for name in PRESENT}
+    written = choose.source(record(), choose.Decision(_chosen.NATIVE_ON_CUDA, constants))
+    assert written.partition("\n# ")[2] == choose.CHOSEN.read_text().partition("\n# ")[2]
+
+
+def shapes(*rows: tuple[str, list[int], float | None]) -> dict[str, Any]:
+    return record(*(("token_logprobs", "triton", "forward", dtype, ms, ["FORWARD", x]) for dtype, x, ms in rows))
+
+
+def test_a_shape_has_to_be_faster_beyond_noise():
+    """Sums follow from it."""
+    present, other, third = [512, 4], [256, 2], [128, 1]
+    base = [("bfloat16", present, 1.0), ("float32", present, 2.0)]
+    assert choose.shape(record(), "FORWARD") == (512, 4)
+    for times, chosen in (
+        ((0.9, 2.0), (256, 2)),
+        ((0.9, 2.05), (256, 2)),  # the other dtype loses by noise
+        ((0.9, 2.2), (512, 4)),
+        ((0.99, 1.99), (512, 4)),
+        ((0.5, None), (512, 4)),  # wrong in one dtype, or does not run
+    ):
+        rows = [(dtype, other, time) for dtype, time in zip(("bfloat16", "float32"), times, strict=True)]
+        assert choose.shape(shapes(*base, *rows), "FORWARD") == chosen
+    rows = [("bfloat16", other, 0.9), ("float32", other, 2.0), ("bfloat16", third, 0.8), ("float32", third, 2.0)]
+    assert choose.shape(shapes(*base, *rows), "FORWARD") == (128, 1)
+    assert choose.shape(shapes(("bfloat16", present, None), *rows), "FORWARD") == (512, 4)
+
+
+def test_a_shape_that_does_not_run_says_nothing_of_its_kernel():
+    document = shapes(("bfloat16", [512, 4], 1.0), ("bfloat16", [1024, 8], None))
+    assert choose.times(document, "token_logprobs", "triton")["bfloat16"]["milliseconds"] == 1.0
+    document["rows"][1]["error"] = 0.5
+    assert choose.times(document, "token_logprobs", "triton") == {}

@@ -8,24 +8,24 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.active_columns import (
+    ROWS,
+    THRESHOLD,
+    VOCAB,
+    assert_marked,
+    assert_operators_check,
+    assert_written_up_to_most,
+    peaked,
+)
 from support.hidden import Products
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
 from fusedpo import objectives as O
 from fusedpo.ops import active_columns
 from fusedpo.ops import hidden as ops_hidden
-
-ROWS, VOCAB = 12, 1500
-THRESHOLD = 2.0**-8
-
-
-def peaked(rows: int = ROWS, vocab: int = VOCAB, spread: float = 5.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states that are rows of the identity: the gradient of the weight is that of the logits. And token ids."""
-    g = torch.Generator().manual_seed(seed)
-    weight = spread * torch.randn(vocab, rows, generator=g)
-    return torch.eye(rows), weight, torch.randint(vocab, (rows,), generator=g)
 
 
 def run(hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, *, needed=(True, True), **options):
@@ -281,6 +281,58 @@ def test_a_trained_model_of_the_examples(monkeypatch):
     assert out.metrics["dropped"] > 0
 
 
+# --------------------------------------------------------------------------------------------- what the host waits for
+
+
+class Order(TorchDispatchMode):
+    """Products, the operators of this file, and what waits for a device, in the order in which they are asked for."""
+
+    names = ("addmm", "active_columns", "gradient_at_", "nonzero", "_local_scalar_dense")
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.order: list[str] = []
+        to_host = active_columns.to_host
+
+        def logged(number: Tensor):
+            self.order.append("number sent")
+            value = to_host(number)
+            return lambda: self.order.append("number needed") or value()
+
+        monkeypatch.setattr(active_columns, "to_host", logged)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.names:
+            self.order.append(name)
+        return function(*args, **kwargs or {})
+
+
+NUMBER = ["number needed", "_local_scalar_dense"]  # the latter on the CPU, whose numbers are sent nowhere
+
+
+@pytest.mark.parametrize("objective", [O.ppo(), O.gspo()], ids=["one pass", "two passes"])
+def test_the_gradient_is_computed_while_the_number_of_columns_is_on_its_way(objective, monkeypatch):
+    """The only thing that the host waits for, after all that does not depend on it."""
+    hidden, weight, ids = peaked()
+    with Order(monkeypatch) as calls:
+        run(hidden, weight, ids, torch.ones(ROWS), objective=objective, chunk_tokens=6, gradient_threshold=THRESHOLD)
+    chunk = ["addmm", "active_columns", "number sent", "gradient_at_", *NUMBER, "addmm", "addmm"]
+    assert calls.order == (["addmm"] * 2 if objective == O.gspo() else []) + 2 * chunk
+
+
+def test_logits_of_the_reference_are_computed_while_the_number_of_columns_is_on_its_way(monkeypatch):
+    """Those of the next chunk: its two products of logits lie before and after that of the gradients."""
+    hidden, weight, _ = peaked()
+    other, leaf = peaked(seed=1)[1], weight.clone().requires_grad_()
+    with Order(monkeypatch) as calls:
+        fusedpo.exact_kl_from_hidden(
+            hidden, leaf, hidden, other, direction="reverse", gradient_threshold=THRESHOLD, chunk_tokens=6
+        )
+    first = ["addmm", "addmm", "number sent", "addmm", *NUMBER, "addmm"]
+    assert calls.order == [*first, "addmm", "number sent", *NUMBER, "addmm"]
+
+
 # -------------------------------------------------------------------------------------------------------- torch.compile
 
 
@@ -345,25 +397,10 @@ def test_compiled_once_for_all_masks():
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
-def test_operators_check_what_they_index_with():
-    _, weight, ids = peaked()
-    logits, temperature = weight.T.contiguous(), torch.ones(())
-    native = torch.ops.fusedpo
-    stats = native.token_logprobs.native(logits, ids, temperature, None, False)[2]
-    given = (torch.ones(ROWS), None, logits, ids, temperature, stats)
-    active = native.active_columns.native(*given, THRESHOLD)
-    p = torch.softmax(logits.double(), -1).amax(0)
-    assert active[p > THRESHOLD * (1 + 1e-4)].all()
-    assert active[ids].all()
-    others = torch.ones(VOCAB, dtype=torch.bool)
-    others[ids] = False
-    assert not active[others & (p < THRESHOLD * (1 - 1e-4))].any()
-    columns = active.nonzero().squeeze(1)
-    for wrong in (columns.flip(0), columns + VOCAB, columns[:0]):
-        with pytest.raises(ValueError, match="^columns must"):
-            native.gradient_at_.native(*given, wrong)
-    with pytest.raises(ValueError, match="^threshold must"):
-        native.active_columns.native(*given, 0.0)
+def test_operators():
+    assert_marked("native")
+    assert_written_up_to_most("native")
+    assert_operators_check("native")
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])

@@ -114,14 +114,17 @@ def test_memory(dtype, softcap, objective):
 
 
 @pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("threshold", [None, 2.0**-5, 2.0**-12])  # the last falls back to the plain products
 @pytest.mark.parametrize("objective", [O.nfpo(3), O.ppo(), O.gspo()], ids=["nfpo", "ppo", "gspo"])
-def test_no_synchronisation_where_the_number_of_rows_is_known(objective):
+def test_no_synchronisation_where_the_number_of_rows_is_known(objective, threshold):
+    """With a threshold the host waits for a number that is sent to it, but for nothing else."""
     leaves, gradients = step(300, 64, 1000, torch.bfloat16)
-    gradients(*leaves, objective=objective, chunk_tokens=128)
+    options = {"objective": objective, "chunk_tokens": 128, "gradient_threshold": threshold}
+    gradients(*leaves, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        gradients(*leaves, objective=objective, chunk_tokens=128)
+        gradients(*leaves, **options)
         with pytest.raises(RuntimeError, match="synchronizing"):
-            gradients(*leaves, objective=objective, chunk_tokens=128, known=False)
+            gradients(*leaves, known=False, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.active_columns import assert_marked, assert_operators_check, assert_written_up_to_most
 from support.hidden import OBJECTIVES, assert_equal_to_reference, make, run
 from support.triton_device import DEVICE, _backend, pytestmark, small  # noqa: F401
 
@@ -30,3 +31,9 @@ def test_gradient_threshold_as_native(name):
     torch.testing.assert_close(out.metrics["dropped"].cpu(), want.metrics["dropped"], rtol=1e-4, atol=1e-6)
     for got, expected in zip(gradients, wanted, strict=True):
         assert (got.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_operators_of_active_columns():
+    assert_marked("triton", DEVICE)
+    assert_written_up_to_most("triton", DEVICE)
+    assert_operators_check("triton", DEVICE)

@@ -228,16 +228,23 @@ def test_memory(dtype):
             fusedpo.linear_token_logprobs(hidden, weight, ids, chunk_tokens=chunk, return_entropy=True)
         )
     )
-    # PyTorch's product in bfloat16 may have a float32 copy of its result, on processors without such instructions
-    logits = torch.empty(chunk, vocab, dtype=dtype)
-    product = peak_extra_bytes(lambda: torch.mm(hidden[:chunk].detach(), weight.detach().t(), out=logits))
+    # PyTorch's own products in bfloat16 copy: their result in float32, or an operand in the order of the instructions
+    logits, states, w = torch.zeros(chunk, vocab, dtype=dtype), hidden[:chunk].detach(), weight.detach()
+    product, *others = [
+        peak_extra_bytes(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        for a, b, out in (
+            (states, w.t(), logits),
+            (logits, w, torch.empty_like(states)),
+            (logits.t(), states, torch.empty_like(w)),
+        )
+    ]
     few = 1 << 16
     assert workspace <= forward <= workspace + product + few
     backward = peak_extra_bytes(lambda: total(tuple(outputs)).backward())
     float32_sum, block = weight.numel() * 4, ops_hidden.BLOCK_BYTES
     rounded = 0 if dtype == torch.float32 else weight.numel() * dtype.itemsize
     gradients = float32_sum + rounded + hidden.numel() * dtype.itemsize
-    assert workspace <= backward <= workspace + gradients + block + product + few
+    assert workspace <= backward <= workspace + gradients + block + max(product, *others) + few
 
 
 # ----------------------------------------------------------------------------------------------------- autograd, dtypes

@@ -510,20 +510,20 @@ def test_how_rows_lie_in_shared_memory(program):
 
 
 def check_a_few(program: Path) -> None:
-    p = problem(NFPO, (12,), 3001, torch.bfloat16, lengths=[4, 1, 7])
+    single = [problem(NFPO, (12,), 6002 // dtype.itemsize, dtype, lengths=[4, 1, 7]) for dtype in DTYPES]
     long = problem(O.nfpo(6), (12,), 1001, lengths=[12])
-    one_warp = Device(1, clusters=2)  # which has six slices of a row
+    one_warp = Device(1, clusters=2)  # which has six slices of a row; of the single ones each warp has one
     sliced = []
     for dtype, objective in itertools.product(DTYPES, (NFPO, O.nfpo(3))):  # some rows of the latter are zeros
         size, zero = 5 * 2048 // dtype.itemsize + 3, torch.arange(8) % 4 == 1
-        p = without_mask(problem(objective, (8,), size, dtype, lengths=[8]))
-        sliced.append(Call(p._replace(advantages=p.advantages.where(~zero, 0)), one_warp))
+        whole = without_mask(problem(objective, (8,), size, dtype, lengths=[8]))
+        sliced.append(Call(whole._replace(advantages=whole.advantages.where(~zero, 0)), one_warp))
     check(
         program,
         [
             *sliced,
-            Call(p, Device(2, ONE_SLICE, 2), Memory(3, 2), None),
-            Call(p, Device(2, ONE_SLICE, 3)),
+            *(Call(p, Device(2, ONE_SLICE, 2), Memory(3, 2), None) for p in single),
+            Call(single[1], Device(2, ONE_SLICE, 3)),
             Call(long, Device(2, TWO_SLICES, 4), target=None),
         ],
     )

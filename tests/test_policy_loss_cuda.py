@@ -96,6 +96,8 @@ LONG = [
     O.cppo(),
     O.gspo(),
     O.gmpo(),
+    O.Objective(O.Trace(20, 9, differentiate=True), O.PPOClip()),
+    O.Objective(O.Trace(30, 0, differentiate=True), O.PPOClip()),
 ]
 
 
@@ -230,6 +232,8 @@ def check_a_few(program: Path) -> None:
     batch = random_batch(2, 90, spread=0.05)
     packed = pack(batch, [90, 41])
     calls = [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)]
+    several = random_batch(5, 90, spread=0.05) | {"mask": None}  # sequences of a block, with nothing to be counted
+    calls += [call(several, o, False, Sizes(64, 32, 2)) for o in (O.nfpo(66), O.ctpo(), O.cppo(), O.gspo(), O.gmpo())]
     check(program, [*calls, call(pack(random_batch(70, 1), [1] * 70), O.ppo(), False, Sizes(64, 32, 3))])
 
 

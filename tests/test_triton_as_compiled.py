@@ -5,6 +5,8 @@ that take turns at random. And each barrier is needed, or there is a reason why 
 from __future__ import annotations
 
 import functools
+import importlib
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -14,10 +16,14 @@ from typing import Literal
 import ptx
 import pytest
 import test_advantages_kernel as advantages
+import test_distributed_row_stats as row_stats
 import torch
+from fusedpo.bench import sweep
 from test_policy_loss import name_of, random_batch
+from test_token_statistics import truth
 
 import fusedpo
+from fusedpo import _chosen
 from fusedpo import objectives as O
 from fusedpo.ops.policy_loss import AGGREGATION_NUMBERS
 from fusedpo.reference import advantages as reference_advantages
@@ -105,6 +111,44 @@ def divergences(size: int, dtype: torch.dtype, direction: Literal["reverse", "fo
     torch.testing.assert_close(gradient, expected, rtol=info.eps, atol=atol)
 
 
+def statistics(size: int, dtype: torch.dtype) -> None:
+    logits, ids = (4 * torch.randn(2, size)).to(dtype), torch.randint(size, (2,))
+    results = fusedpo.token_statistics(logits, ids), truth(logits, ids, torch.ones(2))
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result.double(), expected.double(), rtol=1e-5, atol=3e-6)
+
+
+def shards(widths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Log-probs of two tokens and entropy, from columns that several ranks have; the gradient, also in place."""
+    logits, ids = torch.randn(3, sum(widths)).to(dtype), torch.randint(sum(widths), (3, 2))
+    upstream, one = (torch.randn(3, 2), torch.randn(3)), torch.ones(())
+    row_stats.check("triton", logits, ids, widths, upstream)
+    stats = torch.ops.fusedpo.token_logprobs.native(logits, ids, one, None, True)[2]
+    for start, shard in zip((0, *itertools.accumulate(widths)), logits.split(widths, 1), strict=False):
+        given = (*upstream, shard, ids, one, None, stats)
+        expected = torch.ops.fusedpo.token_logprobs_backward.triton(*given, vocab_start=start)
+        torch.ops.fusedpo.token_logprobs_backward_out.triton(*given, shard, vocab_start=start)
+        assert torch.equal(shard, expected)
+
+
+def active_columns(size: int, dtype: torch.dtype) -> None:
+    """The columns whose gradient is not small, and that gradient in front of rows: over chosen columns."""
+    logits, ids = (4 * torch.randn(3, size)).to(dtype), torch.randint(16, (3, 2))
+    upstream, one, results = (torch.randn(3, 2), torch.randn(3)), torch.ones(()), []
+    for kind in ("native", "triton"):
+        x = logits.clone()
+        given = (*upstream, x, ids, one, torch.ops.fusedpo.token_logprobs.native(x, ids, one, None, False)[2])
+        columns = getattr(torch.ops.fusedpo.active_columns, kind)(*given, 2.0**-10).nonzero()[:, 0]
+        dropped = getattr(torch.ops.fusedpo.gradient_at_, kind)(*given, columns)
+        results.append((columns, x[:, : len(columns)].float(), dropped))
+    (columns, gradient, dropped), (expected_columns, expected, expected_dropped) = results
+    assert torch.equal(columns, expected_columns)
+    assert 2 < len(columns) < size / 2
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient, expected, rtol=max(rounding, 1e-5), atol=1e-6)
+    torch.testing.assert_close(dropped, expected_dropped, rtol=1e-5, atol=1e-6)
+
+
 def groups(name: str, **layout: int) -> None:
     count = next(iter(layout.values())) * 2 if "group_size" in layout else 300
     rewards = advantages.random(count).mul(3).round()
@@ -165,6 +209,10 @@ WORKLOADS: dict[str, Callable[[], None]] = {
     "divergence, float16, unaligned": functools.partial(divergences, 50_257, FP16, "forward"),
     "divergence, float32": functools.partial(divergences, 1000, FP32, "forward"),
     "scale": functools.partial(scaled, 50_257, BF16),
+    "statistics, bfloat16": functools.partial(statistics, 151_936, BF16),
+    "statistics, float16, unaligned": functools.partial(statistics, 50_257, FP16),
+    "shards": functools.partial(shards, (9_000, 8_001, 0), BF16),
+    "active columns": functools.partial(active_columns, 9_001, BF16),
     "groups of 8": functools.partial(groups, "grpo", group_size=8),
     "groups of 1,100": functools.partial(groups, "rloo", group_size=1100),
     "groups by label": functools.partial(groups, "opo"),
@@ -189,7 +237,9 @@ FEW = [
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_production_sizes(name):
-    WORKLOADS[name]()
+    """Right results; and no product is fused with the first addition of a reduction over lanes."""
+    texts = Variants([WORKLOADS[name]]).texts
+    assert {kernel: fused for kernel, text in texts.items() if (fused := fused_sums(text))} == {}
 
 
 @pytest.mark.slow
@@ -203,13 +253,9 @@ def test_other_architectures(name, architecture):
 
 
 def test_every_kernel_is_among_the_workloads():
-    from fusedpo.triton_kernels import advantages as a
-    from fusedpo.triton_kernels import exact_kl as e
-    from fusedpo.triton_kernels import logprobs as b
-    from fusedpo.triton_kernels import one_pass as c
-    from fusedpo.triton_kernels import policy_loss as d
-
-    kernels = {name for module in (a, b, c, d, e) for name in vars(module) if name.endswith("_kernel")}
+    names = ("active_columns", "advantages", "exact_kl", "logprobs", "one_pass", "policy_loss", "row_stats")
+    modules = [importlib.import_module(f"fusedpo.triton_kernels.{name}") for name in (*names, "token_statistics")]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     with ptx.recorded() as launches:
         for workload in WORKLOADS.values():
             workload()
@@ -229,6 +275,33 @@ def test_approximate_instructions_may_be_off(name, noise):
 def test_warps_take_turns_at_random(name, seed):
     with ptx.options(seed=seed):
         WORKLOADS[name]()
+
+
+@pytest.mark.parametrize("constant", ["FORWARD", "BACKWARD", "WALK"])
+def test_shapes_that_a_sweep_may_choose(constant, monkeypatch):
+    """All are right, for long rows and short ones, aligned or not."""
+    for shape in sweep.CONSTANTS[constant][1]:
+        monkeypatch.setattr(_chosen, constant, shape)
+        for size, dtype, rows in ((20_008, BF16, 2), (20_001, BF16, 2), (9_000, FP32, 2), (1000, BF16, 7)):
+            if constant == "WALK":
+                fused(size, dtype, NFPO, (1, rows))
+            else:
+                logprobs(size, dtype, rows)
+
+
+def test_a_gradient_has_the_same_bits_by_every_shape(monkeypatch):
+    """Unlike sums: each of its elements is computed by itself."""
+    logits, ids, one = torch.randn(3, 20_001).to(BF16), torch.randint(20_001, (3,)), torch.ones(())
+    stats = torch.ops.fusedpo.token_logprobs.triton(logits, ids, one, None, True)[2]
+    gradients = []
+    for shape in (_chosen.BACKWARD, *sweep.CONSTANTS["BACKWARD"][1]):
+        monkeypatch.setattr(_chosen, "BACKWARD", shape)
+        for x in (logits, logits[:, :20_000].contiguous()):
+            gradient = torch.empty_like(x)
+            given = (torch.ones(3), torch.ones(3), x, ids % 20_000, one, None, stats)
+            torch.ops.fusedpo.token_logprobs_backward_out.triton(*given, gradient)
+            gradients.append(gradient[:, :20_000])
+    assert all(torch.equal(x, gradients[0]) for x in gradients)
 
 
 # ------------------------------------------------------------------------------------------------------------- barriers
@@ -256,6 +329,9 @@ MUTATED: dict[str, list[Callable[[], None]]] = {
     "live rows": [functools.partial(fused, 100, BF16, O.grpo(), (3, 700), inplace=x) for x in (False, True)],
     "token scales": [functools.partial(token_scales, *x) for x in (("token-mean",), ("seq-mean-token-sum-norm", 0.0))],
     "divergences": [functools.partial(divergences, 20_001, BF16, name) for name in ("reverse", "forward")],
+    "statistics": [functools.partial(statistics, 20_001, BF16)],
+    "shards": [functools.partial(shards, (9_000, 8_001), BF16)],
+    "active columns": [WORKLOADS["active columns"]],
     "groups": [functools.partial(groups, name, group_size=1100) for name in ("rloo", "opo", "gpg", "grpo", "remax")],
     "ranks": [WORKLOADS["ranks, groups of 90"], functools.partial(groups, "passk", group_size=90)],
     "tokens": [functools.partial(tokens, name, 2100, 0) for name in ("vtrace", "gae", "reward_to_go")],
@@ -294,7 +370,7 @@ class Variants:
 
 
 def unseen_barriers(workloads: list[Callable[[], None]]) -> dict[str, list[str]]:
-    """For each kernel, the barriers without which nothing is found: number and line; "never" if none is executed."""
+    """For each kernel, the numbers of the barriers without which nothing is found. All are executed."""
     variants = Variants(workloads)
     unseen: dict[str, list[str]] = {}
     for kernel, text in variants.texts.items():
@@ -302,9 +378,10 @@ def unseen_barriers(workloads: list[Callable[[], None]]) -> dict[str, list[str]]
             before, after = text[: barrier.start()], text[barrier.end() :]
             if variants.fails(workloads, text, before + after):
                 continue
-            executed = variants.fails(workloads, text, f"{before}\ttrap;{after}")
             line = re.findall(r"\.loc\s+\d+ (\d+)", before)[-1]
-            unseen.setdefault(kernel, []).append(f"{number}, line {line}" if executed else f"{number}, never")
+            executed = variants.fails(workloads, text, f"{before}\ttrap;{after}")
+            assert executed, f"these calls never execute barrier {number} of {kernel}, line {line}"
+            unseen.setdefault(kernel, []).append(str(number))
     return unseen
 
 
@@ -317,5 +394,44 @@ def test_barriers_are_missed(name):
         pytest.skip(f"the list is of Triton {expected['triton']}")
     torch.manual_seed(0)
     found = unseen_barriers(MUTATED[name])
-    numbers = {kernel: [x.partition(",")[0] for x in barriers] for kernel, barriers in found.items()}
-    assert numbers == {kernel: list(barriers) for kernel, barriers in expected[name].items()}
+    assert found == {kernel: list(barriers) for kernel, barriers in expected[name].items()}
+
+
+# -------------------------------------------------------------------------------------------------------- sums of lanes
+
+SHUFFLE = re.compile(r"^\s*(?:@!?%\w+ )?shfl\.sync\.bfly\.b32\s+(%\w+)")
+MOVE = re.compile(r"^\s*mov\.b(?:32|64)\s+(%\w+), (\{.*\}|%\w+);")
+MULTIPLY_ADD = re.compile(r"^\s*fma\S*\s+%\w+, %\w+, %\w+, (%\w+);")
+
+
+def fused_sums(text: str) -> list[str]:
+    """Products that are added, unrounded, to what another lane has sent; that one adds them rounded."""
+    sent: set[str] = set()
+    found = []
+    for line in text.splitlines():
+        if shuffle := SHUFFLE.match(line):
+            sent.add(shuffle[1])
+        elif move := MOVE.match(line):
+            if sent.issuperset(re.findall(r"%\w+", move[2])):
+                sent.add(move[1])
+        elif (fused := MULTIPLY_ADD.match(line)) and fused[1] in sent:
+            found.append(line.strip())
+    return found
+
+
+def test_a_fused_sum_is_recognised():
+    exchange = (
+        "shfl.sync.bfly.b32 %r3, %r1, 8, 31, -1;\nshfl.sync.bfly.b32 %r4, %r2, 8, 31, -1;\nmov.b64 %rd5, {%r3, %r4};\n"
+    )
+    fused, added = "fma.rn.f64 %rd6, %rd1, %rd1, %rd5;", "fma.rn.f64 %rd6, %rd5, %rd1, %rd2;"
+    assert fused_sums(f"{exchange}{fused}\n{added}") == [fused]
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 100])
+def test_equal_rewards_get_equal_bits(group_size):
+    """In float64, which shows whether the lanes of a group have one and the same deviation."""
+    rewards = advantages.random(5)[torch.randint(5, (20 * group_size,))]
+    for name in ("grpo", "gpg", "rloo"):
+        result = advantages.estimate(advantages.TRITON, name, rewards, group_size=group_size)
+        for group, values in zip(rewards.view(20, -1), result.view(20, -1), strict=True):
+            assert all(values[group == reward].unique().numel() == 1 for reward in group.unique()), name

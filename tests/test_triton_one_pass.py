@@ -14,7 +14,7 @@ from support.triton_device import DEVICE, _backend, pytestmark, small, use_segme
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
-from fusedpo import _checks, backends, reference
+from fusedpo import _checks, _chosen, backends, reference
 from fusedpo import objectives as O
 from fusedpo.ops import one_pass as ops_one_pass
 from fusedpo.ops import policy_loss as ops_policy_loss
@@ -163,11 +163,9 @@ def test_sizes(dtype, vocab_size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_steps_of_the_real_size(dtype, monkeypatch):
-    from fusedpo.triton_kernels import one_pass
-
     monkeypatch.undo()
-    assert one_pass._LANES == 2048  # of 4 words of 2 elements, where they are of 16 bits
-    for vocab_size in (16384 + 1024, 16384 + 3):
+    step = 8 * _chosen.WALK[0]  # 4 words of 2 elements, where they are of 16 bits
+    for vocab_size in (step + 1024, step + 3):
         check(make_batch((2,), vocab_size, dtype=dtype, kept=1), O.nfpo(2, entropy_coef=0.1))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedpo import _checks
 
-from .checks import FLOAT, INT64, Arguments, expect
+from .checks import BOOL, FLOAT, Arguments, expect
 from .common import kernel, launch
 from .logprobs import (
     LN2,
@@ -106,12 +106,13 @@ def _gradient_at_kernel(
     token_ids,
     order,
     place_of,
+    count,
     columns,
     temperature,
     stats,
     dropped,
     vocab_size,
-    num_columns,
+    most,
     num_ids,
     inner_rows,
     outer_stride,
@@ -120,12 +121,15 @@ def _gradient_at_kernel(
     BLOCK: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Reads A logits of a row that a gradient reaches; writes A elements of every row, in front of it.
+    """Reads A logits of a row that a gradient reaches; writes A elements of every row, in front. None if A > most.
 
     As columns ascend, what is written lies at or before what is read, and before all that is read later.
     """
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     total, g_entropy, reached = _upstream(grad_logprobs, grad_entropy, row, num_ids, IDS)
+    num_columns = tl.load(count + tl.arange(0, 1)).to(tl.int32)
+    num_columns = tl.where(num_columns <= most, num_columns, 0)
+    reached = reached & (num_columns > 0)
     T = tl.load(temperature + row * temperature_stride, mask=reached, other=1.0)
     scale = tl.div_rn(LOG2E, T)
     reference = tl.load(stats + 3 * row, mask=reached, other=0.0)
@@ -152,9 +156,10 @@ def _gradient_at_kernel(
 
     kept = tl.zeros([1], tl.float32)
     k = tl.arange(0, BLOCK)[None, :]
-    for start in range(0, num_columns, BLOCK):
-        inside = start + k < num_columns
-        at = tl.load(columns + start + k, mask=inside, other=0)
+    end = tl.max(num_columns, 0)
+    for start in range(0, end, BLOCK):
+        inside = start + k < end
+        at = tl.load(columns + start + k, mask=inside, other=0).to(tl.int32)
         x = tl.load(pointer + at, mask=inside & reached[:, None], other=float("-inf"))
         grad = gradient_of(x, reference, scale, constant, slope, grad_entropy is not None)
         grad = tl.where(reached[:, None] & (tl.abs(grad) >= nothing), grad, 0.0)
@@ -167,8 +172,8 @@ def _gradient_at_kernel(
 
     if grad_logprobs is not None:
         tl.debug_barrier()  # the chosen columns are written last
-        place = tl.load(place_of + ids, mask=in_range, other=0)
-        tl.store(pointer + place, chosen, mask=in_range)
+        place = tl.load(place_of + ids, mask=in_range, other=0) - 1
+        tl.store(pointer + place, chosen, mask=place >= 0)
 
 
 def _checked(
@@ -242,25 +247,27 @@ def gradient_at_(
     token_ids: Tensor,
     temperature: Tensor,
     stats: Tensor,
-    columns: Tensor,
-) -> Tensor:
+    active: Tensor,
+    most: int,
+) -> tuple[Tensor, Tensor]:
     """The operator ``fusedpo::gradient_at_``."""
     given = (grad_logprobs, grad_entropy, logits, token_ids, temperature, stats)
     arguments, (grad_logprobs, grad_entropy, token_ids, temperature, stats) = _checked(*given)
-    columns = arguments.read("columns", columns, INT64, (columns.numel(),))
     *rows, vocab_size = logits.shape
+    active = arguments.read("active", active, BOOL, (vocab_size,))
+    expect(0 <= most <= vocab_size, f"most must be 0 to {vocab_size}, got {most}")
     layout, num_rows = row_layout(logits), math.prod(rows)
     expect(layout is not None, "logits must have unit stride along V")
-    if _checks.values_are_free(columns):
-        bad = (columns < 0) | (columns >= vocab_size) | (columns.diff(prepend=columns.new_tensor([-1])) <= 0)
-        for column in columns[bad][:1].tolist():
-            raise ValueError(f"columns must ascend within [0, {vocab_size}), got {column}")
+    columns, places = torch.nonzero_static(active, size=most).squeeze(1), active.cumsum(0)  # from 1
     dropped = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if num_rows == 0:
-        return dropped
-    place_of = torch.zeros(vocab_size, dtype=torch.int64, device=logits.device)
-    place_of[columns] = torch.arange(columns.numel(), device=logits.device)
+        return columns, dropped
     num_ids, order = token_ids.numel() // num_rows, None
+    if _checks.values_are_free(active, token_ids):
+        reached = _reached(grad_logprobs, grad_entropy, None, logits.shape[:-1])
+        ids = token_ids.reshape(num_rows, num_ids)[reached.reshape(-1)].flatten()
+        for token_id in ids[~active[ids]][:1].tolist():
+            raise ValueError(f"active must hold every token id at which a gradient arrives, not {token_id}")
     if num_ids > 1 and grad_logprobs is not None:
         token_ids, order = token_ids.sort(dim=-1, stable=True)
     launch(
@@ -272,16 +279,17 @@ def gradient_at_(
         logits,
         token_ids,
         order,
-        place_of,
+        places * active,
+        places[-1:],
         columns,
         temperature,
         stats,
         dropped,
         vocab_size,
-        columns.numel(),
+        most,
         num_ids,
         *layout,
         int(temperature.dim() > 0),
-        **_tile(columns.numel(), num_ids),
+        **_tile(most, num_ids),
     )
-    return dropped
+    return columns, dropped

@@ -19,7 +19,7 @@ from fusedpo import _checks
 from fusedpo.ops.advantages import ESTIMATORS, GROUP_ESTIMATORS, TOKEN_ESTIMATORS
 
 from .checks import INT64, INTEGER, REAL, WHOLE, Arguments, dims, given, in_range, packed
-from .common import kernel, launch
+from .common import kernel, launch, sum_where
 
 INF = tl.constexpr(float("inf"))
 
@@ -211,27 +211,26 @@ def _baseline_kernel(
         part = _load_part(s, group, first, BLOCK, REAL)
         w = _weights(s, part, estimator, REAL)
         weights += tl.sum(w, 0)
-        total += tl.sum(tl.where(w > 0, w * (part.reward - every.lowest), 0.0), 0)
+        total += sum_where(w > 0, w * (part.reward - every.lowest), 0)
     mean = total / weights
 
     others = tl.maximum(every.kept - 1, 1)
-    squares = zero
-    if (estimator == GRPO) | (estimator == NORMALISED_LEAD):
-        for first in range(0, group.size, BLOCK):
-            part = _load_part(s, group, first, BLOCK, REAL)
-            centred = tl.where(part.kept, (part.reward - every.lowest) - mean, 0.0)
-            squares += tl.sum(centred * centred, 0)
+    squares, batch_kept, batch_nonzero = zero, zero, zero
+    if other is None:  # known when the kernel is compiled: estimators that have others need no more sums
+        if (estimator == GRPO) | (estimator == NORMALISED_LEAD):
+            for first in range(0, group.size, BLOCK):
+                part = _load_part(s, group, first, BLOCK, REAL)
+                centred = (part.reward - every.lowest) - mean
+                squares += sum_where(part.kept, centred * centred, 0)
+        if (estimator == GPG) & (group.size > 0):
+            for start in range(0, count, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                kept = i < count
+                if mask is not None:
+                    kept = kept & (tl.load(mask + i, mask=kept, other=0) != 0)
+                batch_kept += tl.sum(kept.to(REAL), 0)
+                batch_nonzero += tl.sum((kept & (tl.load(rewards + i, mask=kept, other=0).to(REAL) != 0)).to(REAL), 0)
     deviation = tl.sqrt(squares / others) + number
-
-    batch_kept, batch_nonzero = zero, zero
-    if (estimator == GPG) & (group.size > 0):
-        for start in range(0, count, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            kept = i < count
-            if mask is not None:
-                kept = kept & (tl.load(mask + i, mask=kept, other=0) != 0)
-            batch_kept += tl.sum(kept.to(REAL), 0)
-            batch_nonzero += tl.sum((kept & (tl.load(rewards + i, mask=kept, other=0).to(REAL) != 0)).to(REAL), 0)
     alpha = batch_kept / tl.maximum(batch_nonzero, 1)
 
     baseline = zero
@@ -580,12 +579,11 @@ def _moments_kernel(x, lengths, mask, partial, count, BLOCK: tl.constexpr, REAL:
     """Weight, mean and sum of the squared differences to it, of a block of elements."""
     _, _, w, value = _load_weighted(x, lengths, mask, count, BLOCK, REAL)
     weight = tl.sum(w, 0)
-    mean = tl.sum(w * value, 0) / tl.where(weight > 0, weight, 1.0)
-    centred = tl.where(w > 0, value - mean, 0.0)
+    mean = sum_where(w > 0, w * value, 0) / tl.where(weight > 0, weight, 1.0)
     partial += tl.program_id(0).to(tl.int64) * 3
     tl.store(partial, weight)
     tl.store(partial + 1, mean)
-    tl.store(partial + 2, tl.sum(w * centred * centred, 0))
+    tl.store(partial + 2, sum_where(w > 0, w * (value - mean) * (value - mean), 0))
 
 
 @kernel
@@ -596,7 +594,7 @@ def _whiten_kernel(x, lengths, mask, partial, whitened, count, num_blocks, BLOCK
         block = first + tl.arange(0, BLOCK)
         w = tl.load(partial + block * 3, mask=block < num_blocks, other=0)
         weight += tl.sum(w, 0)
-        total += tl.sum(w * tl.load(partial + block * 3 + 1, mask=block < num_blocks, other=0), 0)
+        total += sum_where(w > 0, w * tl.load(partial + block * 3 + 1, mask=block < num_blocks, other=0), 0)
     mean = total / weight
     squares = zero
     for first in range(0, num_blocks, BLOCK):

@@ -1,4 +1,4 @@
-"""How the kernels are compiled and launched."""
+"""How the kernels are compiled and launched, and what they share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 
 def kernel(function: Callable) -> Any:
@@ -26,6 +27,17 @@ def kernel(function: Callable) -> Any:
     """
     parameters = inspect.signature(function).parameters.values()
     return triton.jit(function, do_not_specialize=[p.name for p in parameters if "constexpr" not in str(p.annotation)])
+
+
+@triton.jit
+def sum_where(kept, x, AXIS: tl.constexpr):
+    """The sum of the elements of a block that are kept: the way to sum products over lanes.
+
+    The choice stands between a product and the additions. Without it the compiler fuses the two where the reduction
+    over lanes begins, which rounds the product in one of two lanes only: they would hold different sums of the same
+    numbers.
+    """
+    return tl.sum(tl.where(kept, x, 0.0), AXIS)
 
 
 def cdiv(a: int, b: int) -> int:

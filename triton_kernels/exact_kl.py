@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import kernel, launch
+from .common import kernel, launch, sum_where
 from .logprobs import RowLayout, _row_pointers, _rows, row_width, with_layout
 from .sums import LN2, LOG2E, LOWEST, MINUS_INF, log1p, reduce_rows, words_of
 
@@ -95,7 +95,7 @@ def _exact_kl_kernel(
             p, d = _terms(y, x, reference_y, scale_y, log_sum_y, reference_x, scale_x, log_sum_x)
         else:
             p, d = _terms(x, y, reference_x, scale_x, log_sum_x, reference_y, scale_y, log_sum_y)
-        total += tl.sum(tl.where(inside, p * d, 0.0), 1)
+        total += sum_where(inside, p * d, 1)
     tl.store(kl + rows, tl.where(kept, total * LN2, 0.0))
 
     if grad_logits is not None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedpo import _checks
+from fusedpo import _checks, _chosen
 
 from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
 from .common import cdiv, kernel, launch
@@ -314,27 +314,29 @@ def row_width(tensor: Tensor, layout: RowLayout) -> int:
 
 
 @lru_cache
-def _lanes(vocab_size: int, num_ids: int, width: int) -> dict[str, int]:
-    """4 warps: for one long row, or for up to four that are a step or less each."""
+def _lanes(vocab_size: int, num_ids: int, width: int, shape: tuple[int, int]) -> dict[str, int]:
+    """All warps for one long row, or for several that are a step or less each. ``shape``: see ``_chosen.FORWARD``."""
+    most, warps = shape
     words = vocab_size // 2 if width == 8 else vocab_size
-    lanes = max(128, min(triton.next_power_of_2(cdiv(words, TILES.value)), 512))
+    lanes = max(128, min(triton.next_power_of_2(cdiv(words, TILES.value)), most))
     ids = triton.next_power_of_2(max(1, num_ids))
-    rows = max(1, 512 // max(lanes, ids))
-    num_warps = min(16, rows * max(lanes, ids) // 128)
+    rows = max(1, most // max(lanes, ids))
+    num_warps = max(1, min(16, rows * max(lanes, ids) * warps // most))
     return {"ROWS": rows, "LANES": lanes, "IDS": ids, "WIDTH": width, "num_warps": num_warps}
 
 
 @lru_cache
-def _tile(vocab_size: int, num_ids: int, itemsize: int, width: int) -> dict[str, int]:
-    """A tile of the gradient: 16 KB of a long row, or 2048 logits of up to four short ones.
+def _tile(vocab_size: int, num_ids: int, itemsize: int, width: int, shape: tuple[int, int]) -> dict[str, int]:
+    """A tile of the gradient: of a long row, or 2048 logits of up to four short ones. ``shape``: ``_chosen.BACKWARD``.
 
-    A thread has 64 bytes of it, or 8 logits where loads are narrow.
+    Where loads are narrow, a thread has 8 logits of it.
     """
-    block = max(512, min(triton.next_power_of_2(vocab_size), 16384 // itemsize))
+    most, warps = shape
+    block = max(512, min(triton.next_power_of_2(vocab_size), most // itemsize))
     ids = triton.next_power_of_2(max(1, num_ids))
     row_bytes = max(block * itemsize, ids * 16)  # an id comes with its column, two sums and its gradient
     rows = max(1, 2048 * itemsize // row_bytes)
-    num_warps = min(16, rows * row_bytes // (2048 if width > 1 else 256 * itemsize))
+    num_warps = max(1, min(16, rows * row_bytes // (most // warps if width > 1 else 256 * itemsize)))
     return {"ROWS": rows, "BLOCK": block, "IDS": ids, "WIDTH": width, "num_warps": num_warps}
 
 
@@ -384,7 +386,7 @@ def token_logprobs(
     if num_rows > 0:
         logits, layout = with_layout(logits)
         num_ids = token_ids.numel() // num_rows
-        lanes = _lanes(vocab_size, num_ids, row_width(logits, layout))
+        lanes = _lanes(vocab_size, num_ids, row_width(logits, layout), _chosen.FORWARD)
         launch(
             _token_logprobs_kernel,
             cdiv(num_rows, lanes["ROWS"]),
@@ -454,7 +456,7 @@ def token_logprobs_backward_out(
 
     def run(logits: Tensor, layout: RowLayout, out: Tensor, out_layout: RowLayout) -> None:
         width = min(row_width(logits, layout), row_width(out, out_layout))
-        tile = _tile(vocab_size, num_ids, logits.element_size(), width)
+        tile = _tile(vocab_size, num_ids, logits.element_size(), width, _chosen.BACKWARD)
         launch(
             _token_logprobs_backward_kernel,
             cdiv(num_rows, tile["ROWS"]),

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedpo import _checks, backends
+from fusedpo import _checks, _chosen, backends
 
 from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
 from .common import cdiv, kernel, launch
@@ -498,7 +498,6 @@ def _scale_kernel(
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 _CHUNK = 64  # positions of a window that are summed at a time
-_LANES = 2048  # words of a row at a time, a fourth of a step; half of that where they are narrow
 _BLOCK = 16384  # logits of a row at a time where all are done alike, half of that where loads are narrow
 
 
@@ -507,10 +506,11 @@ def _num_segments(device: torch.device, num_rows: int, row_bytes: int) -> int:
 
 
 def _lanes(vocab_size: int, width: int) -> dict[str, int]:
-    """4 words of each thread, until a step holds the row. Narrow words take more registers: half as many threads."""
-    words, most = (vocab_size // 2 if width == 8 else vocab_size), (_LANES if width > 1 else _LANES // 2)
-    lanes = max(32, min(triton.next_power_of_2(cdiv(words, TILES.value)), most))
-    return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, lanes // 128)}
+    """As chosen, until a step holds the row. Narrow words take more registers: half as many threads."""
+    most, warps = _chosen.WALK
+    words = vocab_size // 2 if width == 8 else vocab_size
+    lanes = max(32, min(triton.next_power_of_2(cdiv(words, TILES.value)), most if width > 1 else most // 2))
+    return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, lanes * warps // most)}
 
 
 def _tile(vocab_size: int, width: int) -> dict[str, int]:

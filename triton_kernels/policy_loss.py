@@ -31,7 +31,7 @@ from fusedpo.objectives import AGGREGATION_NUMBERS, KL_KINDS, KL_NUMBERS, RATIOS
 from fusedpo.reference import METRICS
 
 from .checks import BOOL, FLOAT, INT64, WHOLE, Arguments, dims, expect, in_range, packed
-from .common import kernel, launch
+from .common import kernel, launch, sum_where
 from .objective import (
     EVERYTHING,
     PLACE,
@@ -396,8 +396,8 @@ def _store_statistics(statistics, result, entropy, kept, share, opens_sequence):
     w = result.weight
     weight = w.ratio * w.trace
     k3 = exp_minus_1_minus(w.log_ratio, exp(w.log_ratio))
-    ratios = tl.sum(tl.where(kept, w.ratio, 0.0), 0)
-    traces = tl.sum(tl.where(kept, w.trace, 0.0), 0)
+    ratios = sum_where(kept, w.ratio, 0)
+    traces = sum_where(kept, w.trace, 0)
     out = statistics + tl.program_id(0)
     row = tl.num_programs(0)
     tl.store(out + TOKENS * row, tl.sum(kept.to(tl.float32), 0))
@@ -411,14 +411,14 @@ def _store_statistics(statistics, result, entropy, kept, share, opens_sequence):
     tl.store(out + TRACES * row, traces)
     tl.store(out + MINUS_TRACE_MAX * row, tl.max(tl.where(kept, -w.trace, MINUS_INF), 0) + 0 * traces)
     tl.store(out + TRACE_MAX * row, tl.max(tl.where(kept, w.trace, MINUS_INF), 0) + 0 * traces)
-    tl.store(out + MINUS_LOG_RATIO * row, tl.sum(tl.where(kept, -w.log_ratio, 0.0), 0))
-    tl.store(out + APPROX_K3 * row, tl.sum(tl.where(kept, k3, 0.0), 0))
-    tl.store(out + KL * row, tl.sum(tl.where(kept, result.kl, 0.0), 0))
+    tl.store(out + MINUS_LOG_RATIO * row, sum_where(kept, -w.log_ratio, 0))
+    tl.store(out + APPROX_K3 * row, sum_where(kept, k3, 0))
+    tl.store(out + KL * row, sum_where(kept, result.kl, 0))
     tl.store(out + ENTROPY * row, tl.sum(entropy, 0))
-    tl.store(out + WEIGHT * row, tl.sum(tl.where(kept, weight, 0.0), 0))
+    tl.store(out + WEIGHT * row, sum_where(kept, weight, 0))
     tl.store(out + CLAMPED * row, tl.sum((kept & w.clamped).to(tl.float32), 0))
-    tl.store(out + LOSS * row, tl.sum(tl.where(kept, share * result.loss, 0.0), 0))
-    tl.store(out + SQUARED_WEIGHT * row, tl.sum(tl.where(kept, weight * weight, 0.0), 0))
+    tl.store(out + LOSS * row, sum_where(kept, share * result.loss, 0))
+    tl.store(out + SQUARED_WEIGHT * row, sum_where(kept, weight * weight, 0))
     tl.store(out + SEQUENCES * row, opens_sequence.to(tl.float32))
 
 

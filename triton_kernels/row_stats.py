@@ -11,7 +11,7 @@ import math
 import triton.language as tl
 from torch import Tensor
 
-from fusedpo import _checks
+from fusedpo import _checks, _chosen
 
 from .checks import BOOL, FLOAT, Arguments, dims, expect
 from .common import cdiv, kernel, launch
@@ -177,7 +177,7 @@ def row_stats(
         check_values(1 << 62, token_ids.new_zeros(shape), temperature, mask)
     parts = logits.new_empty((1 + num_rows, (3 if return_entropy else 2) + num_ids), dtype=FLOAT[0])
     logits, layout = with_layout(logits)
-    lanes = _lanes(num_columns, num_ids, row_width(logits, layout))
+    lanes = _lanes(num_columns, num_ids, row_width(logits, layout), _chosen.FORWARD)
     launch(
         _row_stats_kernel,
         max(1, cdiv(num_rows, lanes["ROWS"])),

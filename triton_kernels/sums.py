@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .common import sum_where
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MINUS_INF = tl.constexpr(float("-inf"))
@@ -167,10 +169,7 @@ def merge(sums, scale):
     t = tl.maximum((sums.top - beside(reference, sums.top)) * scale, LOWEST, propagate_nan=NANS)
     e = tl.exp2(t)
     at_top = (sums.top == beside(largest, sums.top)) & (sums.top != MINUS_INF)
-    # Fused with the first addition of the reduction, this product would be rounded in one of two lanes only, and they
-    # would hold different sums of the same numbers.
-    product = (sums.weighted + t * (1 + sums.rest)) * e
-    weighted = tl.sum(tl.where(sums.top == MINUS_INF, 0.0, product), AXIS)
+    weighted = sum_where(sums.top != MINUS_INF, (sums.weighted + t * (1 + sums.rest)) * e, AXIS)
     rest = tl.sum(sums.rest * e + tl.where(at_top, 0.0, e), AXIS) + (tl.sum(at_top.to(tl.float32), AXIS) - 1)
     return reference, rest, weighted * LN2
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedpo import _checks
 
 from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
-from .common import kernel, launch
+from .common import kernel, launch, sum_where
 from .logprobs import _row_pointers, _rows, check_values, row_width, with_layout
 from .sums import LN2, LOG2E, LOWEST, MINUS_INF, log1p
 
@@ -35,11 +35,10 @@ def _add(x, top, ones, rest, weighted, squares, scale):
 
     t = (x - reference[:, None]) * scale[:, None]
     e = tl.exp2(t)
-    weighted += tl.sum(e * tl.maximum(t, LOWEST), 1)
+    weighted += sum_where(e != 0, e * t, 1)
     at_top = e == 1
     ones += tl.sum(at_top.to(tl.float32), 1)
-    e = tl.where(at_top, 0.0, e)
-    return new_top, ones, rest + tl.sum(e, 1), weighted, squares + tl.sum(e * e, 1)
+    return new_top, ones, rest + sum_where(~at_top, e, 1), weighted, squares + sum_where(~at_top, e * e, 1)
 
 
 @kernel

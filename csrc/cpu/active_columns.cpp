@@ -86,24 +86,34 @@ void drop_below(float bound, void* row, int64_t count) {
   }
 }
 
-Tensor gradient_at_(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits, Tensor token_ids,
-                    Tensor temperature, Tensor stats, Tensor columns_) {
+std::tuple<Tensor, Tensor> gradient_at_(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits,
+                                        Tensor token_ids, Tensor temperature, Tensor stats, Tensor active_,
+                                        int64_t most) {
   Upstream upstream(logits, grad_logprobs, grad_entropy, token_ids, temperature, std::nullopt, stats);
   const Rows rows("logits", logits);
   const RowKernels& kernels = row_kernels_for("logits", logits);
-  const int64_t count = columns_.numel();
-  const int64_t* columns = upstream.arguments.read<int64_t>("columns", columns_, {count});
-  for (int64_t k = 0; k < count; ++k)
-    if (columns[k] <= (k == 0 ? -1 : columns[k - 1]) || columns[k] >= rows.size)
-      fail("columns must ascend within [0, ", rows.size, "), got ", columns[k]);
+  const uint8_t* active = upstream.arguments.read<uint8_t>("active", active_, {rows.size});
+  expect(most >= 0 && most <= rows.size, "most must be 0 to ", rows.size, ", got ", most);
   const auto reached = rows_where(rows.count, [&](int64_t row) { return upstream.reaches(row); });
+  upstream.check_ids(reached);
   for (const int64_t row : reached)
     for (int64_t k = 0; k < upstream.ids.count; ++k)
-      if (!std::binary_search(columns, columns + count, upstream.ids[row][k]))
-        fail("columns must hold every token id at which a gradient arrives, not ", upstream.ids[row][k]);
+      if (!active[upstream.ids[row][k]])
+        fail("active must hold every token id at which a gradient arrives, not ", upstream.ids[row][k]);
 
+  const Tensor columns_ = torch::stable::new_empty(logits, Shape{most}, ScalarType::Long);
+  int64_t* columns = static_cast<int64_t*>(columns_.data_ptr());
+  std::fill_n(columns, most, -1);
+  int64_t count = 0;
+  for (int64_t j = 0; j < rows.size; ++j) {
+    if (!active[j]) continue;
+    if (count < most) columns[count] = j;
+    ++count;
+  }
   Tensor dropped = torch::stable::new_empty(logits, rows_of(logits), ScalarType::Float);
   torch::stable::zero_(dropped);
+  if (count > most) return {columns_, dropped};
+
   float* dropped_of = static_cast<float*>(dropped.data_ptr());
   const ScalarType dtype = logits.scalar_type();
   for_each_row(reached, count, upstream.scratch(), [&](int64_t row, Upstream::Scratch& scratch) {
@@ -125,7 +135,7 @@ Tensor gradient_at_(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, T
   });
   const auto skipped = rows_where(rows.count, [&](int64_t row) { return !upstream.reaches(row); });
   for_each_row(skipped, count, [&](int64_t row) { std::memset(rows[row], 0, count * logits.element_size()); });
-  return dropped;
+  return {columns_, dropped};
 }
 
 }  // namespace

@@ -195,8 +195,8 @@ def linear_token_logprobs(
             element is at most ``gradient_threshold * |c|``, where ``c`` is the gradient of the row's log-prob over its
             temperature (and ``|c|`` the sum of both sizes if its entropy has a gradient, too). What that costs depends
             on how much probability the columns have together. Where more than half of the columns are active, and in
-            the reference, nothing is left out. On an accelerator, the number of active columns is read for each chunk,
-            a sync with the device.
+            the reference, nothing is left out. On an accelerator the host waits for the number of active columns of
+            each chunk, while the device computes their gradient.
         token_ids, temperature, mask, return_entropy: as in :func:`token_logprobs`.
         tp_group, vocab_start, vocab_size: as there, of a head that is split: ``weight`` ``[V_r, H]`` and ``bias``
             ``[V_r]`` are those of this rank. ``hidden`` is the same on all ranks, and so is its gradient, which is

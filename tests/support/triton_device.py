@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fusedpo
+from fusedpo import _chosen
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -62,7 +63,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 128 logits have several blocks, windows of four tokens several chunks, nine rows three segments."""
     from fusedpo.triton_kernels import one_pass
 
-    monkeypatch.setattr(one_pass, "_LANES", 32)
+    monkeypatch.setattr(_chosen, "WALK", (32, 1))
     monkeypatch.setattr(one_pass, "_BLOCK", 128)
     monkeypatch.setattr(one_pass, "_CHUNK", 4)
     use_segments(monkeypatch, 3)

@@ -224,21 +224,24 @@ def _walk(
         chunk = max(1, head.chunks[0].stop) if head.chunks else 1
         ref_head = _Head(*ref, at, ref_options._replace(chunk_tokens=chunk), gradients=False)
         gradients = _Gradients(head, needed, hidden, weight, bias)
+        of_ref = (ref_head.logits(ref_head.rows_of(at[chunk])) for chunk in head.chunks)
+        ref_logits: Any = next(of_ref, None)
         for chunk_rows in head.chunks:
             of_chunk = at[chunk_rows]
             states = head.rows_of(of_chunk)
             logits = head.logits(states)
-            ref_logits = ref_head.logits(ref_head.rows_of(of_chunk))
             t, ref_t = _select(temperature, of_chunk), _select(ref_temperature, of_chunk)
             part = Rows(t, ref_t, None, scale[of_chunk])
             kl[of_chunk], grad_logits = kl_rows(
                 logits, ref_logits, part, direction, "in place" if any(needed) else "none"
             )
+            active = None
+            if grad_logits is not None and options.gradient_threshold is not None:
+                active = columns_above(grad_logits, options.gradient_threshold * (part.scale / t).abs())
+            ref_logits = next(of_ref, None)  # queued before the host waits for the number of columns
             if grad_logits is None:
                 continue
-            columns = None
-            if options.gradient_threshold is not None:
-                columns = columns_above(grad_logits, options.gradient_threshold * (part.scale / t).abs())
+            columns = None if active is None else active()
             if columns is None:
                 gradients.add(of_chunk, states, grad_logits)
             else:

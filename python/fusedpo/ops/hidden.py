@@ -223,7 +223,7 @@ class _Gradients:
     def add_columns(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor, columns: Tensor) -> None:
         """The same where the gradient of other ``columns`` of the logits than those of ``grad_logits`` is left out."""
         head, grad_logits = self.head, self.head.through_cap(grad_logits, columns)
-        if grad_logits.numel() * grad_logits.element_size() <= GATHERED_BYTES:
+        if grad_logits.device.type == "cpu" and grad_logits.numel() * grad_logits.element_size() <= GATHERED_BYTES:
             grad_logits = grad_logits.contiguous()  # in rows that are far apart, products of few columns are slow
         if self.hidden is not None:
             product = torch.empty_like(hidden)
