@@ -29,6 +29,21 @@ def peak_extra_bytes(function) -> int:
     return peak
 
 
+def product_bytes(hidden: Tensor, weight: Tensor) -> list[int]:
+    """What PyTorch's own products allocate besides results: the logits, gradients of the hidden states and the weight.
+
+    In bfloat16 they copy: a result in float32, or an operand in the order of the processor's instructions.
+    """
+    hidden, weight = hidden.detach(), weight.detach()
+    logits = hidden.new_zeros(hidden.shape[0], weight.shape[0])
+    products = (
+        (hidden, weight.t(), logits),
+        (logits, weight, torch.empty_like(hidden)),
+        (logits.t(), hidden, torch.empty_like(weight)),
+    )
+    return [peak_extra_bytes(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for a, b, out in products]
+
+
 PARTS = {"all": lambda x: x, "rows": lambda x: x[:, :-1], "columns": lambda x: x[..., 3:]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 31, 127, 1000, 4099, 32000, 50257, 128256, 151936]
