@@ -113,7 +113,8 @@ def _bars(panel: Axes, rows: list[Row], key: str, unit: str) -> None:
         panel.bar_label(bars, [f"{value:,.0f}" for value in values], fontsize="small", padding=3)
         panel.set_xlim(0, 1.2 * max(1.0, *values))
         return
-    spread = [[row.median - row.p20 for row in shown], [row.p80 - row.median for row in shown]]
+    # The median of the medians of few processes may lie outside of the percentiles of all samples.
+    spread = [[max(0.0, row.median - row.p20) for row in shown], [max(0.0, row.p80 - row.median) for row in shown]]
     panel.errorbar(values, range(len(shown)), xerr=spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
     for place, row in enumerate(shown):  # beside the bar and its whisker
         text = f"{number(row.median, row.samples)}, n = {row.samples}"

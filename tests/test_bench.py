@@ -520,6 +520,16 @@ def test_plots_say_what_was_measured_and_no_label_hides_another() -> None:
     plt.close(figure)
 
 
+def test_a_median_outside_of_the_percentiles_is_plotted() -> None:
+    """Of three processes, one of which was fast and has most of the samples."""
+    rows = [replace(row, times=[[1.0] * 20, [1.0, 5.0], [5.0]]) for row in recorded_rows()]
+    rows = record.summarise(rows)
+    assert rows[0].p80 < rows[0].median
+    figure = plots.draw("one_pass", rows, MACHINE)
+    assert figure is not None
+    plt.close(figure)
+
+
 def test_a_clean_tree_is_recorded(tree, capsys) -> None:
     assert cli.main(["--device", "cpu", "--out", str(tree)]) == 0, capsys.readouterr().out
     assert set(record.recorded(tree)) == set(OPERATORS)

@@ -138,12 +138,12 @@ def active_columns(size: int, dtype: torch.dtype) -> None:
     for kind in ("native", "triton"):
         x = logits.clone()
         given = (*upstream, x, ids, one, torch.ops.fusedpo.token_logprobs.native(x, ids, one, None, False)[2])
-        columns = getattr(torch.ops.fusedpo.active_columns, kind)(*given, 2.0**-10).nonzero()[:, 0]
-        dropped = getattr(torch.ops.fusedpo.gradient_at_, kind)(*given, columns)
-        results.append((columns, x[:, : len(columns)].float(), dropped))
+        active = getattr(torch.ops.fusedpo.active_columns, kind)(*given, 2.0**-10)
+        columns, dropped = getattr(torch.ops.fusedpo.gradient_at_, kind)(*given, active, size // 2)
+        results.append((columns, x[:, : int(active.sum())].float(), dropped))
     (columns, gradient, dropped), (expected_columns, expected, expected_dropped) = results
     assert torch.equal(columns, expected_columns)
-    assert 2 < len(columns) < size / 2
+    assert 2 < gradient.shape[1] < size / 2
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(gradient, expected, rtol=max(rounding, 1e-5), atol=1e-6)
     torch.testing.assert_close(dropped, expected_dropped, rtol=1e-5, atol=1e-6)
