@@ -71,6 +71,10 @@ def any_row(block: dict[str, Row]) -> Row:
     return next(iter(block.values()))
 
 
+def is_busy(block: dict[str, Row]) -> bool:
+    return any((row.others or 0) > BUSY for row in block.values())
+
+
 def sizes(row: Row) -> str:
     return ", ".join(f"{name} = {size:,}" for name, size in row.sizes.items())
 
@@ -103,23 +107,21 @@ IN_README = {
 
 
 def measured() -> str:
-    """The one table of the README: loss and gradient of PPO in the dtypes of training, at two numbers of tokens."""
+    """The one table of the README: loss and gradient in the dtypes of training, at two numbers of tokens."""
     parts = []
     for folder, documents in recorded():
         blocks = {
-            f"{dtype}, T = {any_row(block).sizes['T']:,}": block
+            f"{dtype}, T = {any_row(block).sizes['T']:,}{BUSY_MARK * is_busy(block)}": block
             for dtype in DTYPES
-            for block in cases(documents["one_pass"], f"PPO, loss and gradient, {dtype}")
+            for block in cases(documents["one_pass"], f"NFPO N=4, loss and gradient, {dtype}")
         }
         lines = []
         for name, title in IN_README.items():
             rows = [(_of(block, name), block.get("eager")) for block in blocks.values()]
             if any(row for row, _ in rows):
-                busy = any(row and (row.others or 0) > BUSY for row, _ in rows)
-                lines.append([title + BUSY_MARK * busy, *(_cell(row, eager) for row, eager in rows)])
-        parts.append(
-            f"{table(['', *blocks], lines)}\n\n{source(folder, 'one_pass', documents['one_pass'], blocks.values())}"
-        )
+                lines.append([title, *(_cell(row, eager) for row, eager in rows)])
+        where = source(folder, "one_pass", documents["one_pass"], blocks.values())
+        parts.append(f"{table(['', *blocks], lines)}\n\n{where}")
     return "\n\n".join(parts) or NOTHING
 
 
