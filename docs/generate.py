@@ -71,8 +71,8 @@ def any_row(block: dict[str, Row]) -> Row:
     return next(iter(block.values()))
 
 
-def is_busy(block: dict[str, Row]) -> bool:
-    return any((row.others or 0) > BUSY for row in block.values())
+def is_busy(row: Row) -> bool:
+    return (row.others or 0) > BUSY
 
 
 def sizes(row: Row) -> str:
@@ -81,7 +81,7 @@ def sizes(row: Row) -> str:
 
 def label(row: Row) -> str:
     name = f"`{row.provider}`" if row.provider.startswith("fusedpo") else row.provider
-    return name + BUSY_MARK * ((row.others or 0) > BUSY)
+    return name + BUSY_MARK * is_busy(row)
 
 
 def milliseconds(row: Row, *names: str) -> str:
@@ -111,7 +111,7 @@ def measured() -> str:
     parts = []
     for folder, documents in recorded():
         blocks = {
-            f"{dtype}, T = {any_row(block).sizes['T']:,}{BUSY_MARK * is_busy(block)}": block
+            f"{dtype}, T = {any_row(block).sizes['T']:,}{BUSY_MARK * any(map(is_busy, block.values()))}": block
             for dtype in DTYPES
             for block in cases(documents["one_pass"], f"NFPO N=4, loss and gradient, {dtype}")
         }
@@ -239,7 +239,7 @@ def threshold() -> str:
 def _policy(row: Row) -> str:
     """Its name, with the entropy that it has, and the threshold."""
     name, what = row.provider.removeprefix("fusedpo, ").split(", ")
-    return f"{name} ({row.details['nats']:.3g}), {what}{BUSY_MARK * ((row.others or 0) > BUSY)}"
+    return f"{name} ({row.details['nats']:.3g}), {what}{BUSY_MARK * is_busy(row)}"
 
 
 def _of_products(row: Row, products: Row) -> list[str]:
