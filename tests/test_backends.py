@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -166,6 +167,13 @@ def test_compiled_code_follows_the_choice():
         with fusedpo.backend("auto"), fusedpo.backend(name):
             torch.testing.assert_close(compiled(X), fusedpo.token_logprobs(X, IDS))
     assert len(graphs) == 2 - (backends.NATIVE_MISSING is not None)
+
+
+def test_a_second_copy_of_the_triton_kernels_is_refused(monkeypatch):
+    """It would register its own operators in place of the first's."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    with pytest.raises(ImportError, match=r"import fusedpo\.triton_kernels$"):
+        importlib.import_module("triton_kernels")
 
 
 def test_unknown_backend():

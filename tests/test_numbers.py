@@ -33,7 +33,7 @@ def test_cpp(header, enumeration, count, names):
 @pytest.mark.triton
 def test_triton():
     import triton.language as tl
-    from triton_kernels import advantages
+    from fusedpo.triton_kernels import advantages
 
     numbers = {spelled(name): i for names in (ESTIMATORS, TOKEN_ESTIMATORS) for i, name in enumerate(names)}
     constants = {name: x.value for name, x in vars(advantages).items() if isinstance(x, tl.constexpr)}

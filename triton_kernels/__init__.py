@@ -7,6 +7,9 @@ from typing import Any
 
 from fusedpo.ops import DEVICES, LIBRARY
 
+if __name__ != "fusedpo.triton_kernels":  # in the root of the repository it is found by another name
+    raise ImportError("a second copy would replace the operators of the first: import fusedpo.triton_kernels")
+
 _OPERATORS = {
     "active_columns": ("active_columns", "gradient_at_"),
     "advantages": ("group_advantages", "token_advantages", "step_advantages", "whiten"),
