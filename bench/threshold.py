@@ -38,9 +38,9 @@ SIZES = {
 }
 # By policy: its mean entropy in nats, and the exponents of the thresholds, None for the exact gradient.
 POLICIES: dict[str, tuple[float | None, Sequence[int | None]]] = {
-    "0.3 nats": (0.3, (-12, -14)),
-    "1 nat": (1.0, (None, -12, -14)),
-    "2 nats": (2.0, (-12, -14)),
+    "0.3 nats": (0.3, (-14,)),
+    "1 nat": (1.0, (None, -14)),
+    "2 nats": (2.0, (-14,)),
     "flat": (None, (None, -14)),
 }
 MASKED = ("1 nat",)

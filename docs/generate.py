@@ -188,33 +188,50 @@ def tables() -> str:
     for folder, documents in recorded():
         for operator, group, title, baseline in TABLES:
             blocks = cases(documents[operator], group)
-            header = ["", "implementation", "ms", "20th to 80th percentile", "n", "medians of the processes"]
-            header += [f"speed against {baseline}", "of its lower bound", "page faults", "extra memory", "error"]
-            lines = [
-                [
-                    sizes(row),
-                    label(row),
-                    milliseconds(row, "median"),
-                    milliseconds(row, "p20", "p80"),
-                    str(row.samples),
-                    milliseconds(row, "low", "high"),
-                    "1" if row.provider == baseline else against(row, block.get(baseline)),
-                    f"{row.of_ceiling:.0%} of {row.ceiling}" if row.of_ceiling and row.ceiling != row.provider else "",
-                    f"{row.page_faults or 0:,.0f}",
-                    f"{row.peak_extra_megabytes or 0:,.0f} MB",
-                    "" if row.error is None else f"{row.error:.1e}",
-                ]
-                for block in blocks
-                for row in block.values()
-            ]
-            if lines:
+            if blocks:
                 where = source(folder, operator, documents[operator], blocks)
-                parts.append(f"**{title}**\n\n{table(header, lines)}\n\n{where}")
+                parts.append(f"**{title}**\n\n{rows_of(blocks, baseline)}\n\n{where}")
         plots = {name: (folder / f"{name}.png") for name in documents}
         parts += [
             f"![{name} on {folder.name}]({path.relative_to(ROOT)})" for name, path in plots.items() if path.exists()
         ]
     return "\n\n".join(parts) or NOTHING
+
+
+def rows_of(blocks: Iterable[dict[str, Row]], baseline: str) -> str:
+    """A table of all that was measured."""
+    header = ["", "implementation", "ms", "20th to 80th percentile", "n", "medians of the processes"]
+    header += [f"speed against {baseline}", "of its lower bound", "page faults", "extra memory", "error"]
+    lines = [
+        [
+            sizes(row),
+            label(row),
+            milliseconds(row, "median"),
+            milliseconds(row, "p20", "p80"),
+            str(row.samples),
+            milliseconds(row, "low", "high"),
+            "1" if row.provider == baseline else against(row, block.get(baseline)),
+            f"{row.of_ceiling:.0%} of {row.ceiling}" if row.of_ceiling and row.ceiling != row.provider else "",
+            f"{row.page_faults or 0:,.0f}",
+            f"{row.peak_extra_megabytes or 0:,.0f} MB",
+            "" if row.error is None else f"{row.error:.1e}",
+        ]
+        for block in blocks
+        for row in block.values()
+    ]
+    return table(header, lines)
+
+
+def tensor_parallel() -> str:
+    """A vocabulary split over processes of one machine."""
+    parts = []
+    for folder in machines():
+        for name, document in record.recorded(folder, ("tensor_parallel",)).items():
+            for group in dict.fromkeys(row["group"] for row in document["rows"]):
+                blocks = cases(document, group)
+                where = source(folder, name, document, blocks)
+                parts.append(f"**{group}**\n\n{rows_of(blocks, 'fusedpo, logits gathered')}\n\n{where}")
+    return "\n\n".join(parts) or NOTHING.replace("fusedpo bench", "fusedpo.bench.tensor_parallel")
 
 
 def threshold() -> str:
@@ -454,6 +471,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "measured": measured,
     "groups": groups,
     "tables": tables,
+    "tensor_parallel": tensor_parallel,
     "threshold": threshold,
     "ceilings": ceilings,
     "budgets": budgets,

@@ -46,6 +46,7 @@ def copy(generate, tmp_path, monkeypatch) -> Path:
             (machine / f"{name}.json").write_text(record.dumps(made_up(generate, name)))
         (machine / "threshold.json").write_text(record.dumps(made_up_threshold(generate)))
         (machine / "threshold.md").touch()
+        (machine / "tensor_parallel.json").write_text(record.dumps(made_up_tensor_parallel(generate)))
     for page in generate.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
@@ -95,6 +96,17 @@ def made_up_threshold(generate) -> record.Document:
                 row = replace(row, details={"nats": 1.03, "active": active, "dropped": dropped, **errors})
             rows.append(replace(row, times=[[time, 1.1 * time, 1.2 * time, 1.3 * time]] * record.PROCESSES))
     return document | {"operator": "threshold", "rows": [asdict(row) for row in record.summarise(rows)]}
+
+
+def made_up_tensor_parallel(generate) -> record.Document:
+    document = made_up(generate, "one_pass")
+    group, rows = "log-probs and gradient, float32", []
+    for ranks in (1, 2):
+        for provider, time in (("clone (new memory)", 20.0), ("fusedpo", 25.0), ("fusedpo, logits gathered", 100.0)):
+            of = {"TP": ranks, "T": 256, "V": 151_936}
+            row = Row(f"{group}, TP = {ranks}", group, of, provider, "clone (new memory)", 1e6, others=0.01)
+            rows.append(replace(row, times=[[time] * 4] * record.PROCESSES, error=1e-7))
+    return document | {"operator": "tensor_parallel", "rows": [asdict(row) for row in record.summarise(rows)]}
 
 
 def edit(path: Path, change) -> None:
@@ -160,6 +172,17 @@ def test_the_gradient_threshold_is_in_units_of_the_products_of_its_run(generate,
     )
 
 
+def test_a_split_vocabulary_is_shown_for_every_number_of_ranks(generate, copy) -> None:
+    text = generate.tensor_parallel()
+    for ranks in (1, 2):
+        start = f"| TP = {ranks}, T = 256, V = 151,936 | `fusedpo` | 25.0 | 25.0 to 25.0 | 12 | 25.0 to 25.0 | 4.0x |"
+        assert f"{start} 80% of clone (new memory) |" in text
+    next((copy / "bench/results").glob("cpu-*/tensor_parallel.json")).unlink()
+    assert generate.tensor_parallel() == (
+        "Not recorded yet: `python -m fusedpo.bench.tensor_parallel --out bench/results/MACHINE`."
+    )
+
+
 def test_another_result_or_figure_is_noticed(generate, copy) -> None:
     machine = next((copy / "bench/results").glob("cpu-*"))
 
@@ -178,7 +201,12 @@ def test_another_result_or_figure_is_noticed(generate, copy) -> None:
         document["results"][0]["ok"] = False
 
     assert generate.main(check=True) == 0
-    changes = {"one_pass.json": slower, "advantages.json": slower, "threshold.json": less_exact}
+    changes = {
+        "one_pass.json": slower,
+        "advantages.json": slower,
+        "threshold.json": less_exact,
+        "tensor_parallel.json": slower,
+    }
     changes |= {"../compiled.json": spilled, "verify.json": wrong}
     for name, change in changes.items():
         edit(machine / name, change)
