@@ -46,7 +46,7 @@ quick: $(READY)
 # The adapters beside the functions of the trainers themselves, from PyPI: in an environment of its own, on top of the other, without
 # what these packages require but the handful that those functions import. SkyRL is for Python 3.12; its losses are not.
 TRAINERS := $(VENV)-trainers
-TRAINER_PACKAGES := "openrlhf==0.11.*" "areal==1.0.*" torchtitan torchrl \
+TRAINER_PACKAGES := "openrlhf==0.11.*" "areal==1.0.*" torchtitan torchrl megatron-core \
     peft pylatexenc \
     aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist httpx colorlog tenacity flask werkzeug blinker itsdangerous \
     torchdata lark uvloop hydra-core antlr4-python3-runtime==4.9.3 numba llvmlite einops aiofiles openai sniffio jiter \

@@ -21,6 +21,7 @@ from test_integration_adapters import (
     skyrl_config,
 )
 
+import fusedpo
 from fusedpo.integrations import areal, openrlhf, skyrl
 
 V = 53
@@ -193,6 +194,49 @@ def check_skyrl_megatron(group):
 def test_skyrl_megatron():
     trainer(SKYRL + "torch_utils")  # skipped here where it is not installed
     ranks.run(check_skyrl_megatron, 2)
+
+
+# -------------------------------------------------------------------------------------------------------- megatron-core
+
+
+def check_megatron(group):
+    """Its cross entropy of a split vocabulary, with a row that is sure of its token."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import cross_entropy
+
+    width = 20
+    logits = torch.randn(5, width * group.size()).mul_(3)
+    ids, upstream = torch.randint(logits.shape[1], (5,)), torch.randn(5)
+    logits[1, ids[1]] = 20.0
+    exact = logits.double().requires_grad_()
+    exact_logprobs = exact.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    (exact_logprobs * upstream).sum().backward()
+    columns = slice(group.rank() * width, (group.rank() + 1) * width)
+
+    def theirs(x):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (parallel_state, cross_entropy):
+                patch.setattr(module, "get_tensor_model_parallel_group", lambda *_, **__: group, raising=False)
+                patch.setattr(module, "get_tensor_model_parallel_rank", group.rank, raising=False)
+                patch.setattr(module, "get_tensor_model_parallel_world_size", group.size, raising=False)
+            return -cross_entropy.vocab_parallel_cross_entropy(x.clone()[:, None], ids[:, None])[:, 0]
+
+    found = []
+    for function in (lambda x: fusedpo.token_logprobs(x, ids, tp_group=group), theirs):
+        x = logits[:, columns].clone().requires_grad_()
+        logprobs = function(x)
+        (logprobs * upstream).sum().backward()
+        torch.testing.assert_close(logprobs.double(), exact_logprobs, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(x.grad.double(), exact.grad[:, columns], rtol=1e-5, atol=1e-6)
+        found.append((logprobs[1] / exact_logprobs[1] - 1).abs().item())
+    ours, of_megatron = found
+    assert ours < 1e-5 < of_megatron  # it takes the difference of two numbers that are nearly the same
+
+
+@ranks.needs_gloo
+def test_megatron():
+    trainer("megatron.core.parallel_state")  # skipped here where it is not installed
+    ranks.run(check_megatron, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- torchtitan
