@@ -290,6 +290,18 @@ def check_groups(group):
     want = advantages.rloo(scores, group_ids=names, trajectory_ids=list("pqrstuvw")[: 4 * world])
     got = advantages.rloo(scores[mine], group_ids=names[mine], trajectory_ids=list("pqrstuvw")[mine], dp_group=group)
     assert torch.equal(got, want[mine])
+    for options, message in (
+        (
+            {"group_ids": ([0, 0, 1, 1], list("aabb"))[rank]},
+            "group_ids, got integers, labels that are no integers",
+        ),
+        ({"group_size": 2, "mask": (torch.ones(4), None)[rank]}, "same mask, got floats, nothing"),
+        ({"rewards": rewards[: 4 + 2 * rank], "group_size": 2}, "same samples, got 4, 6"),
+        ({"rewards": (rewards[:4], rewards[:4].double())[rank], "group_size": 2}, "same rewards, got floats, float64"),
+        ({"rewards": (rewards[:8].view(4, 2), rewards[:4])[rank], "group_size": (None, 2)[rank]}, "in a row, got 2, 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            advantages.grpo(**{"rewards": rewards[mine]} | options, dp_group=group)
     want = advantages.grpo(rewards, group_size=2 * world)
     assert torch.equal(advantages.grpo(rewards[mine], group_size=2 * world, dp_group=group), want[mine])
 

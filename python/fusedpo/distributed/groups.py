@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 def over_ranks(estimator: Callable[..., Tensor], group: ProcessGroup, rewards: Array, **arguments: Any) -> Tensor:
     """``estimator`` of the samples of all ranks, in their order, of whose results this rank takes its own.
 
-    All ranks have equally many samples, and what is given is given on all of them.
+    All ranks have equally many samples, and what is given is given on all of them, of one kind; ValueError on all of
+    them otherwise, where no device is waited for.
     """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"dp_group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
-    own = _per_sample(rewards, arguments)
+    own, hashed = _per_sample(rewards, arguments)
     rewards = own["rewards"]
     _checks.real("rewards", rewards)
     if not rewards.dim():
@@ -35,6 +37,7 @@ def over_ranks(estimator: Callable[..., Tensor], group: ProcessGroup, rewards: A
         if x.numel() != rewards.numel():
             raise ValueError(f"{name} must have {rewards.numel()} values, one per sample of this rank, got {x.numel()}")
         _checks.same_device(name, x, "rewards", rewards)
+    _check_that_ranks_agree(own, hashed, group)
     if arguments.get("baselines") is not None:
         baselines = as_tensor("baselines", arguments["baselines"], rewards)
         # With labels there is one per label of the whole batch; else they belong to the samples of this rank.
@@ -45,8 +48,11 @@ def over_ranks(estimator: Callable[..., Tensor], group: ProcessGroup, rewards: A
     return estimator(**_of_all_ranks(own, group), **arguments)[first : first + count]
 
 
-def _per_sample(rewards: Array, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """What has a value per sample, taken out of ``arguments``; of kinds that do not depend on the values of a rank."""
+def _per_sample(rewards: Array, arguments: dict[str, Any]) -> tuple[dict[str, Tensor], set[str]]:
+    """What has a value per sample, taken out of ``arguments``; and the names of labels that are hashes now.
+
+    Dtypes do not depend on the values of a rank.
+    """
     given = {name: x for name in ("mask", "lengths") if (x := arguments.pop(name, None)) is not None}
     scores = as_tensor("rewards", rewards)
     if not isinstance(rewards, Tensor):  # a reward of None, here or on another rank
@@ -55,15 +61,46 @@ def _per_sample(rewards: Array, arguments: dict[str, Any]) -> dict[str, Tensor]:
         given["mask"] = kept if "mask" not in given else kept & (as_tensor("mask", given["mask"]).cpu() != 0)
         scores = scores.to(torch.get_default_dtype())
     own = {"rewards": scores, **{name: as_tensor(name, x, scores) for name, x in given.items()}}
+    hashed = set()
     for name in ("group_ids", "trajectory_ids"):
         if (labels := arguments.pop(name, None)) is not None:
-            own[name] = as_labels(name, labels, scores, number=_number)
-    return own
+            hashes: dict[object, int] = {}
+            own[name] = as_labels(name, labels, scores, number=partial(_hash, hashes=hashes))
+            hashed |= {name} if hashes else set()
+    return own, hashed
 
 
-def _number(label: object) -> int:
-    """The same on all ranks, which number what they have in an order of their own; two share one at odds of 2^-63."""
-    return int.from_bytes(blake2b(repr(label).encode(), digest_size=8).digest(), signed=True)
+def _hash(label: object, hashes: dict[object, int]) -> int:
+    """The same on all ranks, which number what they have in an order of their own; two share one at odds of 2^-63.
+
+    It is kept in ``hashes``.
+    """
+    hashes[label] = int.from_bytes(blake2b(repr(label).encode(), digest_size=8).digest(), signed=True)
+    return hashes[label]
+
+
+KINDS = ("nothing", "integers", "floats", "float64", "labels that are no integers")
+
+
+def _check_that_ranks_agree(own: dict[str, Tensor], hashed: set[str], group: ProcessGroup) -> None:
+    """What one of them alone has would never arrive, and labels of two kinds never meet."""
+
+    def kind(name: str) -> int:
+        x = own.get(name)
+        if x is None or name in hashed:
+            return 0 if x is None else 4
+        return x.is_floating_point() + 1 + (x.dtype == torch.float64)
+
+    rewards = own["rewards"]
+    if not _checks.values_are_free(rewards):
+        return
+    names = ("rewards", "mask", "lengths", "group_ids", "trajectory_ids")
+    said = [rewards.shape[0], rewards.shape[1:].numel(), *map(kind, names)]
+    of_ranks = gather(torch.tensor(said, device=rewards.device), group)
+    for what, values in zip(("samples", "samples in a row", *names), of_ranks.T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            found = ", ".join(KINDS[value] if what in names else str(value) for value in values)
+            raise ValueError(f"all ranks of dp_group must have the same {what}, got {found}")
 
 
 def _of_all_ranks(own: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
