@@ -120,7 +120,7 @@ def test_the_entropy_is_differentiated_only_with_a_coefficient():
 @pytest.mark.slow
 def test_from_logits_and_hidden_compile_without_a_break():
     hidden, weight, batch = random_rows()
-    objective = O.nfpo(3, entropy_coef=0.1)
+    objective = O.ppo(entropy_coef=0.1)
 
     def losses(hidden, weight, batch):
         from_logits = fusedpo.policy_loss_from_logits(hidden @ weight.T, **batch, objective=objective, temperature=0.7)
