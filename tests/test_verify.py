@@ -21,6 +21,8 @@ def test_everything_is_right(missing, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(backends, "NATIVE_MISSING", missing)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter takes minutes
     monkeypatch.setattr(verify, "VOCABULARIES", verify.VOCABULARIES[:3])
+    if missing:  # other processes have the kernels all the same
+        monkeypatch.delitem(verify.CHECKS, "several ranks")
     assert verify.main(["cpu"], tmp_path / "verify.json") == 0
     shown = capsys.readouterr().out
     document = json.loads((tmp_path / "verify.json").read_text())
