@@ -175,7 +175,7 @@ def test_comparison_of_losses(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_comparison_with_trl(run: Callable[..., int], tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="trl is not installed")
-    assert run("train_with_trl.py", tmp_path, "--quick") == 0
+    assert run("train_with_trl.py", tmp_path, "--quick", "--steps", "20", "--vocab", "5000") == 0
     assert read(tmp_path, "trl")
     assert (tmp_path / "trl.png").stat().st_size > 0
 
