@@ -15,6 +15,8 @@ import torch
 
 # What Triton compiles is kept for other tests and processes.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "triton"))
+# Inductor takes the processor at its word: to try each instruction set, it compiles and starts a process.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Without it, deterministic matrix products are not to be had from cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 from support import ranks
@@ -17,7 +20,27 @@ from fusedpo.bench.record import Row, faults
 pytestmark = [ranks.needs_gloo, pytest.mark.slow]
 
 
-def test_one_and_two_ranks(tmp_path):
+class Worker:
+    """A process that need not import what it runs."""
+
+    def __init__(self, command, env):
+        assert command[:3] == [sys.executable, "-m", "fusedpo.bench.tensor_parallel"]
+        self._process = ranks.forkserver().Process(target=work, args=(command[3:], dict(env)))
+        self._process.start()
+        self.kill = self._process.kill
+
+    def wait(self):
+        self._process.join()
+        return self._process.exitcode
+
+
+def work(arguments, environment):
+    os.environ.update(environment)
+    sys.exit(tensor_parallel.main(arguments))
+
+
+def test_one_and_two_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_parallel, "subprocess", SimpleNamespace(Popen=Worker))
     small = ["--tokens", "8", "--vocab", "64", "--turns", "3", "--processes", "1", "--dtype", "bfloat16"]
     assert tensor_parallel.main([*small, "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "tensor_parallel.json").read_text())

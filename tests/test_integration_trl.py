@@ -78,9 +78,11 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_same_training_as_trl(build: Build, loss_type: str) -> None:
-    config = {"loss_type": loss_type} | REUSE | LOSSES[loss_type]
+    # each batch of samples serves two steps: four have all that twenty have, which one loss takes
+    steps = 20 if loss_type == "dapo" else 4
+    config = {"loss_type": loss_type, "max_steps": steps} | REUSE | LOSSES[loss_type]
     expected = train(build(GRPOTrainer, **config))
-    assert len(expected.logs) == 20 + 1
+    assert len(expected.logs) == steps + 1
     assert_same(train(build(**config)), expected)
     assert_same(train(build(fused=HIDDEN, **config)), expected)
     ratios = ("clip_ratio/low_mean", "clip_ratio/high_mean", "cispo_clip_ratio")
@@ -96,7 +98,7 @@ def test_kl_to_the_reference_model(build: Build, tmp_path: Path, fused: dict[str
     def policy() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
-    config = {"beta": 0.3, "use_bias_correction_kl": weighted, "max_steps": 6} | REUSE
+    config = {"beta": 0.3, "use_bias_correction_kl": weighted, "max_steps": 4} | REUSE
     expected = train(build(GRPOTrainer, policy(), **config))
     assert expected.logs[-2]["kl"] > 1e-3
     assert_same(train(build(FusedGRPOTrainer, policy(), fused=fused, **config)), expected)
@@ -113,7 +115,7 @@ EVERYTHING_ELSE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("option", EVERYTHING_ELSE)
 def test_logprobs_alone_support_every_option(build: Build, option: str) -> None:
-    config = EVERYTHING_ELSE[option] | REUSE | {"max_steps": 6}
+    config = EVERYTHING_ELSE[option] | REUSE | {"max_steps": 4}
     expected = train(build(GRPOTrainer, **config))
     assert_same(train(build(fused={"fuse": "logprobs"}, **config)), expected)
     assert_same(train(build(fused={"fuse": "logprobs"} | HIDDEN, **config)), expected)
@@ -335,7 +337,7 @@ def test_which_logits_exist(build: Build, fuse: str) -> None:
     ],
 )
 def test_objective_is_normalised_as_by_trl(build: Build, loss_type: str, objective: Any) -> None:
-    config = REUSE | {"max_steps": 6}
+    config = REUSE | {"max_steps": 4}
     run = train(build(fused={"objective": objective}, **config))
     expected = train(build(GRPOTrainer, loss_type=loss_type, epsilon=0.02, **config))
     for log, expected_log in zip(run.logs[:-1], expected.logs[:-1], strict=True):
@@ -460,8 +462,7 @@ def test_nfpo_with_maxpo_learns_arithmetic(build: Build) -> None:
     config = {"optim": "adamw_torch", "learning_rate": 2e-2, "max_steps": 60, "max_completion_length": 2}
     config |= {"per_device_train_batch_size": 64, "num_generations": 8, "num_iterations": 2, "logging_steps": 10}
     prompts = [f"{a} + {b} =" for a in range(3) for b in range(3)]
-    policy = model(num_hidden_layers=1)
-    logs = train(build(FusedGRPOTrainer, policy, digits, prompts * 8, fused=fused, **config)).logs
+    logs = train(build(FusedGRPOTrainer, None, digits, prompts * 8, fused=fused, **config)).logs
     rewards = [log["reward"] for log in logs if "reward" in log]
     assert rewards[-1] > rewards[0] + 0.3
 
@@ -495,12 +496,13 @@ def rloo(build: Build, trainer: Any, advantage_estimator: Any = None, **config: 
 
 @pytest.mark.parametrize("config", [{}, {"normalize_advantages": True, "reward_clip_range": (0.2, 0.8)}], ids=str)
 def test_rloo_trains_as_trls(build: Build, config: dict[str, Any]) -> None:
-    expected = train(rloo(build, RLOOTrainer, **config | REUSE))
+    config = config | REUSE | {"max_steps": 4}
+    expected = train(rloo(build, RLOOTrainer, **config))
     assert max(log.get("clip_ratio/region_mean", 0) for log in expected.logs) > 0
-    assert_same(train(rloo(build, FusedRLOOTrainer, **config | REUSE)), expected)
-    estimated = train(rloo(build, FusedRLOOTrainer, "rloo", **{"max_steps": 6} | REUSE))
-    if not config:  # leave-one-out by its name
-        for log, expected_log in zip(estimated.logs[:6], expected.logs, strict=False):
+    assert_same(train(rloo(build, FusedRLOOTrainer, **config)), expected)
+    if "normalize_advantages" not in config:  # leave-one-out by its name
+        estimated = train(rloo(build, FusedRLOOTrainer, "rloo", **config))
+        for log, expected_log in zip(estimated.logs[:4], expected.logs, strict=False):
             assert log["loss"] == pytest.approx(expected_log["loss"], **FLOAT32)
 
 

@@ -29,7 +29,7 @@ from trl import GRPOTrainer
 from fusedpo.integrations.trl import FusedGRPOTrainer, patch_trl
 
 BOTH_HEADS = pytest.mark.parametrize("fused", [{}, HIDDEN], ids=["logits", "hidden"])
-STEPS = {"max_steps": 6, "epsilon": 0.02} | REUSE
+STEPS = {"max_steps": 4, "epsilon": 0.02} | REUSE
 
 
 @pytest.fixture

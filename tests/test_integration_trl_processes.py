@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import multiprocessing
 
 pytest.importorskip("trl", reason="trl is not installed (extra [peers])")
 
+from support import ranks
 from support.trl_training import HIDDEN, REUSE, assert_same, builder, make_tokenizer, model, train
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -26,11 +25,16 @@ from fusedpo.integrations.trl.heads import HiddenHead, LogitsHead, add_fused_for
 from fusedpo.integrations.trl.lm_head import add_fused_lm_head
 
 PROCESSES = 2
-CONFIG = {"per_device_train_batch_size": 2, "num_generations": 4, "max_steps": 6, "ddp_backend": "gloo"}
+CONFIG = {"per_device_train_batch_size": 2, "num_generations": 4, "max_steps": 4, "ddp_backend": "gloo"}
 
 
 def work(rank: int, port: int, path: Path) -> None:
     torch.set_num_threads(1)
+    share_weights(rank, path)
+    share_groups(rank, port, path)
+
+
+def share_groups(rank: int, port: int, path: Path) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
     os.environ.update({name: str(value) for name, value in {**address, **here}.items()})
@@ -53,10 +57,9 @@ def work(rank: int, port: int, path: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def shard(rank: int, port: int) -> None:
+def share_weights(rank: int, path: Path) -> None:
     """FSDP2: the fused head of a sharded model, and the fused forwards, beside the same model in one piece."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
+    torch.distributed.init_process_group("gloo", f"file://{path / 'rendezvous'}", rank=rank, world_size=PROCESSES)
     mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
     batches = [torch.randint(2, 40, (2, 6), generator=torch.Generator().manual_seed(r)) for r in range(PROCESSES)]
     heads = LogitsHead(), HiddenHead(chunk_tokens=5, in_float32=False)
@@ -76,7 +79,7 @@ def shard(rank: int, port: int) -> None:
         return total
 
     for head_apart in (False, True):  # in the root's group it is whole during the forward, apart it is a shard
-        whole = model(tie_word_embeddings=False)
+        whole = model(num_hidden_layers=2)
         add_fused_lm_head(whole, temperature=0.8, outputs=("log_probs", "entropy"))
         add_fused_forward(whole)
         policy = copy.deepcopy(whole)
@@ -126,7 +129,7 @@ def split_sequences(rank: int, mesh: Any) -> None:
     ids = torch.randint(2, 40, (2, 8), generator=torch.Generator().manual_seed(7))
     labels = ids.masked_fill(torch.arange(8) < 3, -100)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    whole = model(tie_word_embeddings=False)
+    whole = model(num_hidden_layers=2)
     add_fused_lm_head(whole, outputs=("log_probs", "entropy"))
     policy = copy.deepcopy(whole)
     policy.set_attn_implementation("gathered")
@@ -157,18 +160,7 @@ def assert_gradients(policy: Any, whole: Any, at: Any) -> None:
         )
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, (free_port(), tmp_path), PROCESSES)
-
-
-@pytest.mark.slow
-def test_two_processes_that_share_the_weights() -> None:
-    multiprocessing.spawn(shard, (free_port(),), PROCESSES)
+    """Both in the same processes, which import the trainers once."""
+    ranks.start(work, PROCESSES, tmp_path)

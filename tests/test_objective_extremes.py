@@ -2,7 +2,7 @@
 
 Compared is each element with itself, not with the largest: where terms cancel, or one is infinite and the other 0, it
 shows. Every implementation takes part: the reference in float32, C++ (by other instruction sets in
-test_policy_loss_kernel.py), CUDA as nvcc compiles it.
+test_cpu_kernels.py), CUDA as nvcc compiles it.
 """
 
 from __future__ import annotations

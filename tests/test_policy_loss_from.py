@@ -118,18 +118,23 @@ def test_the_entropy_is_differentiated_only_with_a_coefficient():
 
 
 @pytest.mark.slow
-def test_from_logits_and_hidden_compile_without_a_break():
+@pytest.mark.parametrize(
+    # by AOTAutograd, which takes longer, the kernels' path from hidden states in test_gradient_threshold.py
+    ("source", "backend"),
+    [("logits", "aot_eager"), ("hidden", "eager")],
+)
+def test_from_logits_and_hidden_compile_without_a_break(source, backend):
     hidden, weight, batch = random_rows()
-    objective = O.nfpo(3, entropy_coef=0.1)
+    objective = O.ppo(entropy_coef=0.1)
 
-    def losses(hidden, weight, batch):
-        from_logits = fusedpo.policy_loss_from_logits(hidden @ weight.T, **batch, objective=objective, temperature=0.7)
-        from_hidden = fusedpo.policy_loss_from_hidden(hidden, weight, **batch, objective=objective, chunk_tokens=4)
-        return from_logits.loss, from_hidden.loss
+    def loss(hidden, weight, batch):
+        if source == "hidden":
+            return fusedpo.policy_loss_from_hidden(hidden, weight, **batch, objective=objective, chunk_tokens=4).loss
+        return fusedpo.policy_loss_from_logits(hidden @ weight.T, **batch, objective=objective, temperature=0.7).loss
 
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     torch._dynamo.reset()
-    compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend="aot_eager")
-    results, expected = compiled(*leaves, batch), losses(*leaves, batch)
-    torch.testing.assert_close(results, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(sum(r), leaves) for r in (results, expected)))
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    result, expected = compiled(*leaves, batch), loss(*leaves, batch)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaves) for x in (result, expected)))

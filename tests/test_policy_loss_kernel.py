@@ -1,9 +1,7 @@
 """The kernel of the policy loss: against the reference in float64; bits, windows, autograd, tracing."""
 
-import os
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,10 +12,9 @@ from hypothesis import strategies as st
 from support import nfpo
 from support import policy_loss as contract
 from support.combinations import COMBINATIONS, operator_arguments
-from support.cpu_builds import BUILDS, FLAGS, OTHER_BUILDS
+from support.cpu_builds import BUILDS, FLAGS
 from support.parts import REGIONS
 from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, pack, random_batch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
@@ -72,9 +69,10 @@ def test_all_parts_take_part():
 
 
 @every_combination
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_combination(objective, packed):
+def test_every_combination(objective):
+    """Padded and packed by turns: that both have the same bits is another test."""
     i = COMBINATIONS.index(objective)
+    packed = i // 12 % 2 == 1  # 12: what else takes turns
     batch = random_batch(4, 37, seed=i)
     batch["mask"] = batch["mask"].to([torch.bool, torch.int64, torch.float32, torch.uint8][i % 4])
     per_sequence = torch.randn(4)
@@ -179,8 +177,12 @@ def test_approx_kl_does_not_cancel():
 DELTAS = [0.0, 19.9, -19.9, 20.1, -20.1, 89.0, -89.0, 1e4, -1e4, INF, -INF, NAN]
 
 
-@pytest.mark.parametrize("kept", [True, False])
-@every_combination
+@pytest.mark.parametrize(
+    ("objective", "kept"),
+    # masked garbage of every combination is another test
+    [*((o, True) for o in COMBINATIONS), *((o, False) for o in contract.each_part_once(COMBINATIONS))],
+    ids=lambda x: str(x) if isinstance(x, bool) else contract.name_of(x),
+)
 def test_extreme_log_ratios(objective, kept):
     """One extreme per sequence, kept or masked, beside ordinary tokens; its own gradient too, but where it is NaN."""
     batch = random_batch(len(DELTAS), 6, holes=False)
@@ -358,8 +360,8 @@ OBJECTIVES = [
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=contract.name_of)
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(objective, per_token, packed):
+def test_opcheck(objective, per_token):
+    packed = (OBJECTIVES.index(objective) + per_token) % 2 == 1
     args = operator_arguments(objective, per_token, packed)
     torch.library.opcheck(torch.ops.fusedpo.policy_loss.native, args)
     if per_token and getattr(objective.ratio, "differentiate", False):
@@ -494,30 +496,43 @@ def test_from_logits_by_kernels():
 # -------------------------------------------------------------------------------------------------------------- tracing
 
 
+# A loss per token has a backward of its own, which looks at no objective but one that is differentiated.
+MEANS, PER_TOKEN = [(o, "mean") for o in OBJECTIVES], [(o, "none") for o in OBJECTIVES[1:3]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "reduction"),
-    # a loss per token has a backward of its own, which looks at no objective but one that is differentiated
-    [*((objective, "mean") for objective in OBJECTIVES), *((objective, "none") for objective in OBJECTIVES[1:3])],
-    ids=lambda x: x if isinstance(x, str) else contract.name_of(x),
+    # what Dynamo reads of an objective, of each; what AOTAutograd makes of an operator, with each backward
+    ("backend", "cases"),
+    [("eager", MEANS + PER_TOKEN), ("aot_eager", MEANS[1:2] + PER_TOKEN[1:])],
+    ids=["eager", "aot_eager"],
 )
-def test_compiles_once_for_all_lengths_and_scales(objective, reduction):
-    def loss(batch, loss_scale, denominator):
-        options = {} if reduction == "none" else {"denominator": denominator}
-        return fusedpo.policy_loss(**batch, objective=objective, loss_scale=loss_scale, reduction=reduction, **options)
+def test_compiles_once_for_all_lengths_and_scales(backend, cases):
+    """All in one graph."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds, which the processes of the builds save
+
+    def losses(batches, loss_scale, denominator):
+        results = []
+        for batch, (objective, reduction) in zip(batches, cases, strict=True):
+            options = {"objective": objective, "loss_scale": loss_scale, "reduction": reduction}
+            options |= {} if reduction == "none" else {"denominator": denominator}
+            results.append(fusedpo.policy_loss(**batch, **options))
+        return results
 
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend=counter)
     graphs = set()
-    for i in range(5):
-        batch = leaf_batch(2 + i, 5 + 3 * i)
-        out, expected = (f(batch, 0.5 + 0.1 * i, 7.0 + i) for f in (compiled, loss))
-        torch.testing.assert_close(out.loss, expected.loss, rtol=2 * U, atol=0)
-        torch.testing.assert_close(out.metrics, expected.metrics, rtol=0, atol=0)
-        upstream = torch.randn_like(out.loss)
-        gradients = [torch.autograd.grad(o.loss, batch["logprobs"], upstream)[0] for o in (out, expected)]
-        torch.testing.assert_close(*gradients, rtol=4 * U, atol=0)
+    for i in range(3):
+        batches = [leaf_batch(2 + i, 5 + 3 * i) for _ in cases]
+        leaves = [batch["logprobs"] for batch in batches]
+        outs, expected = (f(batches, 0.5 + 0.1 * i, 7.0 + i) for f in (compiled, losses))
+        upstream = [torch.randn_like(out.loss) for out in outs]
+        gradients = [torch.autograd.grad([out.loss for out in of], leaves, upstream) for of in (outs, expected)]
+        for out, exact, *both in zip(outs, expected, *gradients, strict=True):
+            torch.testing.assert_close(out.loss, exact.loss, rtol=2 * U, atol=0)
+            torch.testing.assert_close(out.metrics, exact.metrics, rtol=0, atol=0)
+            torch.testing.assert_close(*both, rtol=4 * U, atol=0)
         graphs.add(counter.frame_count)
     assert len(graphs) == 1
 
@@ -556,14 +571,3 @@ def test_vectors_and_floats_agree(build, tmp_path):
     assert float(log_error) <= 2.0
     assert float(difference) <= 8 * U
     assert corners == "1"
-
-
-@pytest.mark.parametrize("build", OTHER_BUILDS)
-def test_each_build_is_right(build):
-    """What depends on the instruction set, of this file and of test_objective_extremes.py, in one process."""
-    chosen = "several_tiles or threads or error_of_the_windows or kl_entropy or test_native"
-    files = [__file__, str(TESTS / "test_objective_extremes.py")]
-    pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", f"not each_build and ({chosen})"]
-    environment = {**os.environ, "FUSEDPO_CPU_CAPABILITY": build}
-    result = subprocess.run(pytest_run, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]

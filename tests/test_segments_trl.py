@@ -167,8 +167,10 @@ LABELLED = {
 }
 
 
-def train(kind: str, path: Path, patched: bool, **options: Any) -> tuple[list[dict[str, float]], torch.Tensor]:
-    """The logged metrics of 20 steps, and the weights after them."""
+def train(
+    kind: str, path: Path, patched: bool, steps: int, **options: Any
+) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """The logged metrics of the steps, and the weights after them."""
     trainers = {
         "dpo": (DPOTrainer, DPOConfig, PREFERENCES),
         "kto": (KTOTrainer, KTOConfig, LABELLED),
@@ -179,7 +181,7 @@ def train(kind: str, path: Path, patched: bool, **options: Any) -> tuple[list[di
     trainer_class, config_class, data = trainers[kind]
     arguments = config_class(
         output_dir=str(path),
-        max_steps=20,
+        max_steps=steps,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         logging_steps=1,
@@ -225,20 +227,21 @@ NAMES = ("loss", "grad_norm", "entropy", "mean_token_accuracy")
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    # a batch of samples serves two steps, and four have all that twenty have: one of each sort of trainer takes them
+    ("kind", "steps", "options"),
     [
-        ("dpo", {"beta": 0.5}),
-        ("dpo", {"loss_type": ["ipo", "sigmoid"], "loss_weights": [1.0, 0.5], "use_weighting": True}),
-        ("kto", {"beta": 0.5}),
-        ("sft", {}),
-        ("grpo", {"beta": 0.1, "loss_type": "dapo", "epsilon": 0.02} | SAMPLING),
-        ("grpo", {"loss_type": "bnpo", "entropy_coef": 0.02, "top_entropy_quantile": 0.5} | SAMPLING),
-        ("grpo", {"loss_type": "vespo"} | SAMPLING),
-        ("rloo", {"beta": 0.1, "epsilon": 0.02} | SAMPLING),
+        ("dpo", 20, {"beta": 0.5}),
+        ("dpo", 4, {"loss_type": ["ipo", "sigmoid"], "loss_weights": [1.0, 0.5], "use_weighting": True}),
+        ("kto", 4, {"beta": 0.5}),
+        ("sft", 4, {}),
+        ("grpo", 20, {"beta": 0.1, "loss_type": "dapo", "epsilon": 0.02} | SAMPLING),
+        ("grpo", 4, {"loss_type": "bnpo", "entropy_coef": 0.02, "top_entropy_quantile": 0.5} | SAMPLING),
+        ("grpo", 4, {"loss_type": "vespo"} | SAMPLING),
+        ("rloo", 4, {"beta": 0.1, "epsilon": 0.02} | SAMPLING),
     ],
     ids=["dpo", "dpo: ipo, sigmoid, WPO", "kto", "sft", "grpo: dapo, KL", "grpo: entropies", "grpo: vespo", "rloo"],
 )
-def test_a_patched_trainer_trains_as_trls(kind, options, tmp_path, monkeypatch):
+def test_a_patched_trainer_trains_as_trls(kind, steps, options, tmp_path, monkeypatch):
     calls = []
     function = lm_head._statistics
 
@@ -247,11 +250,11 @@ def test_a_patched_trainer_trains_as_trls(kind, options, tmp_path, monkeypatch):
         return function(*args)
 
     monkeypatch.setattr(lm_head, "_statistics", counted)
-    own, own_weights = train(kind, tmp_path, False, **options)
+    own, own_weights = train(kind, tmp_path, False, steps, **options)
     assert not calls
-    ours, our_weights = train(kind, tmp_path, True, **options)
-    assert len(calls) >= 20
-    assert len(own) == len(ours) >= 20
+    ours, our_weights = train(kind, tmp_path, True, steps, **options)
+    assert len(calls) >= steps
+    assert len(own) == len(ours) >= steps
     for a, b in zip(own, ours, strict=True):
         assert a.keys() == b.keys()
         for name in a:

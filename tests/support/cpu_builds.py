@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -19,3 +23,19 @@ BUILDS = [
 ]
 # But for the one that is taken anyway.
 OTHER_BUILDS = [pytest.param(name) for level, name in enumerate(FLAGS) if level < LEVEL]
+
+RUN = """
+import sys
+import pytest
+from fusedpo import _C
+assert _C.build_info()["cpu_capability"] == sys.argv[1]
+sys.exit(pytest.main(["-q", "-x", *sys.argv[2:]]))
+"""
+
+
+def run_tests(build: str, *arguments: str) -> None:
+    """Tests in a process that is forced to an instruction set; they must pass, and there must be some."""
+    environment = {**os.environ, "FUSEDPO_CPU_CAPABILITY": build}
+    command = [sys.executable, "-c", RUN, build, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

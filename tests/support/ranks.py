@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import queue
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,13 @@ TIMEOUT = 60  # seconds: what hangs fails
 needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
 )
+
+
+def forkserver() -> Any:
+    """Imports once for all processes."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fusedpo", "torch.distributed.tensor", "matplotlib.pyplot", "rich.progress"])
+    return context
 
 
 def _work(rank: int, rendezvous: str, tasks: Any, results: Any) -> None:
@@ -46,8 +54,7 @@ def _work(rank: int, rendezvous: str, tasks: Any, results: Any) -> None:
 
 class Pool:
     def __init__(self) -> None:
-        context = torch.multiprocessing.get_context("forkserver")  # imports once
-        context.set_forkserver_preload(["fusedpo", "torch.distributed.tensor"])
+        context = forkserver()
         self._directory = tempfile.TemporaryDirectory()
         rendezvous = f"file://{Path(self._directory.name) / 'rendezvous'}"
         self._tasks = [context.Queue() for _ in range(RANKS)]
@@ -107,3 +114,12 @@ def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
         _pool = Pool()
         atexit.register(_pool.stop)
     return _pool.run(function, world, *arguments)
+
+
+def start(function: Callable[..., None], world: int, *arguments: Any) -> None:
+    """``function(rank, port, *arguments)`` in processes of its own, for what makes a process group itself."""
+    forkserver()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    torch.multiprocessing.start_processes(function, (port, *arguments), world, start_method="forkserver")
