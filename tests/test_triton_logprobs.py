@@ -64,7 +64,7 @@ def test_extremes_of_the_dtype(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", [torch.inf, torch.nan])
 def test_nan_and_inf_propagate(dtype, special):
-    x = torch.randn(4, 9001).to(dtype)
+    x = torch.randn(4, 9000).to(dtype)
     x[1, 8999] = special
     x[2, 0] = special
     x.requires_grad_()
@@ -72,8 +72,9 @@ def test_nan_and_inf_propagate(dtype, special):
     logp, entropy = fusedpo.token_logprobs(x, ids, return_entropy=True)
     torch.testing.assert_close(logp, torch.log_softmax(x.float(), -1)[:, 7], equal_nan=True)
     assert entropy.isnan().tolist() == [False, True, True, False]
-    for output in (logp, entropy):
-        (grad,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    # whether another upstream gradient is there has nothing to do with the dtype
+    for outputs in ([logp, entropy], [logp], [entropy]) if dtype == torch.float32 else ([logp, entropy],):
+        (grad,) = torch.autograd.grad([output.sum() for output in outputs], x, retain_graph=True)
         assert grad.isnan().all(-1).tolist() == grad.isnan().any(-1).tolist() == [False, True, True, False]
 
 
@@ -114,9 +115,10 @@ def test_accuracy_at_a_confident_token(position):
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_ids", [1, 3, 40])
-def test_several_ids_per_row(dtype, num_ids):
+@pytest.mark.parametrize(
+    ("num_ids", "dtype"), [(1, torch.float16), (3, torch.float32), (3, torch.bfloat16), (40, torch.float16)], ids=str
+)
+def test_several_ids_per_row(num_ids, dtype):
     """With repeats, whose gradients add up before they are rounded."""
     assert_accurate(make_logits("random", 5, 30, dtype), torch.randint(0, 30, (5, num_ids)))
 
@@ -170,7 +172,7 @@ def test_temperature(dtype, temperature):
 @pytest.mark.parametrize("size", [40, 9000])
 def test_strided_arguments(size):
     """Ids, mask, temperature and what comes from above may have any strides: the same to the bit."""
-    x, ids = torch.randn(2, 3, size), torch.randint(0, size, (3, 2, 2))
+    x, ids = torch.randn(2, 3, size), torch.randint(0, size, (3, 4, 2))
     mask = torch.tensor([[True, False], [True, True], [False, True]])
     check_strided_arguments(x, ids, mask, torch.rand(3, 2) + 0.5, torch.randn(3, 2, 2))
 
