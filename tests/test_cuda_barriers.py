@@ -49,7 +49,7 @@ def unseen_barriers(name: str, directory: Path) -> dict[str, list[str]]:
     text = target.read_text()
 
     def fails(new: str) -> bool:
-        target.write_text(new)
+        target.write_text(re.sub(r"^\s*\.loc\s.*\n", "", new, flags=re.M))  # which take longer to parse than the rest
         try:
             CHECKS[name](program)
         except AssertionError:
