@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import cuda_on_cpu
@@ -127,8 +128,7 @@ def test_kernels_compute_what_the_cpu_computes(program, threads, small):
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_kernels_under_sanitizers(tmp_path, sanitizer):
-    program = cuda_on_cpu.build("advantages", tmp_path / "advantages", f"-fsanitize={sanitizer}")
-    all_kernels(64, small=True).check(program)
+    check_a_few(cuda_on_cpu.build_with_sanitizer("advantages", tmp_path / "advantages", sanitizer))
 
 
 def test_equal_rewards_get_bit_identical_advantages(program):
@@ -165,8 +165,13 @@ def test_where_the_cpu_raises_the_result_is_nan(program):
 NVCC = cuda_on_cpu.NVCC
 
 
+@functools.cache
+def a_few() -> Batch:
+    return all_kernels(64, small=True)
+
+
 def check_a_few(program: Path) -> None:
-    all_kernels(64, small=True).check(program)
+    a_few().check(program)
 
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
@@ -174,16 +179,17 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are 
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [80, 100, 120])
-def test_other_architectures(program, tmp_path, architecture):
-    check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path))
+def test_other_architectures(program, tmp_path):
+    for architecture in cuda_on_cpu.other_codes("advantages", 90, (80, 100, 120)):
+        check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path / str(architecture)))
 
 
 @needs_nvcc
-@pytest.mark.parametrize("option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"])
-def test_what_devices_may_do(program, monkeypatch, option):
+@pytest.mark.parametrize("options", ["PTX_NOISE=1 PTX_SEED=1", "PTX_NOISE=2 PTX_SEED=2 PTX_LATE_COPIES=0"])
+def test_what_devices_may_do(program, monkeypatch, options):
     """Approximate instructions are off, warps take turns at random, copies arrive at once."""
-    monkeypatch.setenv(*option.split("="))
+    for option in options.split():
+        monkeypatch.setenv(*option.split("="))
     check_a_few(program)
 
 

@@ -14,7 +14,6 @@ import test_advantages_cuda
 import test_distributed_cuda
 import test_one_pass_cuda
 import test_policy_loss_cuda
-import torch
 
 from fusedpo import backends
 
@@ -50,8 +49,7 @@ def unseen_barriers(name: str, directory: Path) -> dict[str, list[str]]:
     text = target.read_text()
 
     def fails(new: str) -> bool:
-        target.write_text(new)
-        torch.manual_seed(0)
+        target.write_text(re.sub(r"^\s*\.loc\s.*\n", "", new, flags=re.M))  # which take longer to parse than the rest
         try:
             CHECKS[name](program)
         except AssertionError:

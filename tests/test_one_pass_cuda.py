@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import shutil
@@ -509,7 +510,9 @@ def test_how_rows_lie_in_shared_memory(program):
 # --------------------------------------------------------------------------------------------------------- as compiled
 
 
-def check_a_few(program: Path) -> None:
+@functools.cache
+def a_few() -> list[tuple[Call, Expected]]:
+    torch.manual_seed(0)
     single = [problem(NFPO, (12,), 6002 // dtype.itemsize, dtype, lengths=[4, 1, 7]) for dtype in DTYPES]
     long = problem(O.nfpo(6), (12,), 1001, lengths=[12])
     one_warp = Device(1, clusters=2)  # which has six slices of a row; of the single ones each warp has one
@@ -518,15 +521,19 @@ def check_a_few(program: Path) -> None:
         size, zero = 5 * 2048 // dtype.itemsize + 3, torch.arange(8) % 4 == 1
         whole = without_mask(problem(objective, (8,), size, dtype, lengths=[8]))
         sliced.append(Call(whole._replace(advantages=whole.advantages.where(~zero, 0)), one_warp))
-    check(
-        program,
-        [
-            *sliced,
-            *(Call(p, Device(2, ONE_SLICE, 2), Memory(3, 2), None) for p in single),
-            Call(single[1], Device(2, ONE_SLICE, 3)),
-            Call(long, Device(2, TWO_SLICES, 4), target=None),
-        ],
-    )
+    calls = [
+        *sliced,
+        *(Call(p, Device(2, ONE_SLICE, 2), Memory(3, 2), None) for p in single),
+        Call(single[1], Device(2, ONE_SLICE, 3)),
+        Call(long, Device(2, TWO_SLICES, 4), target=None),
+    ]
+    return [(call, expect(call.problem)) for call in calls]
+
+
+def check_a_few(program: Path) -> None:
+    results = run(program, [call for call, _ in a_few()])
+    for (call, expected), result in zip(a_few(), results, strict=True):
+        compare(call, result, expected)
 
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
@@ -534,16 +541,17 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are 
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [100, 120])
-def test_other_architectures(program, tmp_path, architecture):
-    check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path))
+def test_other_architectures(program, tmp_path):
+    for architecture in cuda_on_cpu.other_codes("one_pass", 90, (100, 120)):
+        check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path / str(architecture)))
 
 
 @needs_nvcc
-@pytest.mark.parametrize("option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"])
-def test_what_devices_may_do(program, monkeypatch, option):
+@pytest.mark.parametrize("options", ["PTX_NOISE=1 PTX_SEED=1", "PTX_NOISE=2 PTX_SEED=2 PTX_LATE_COPIES=0"])
+def test_what_devices_may_do(program, monkeypatch, options):
     """Approximate instructions are off, warps take turns at random, copies arrive at once."""
-    monkeypatch.setenv(*option.split("="))
+    for option in options.split():
+        monkeypatch.setenv(*option.split("="))
     check_a_few(program)
 
 
@@ -554,8 +562,7 @@ def test_what_devices_may_do(program, monkeypatch, option):
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_kernels_under_sanitizers(tmp_path, sanitizer):
     """No row is read before it has arrived, and none arrives where one is still being read."""
-    program = cuda_on_cpu.build("one_pass", tmp_path / "one_pass", f"-fsanitize={sanitizer}")
-    check_a_few(program)
+    check_a_few(cuda_on_cpu.build_with_sanitizer("one_pass", tmp_path / "one_pass", sanitizer))
 
 
 # ------------------------------------------------------------------------------------------------------------- compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -228,13 +229,19 @@ def test_bits_do_not_depend_on_layout_or_run(program):
 # -------------------------------------------------------------------------------------------------------- as compiled
 
 
-def check_a_few(program: Path) -> None:
+@functools.cache
+def a_few() -> list[Call]:
+    torch.manual_seed(0)
     batch = random_batch(2, 90, spread=0.05)
     packed = pack(batch, [90, 41])
     calls = [call((batch, packed)[i % 2], o, i % 3 == 0, Sizes(64, 32, 3)) for i, o in enumerate(LONG)]
     several = random_batch(5, 90, spread=0.05) | {"mask": None}  # sequences of a block, with nothing to be counted
     calls += [call(several, o, False, Sizes(64, 32, 2)) for o in (O.nfpo(66), O.ctpo(), O.cppo(), O.gspo(), O.gmpo())]
-    check(program, [*calls, call(pack(random_batch(70, 1), [1] * 70), O.ppo(), False, Sizes(64, 32, 3))])
+    return [*calls, call(pack(random_batch(70, 1), [1] * 70), O.ppo(), False, Sizes(64, 32, 3))]
+
+
+def check_a_few(program: Path) -> None:
+    check(program, a_few())
 
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
@@ -242,16 +249,17 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are 
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [80, 100, 120])
-def test_other_architectures(program, tmp_path, architecture):
-    check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path))
+def test_other_architectures(program, tmp_path):
+    for architecture in cuda_on_cpu.other_codes("policy_loss", 90, (80, 100, 120)):
+        check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path / str(architecture)))
 
 
 @needs_nvcc
-@pytest.mark.parametrize("option", ["PTX_NOISE=1", "PTX_NOISE=2", "PTX_SEED=1", "PTX_SEED=2", "PTX_LATE_COPIES=0"])
-def test_what_devices_may_do(program, monkeypatch, option):
+@pytest.mark.parametrize("options", ["PTX_NOISE=1 PTX_SEED=1", "PTX_NOISE=2 PTX_SEED=2 PTX_LATE_COPIES=0"])
+def test_what_devices_may_do(program, monkeypatch, options):
     """Approximate instructions are off, warps take turns at random, copies arrive at once."""
-    monkeypatch.setenv(*option.split("="))
+    for option in options.split():
+        monkeypatch.setenv(*option.split("="))
     check_a_few(program)
 
 
@@ -261,14 +269,13 @@ def test_what_devices_may_do(program, monkeypatch, option):
 @on_the_cpu
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_kernels_under_sanitizers(tmp_path, sanitizer):
-    program = cuda_on_cpu.build("policy_loss", tmp_path / "policy_loss", f"-fsanitize={sanitizer}")
-    check_a_few(program)
+    check_a_few(cuda_on_cpu.build_with_sanitizer("policy_loss", tmp_path / "policy_loss", sanitizer))
 
 
 @on_the_cpu
 def test_a_race_is_found(tmp_path):
     """What a clean run under the thread sanitizer is worth."""
-    program = cuda_on_cpu.build("race", tmp_path / "race", "-fsanitize=thread")
+    program = cuda_on_cpu.build_with_sanitizer("race", tmp_path / "race", "thread")
     assert subprocess.run([program], capture_output=True).returncode == 0
     racing = subprocess.run([program, "without barrier"], capture_output=True, text=True)
     assert racing.returncode != 0

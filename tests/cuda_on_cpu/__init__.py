@@ -13,7 +13,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,11 +52,42 @@ DTYPES = (
     torch.float64,
 )
 
+# What csrc/cuda/*.cu instantiate for each type of elements.
+INSTANCES = {
+    "one_pass": ("row_kernel<T>(OnePass, bool)", "scale_kernel<T>(Scaling)"),
+    "row_stats": ("row_stats_kernel<T>(RowStatsCall)", "shard_gradient_kernel<T>(ShardGradientCall)"),
+}
+ELEMENTS = ("float", "__half", "__nv_bfloat16")
+
 Argument = Tensor | float | int | bool | None
 
 
+def make_once(name: str, command: Sequence[str | Path], sources: Iterable[Path], compiler: str) -> Path:
+    """What a command makes of these sources, kept for other tests and processes."""
+    content = [compiler.encode(), repr(command).encode(), *(path.read_bytes() for path in sorted(sources))]
+    digest = hashlib.sha256(b"".join(content)).hexdigest()[:16]
+    target = ptx.BUILD / f"{name}-{digest}"
+    ptx.BUILD.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = target.with_suffix(".part")
+            subprocess.run([*command, "-o", part], check=True)
+            part.replace(target)
+    return target
+
+
+def native_sources() -> list[Path]:
+    return [path for path in CSRC.rglob("*.*") if path.suffix in (".cu", ".cuh", ".h")]
+
+
+@functools.cache
+def compiler_version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+
+
 def build(name: str, program: Path, *flags: str | Path) -> Path:
-    """Compiles ``name.cpp`` of this directory."""
+    """Compiles ``name.cpp`` of this directory; ``program`` becomes a link."""
     assert COMPILER is not None
     flags = (
         "-std=c++20",
@@ -70,11 +101,16 @@ def build(name: str, program: Path, *flags: str | Path) -> Path:
         "-include",
         HERE / "cuda_on_cpu.h",
         *(("-include", HERE / "cluster.h") if name in ("one_pass", "row_stats") else ()),
-        *("-I", CSRC, HERE / f"{name}.cpp", "-o", program),
+        *("-I", CSRC, HERE / f"{name}.cpp"),
         *flags,
     )
-    subprocess.run([COMPILER, *flags], check=True)
+    sources = [*native_sources(), *HERE.glob("*.h"), HERE / f"{name}.cpp", ptx.MACHINE / "ptx.h"]
+    program.symlink_to(make_once(f"{name}-on-cpu", [COMPILER, *flags], sources, compiler_version(COMPILER)))
     return program
+
+
+def build_with_sanitizer(name: str, program: Path, sanitizer: str) -> Path:
+    return build(name, program, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
 
 
 def build_as_compiled(name: str, program: Path, architecture: int = 90) -> Path:
@@ -89,16 +125,26 @@ def build_as_compiled(name: str, program: Path, architecture: int = 90) -> Path:
 
 def for_architecture(program: Path, architecture: int, directory: Path) -> Path:
     """A program of build_as_compiled, with code for another architecture."""
+    directory.mkdir()
     other = directory / program.name
     other.symlink_to(program)
     other.with_suffix(".ptx").write_text(compile_to_ptx(program.name, architecture))
     return other
 
 
-@functools.cache
+def other_codes(name: str, known: int, architectures: Iterable[int]) -> list[int]:
+    """Architectures with a code that neither the known one nor another in the list has."""
+    first: dict[str, int] = {}
+    for architecture in (known, *architectures):
+        text = compile_to_ptx(name, architecture).partition(".entry")[2].partition("\n\t.file")[0]
+        lines = re.sub(r"^\s*(\.loc|//|\$L__tmp).*\n", "", text, flags=re.M)  # where in the sources
+        first.setdefault(lines, architecture)
+    return [architecture for architecture in first.values() if architecture != known]
+
+
 def nvcc_version() -> str:
     assert NVCC is not None
-    return subprocess.run([NVCC, "--version"], check=True, capture_output=True, text=True).stdout
+    return compiler_version(NVCC)
 
 
 def nvcc_release() -> str:
@@ -119,22 +165,28 @@ def read_counters(path: Path) -> list[tuple[str, dict[str, int]]]:
     return launches
 
 
+def kernels_alone(name: str) -> Path:
+    """``csrc/cuda/name.cu`` without what is the same for every architecture, and takes three times as long."""
+    lines = [f'#include "cuda/{name}.cuh"', "namespace fusedpo {"]
+    for kernel in INSTANCES.get(name, ()):
+        declaration = f"template __global__ void {kernel};".replace("(", "(const __grid_constant__ ")
+        lines += [declaration.replace("<T>", f"<{element}>") for element in ELEMENTS]
+    source = ptx.BUILD / f"{name}-{os.getpid()}.cu"
+    ptx.BUILD.mkdir(parents=True, exist_ok=True)
+    source.write_text("\n".join([*lines, "}", ""]))
+    target = source.with_name(f"{name}.cu")
+    source.replace(target)
+    return target
+
+
 def compile_to_ptx(name: str, architecture: int) -> str:
-    """What nvcc makes of ``csrc/cuda/name.cu``, once for these sources."""
+    """What nvcc makes of ``csrc/cuda/name.cu``, once for these sources; but for 9.0, of its kernels alone."""
     assert NVCC is not None
     command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += ["-Werror", "all-warnings", "-I", str(CSRC), "-isystem", str(Path(torch.__file__).parent / "include")]
-    command += [f"-arch=compute_{architecture}", "-ptx", "-lineinfo", str(CSRC / "cuda" / f"{name}.cu")]
-    sources = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.*")) if path.suffix in (".cu", ".cuh", ".h"))
-    digest = hashlib.sha256(nvcc_version().encode() + sources + repr(command).encode()).hexdigest()[:16]
-    target = ptx.BUILD / f"{name}-{digest}.ptx"
-    with (ptx.BUILD / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            part = target.with_suffix(".part")
-            subprocess.run([*command, "-o", part], check=True, capture_output=True)
-            part.replace(target)
-    return target.read_text()
+    command += [f"-arch=compute_{architecture}", "-ptx", "-lineinfo"]
+    source = CSRC / "cuda" / f"{name}.cu" if architecture == 90 else kernels_alone(name)
+    return make_once(f"{name}-ptx", [*command, source], [*native_sources(), source], nvcc_version()).read_text()
 
 
 class Kernel(NamedTuple):

@@ -43,19 +43,19 @@ inline uint32_t two_rounded<__nv_bfloat16>(float low, float high) {
 }
 
 struct Cluster {
-  int rank() const { return (int)cuda_on_cpu::rank_in_cluster; }
-  int size() const { return (int)cuda_on_cpu::cluster->blocks.size(); }
+  int rank() const { return (int)cuda_on_cpu::self().rank; }
+  int size() const { return (int)cuda_on_cpu::self().cluster->blocks.size(); }
 
   void sync() const {
-    cuda_on_cpu::cluster->barrier.arrive_and_wait();
-    cuda_on_cpu::has_met_cluster = true;
+    cuda_on_cpu::self().cluster->barrier.arrive_and_wait();
+    cuda_on_cpu::self().has_met_cluster = true;
   }
 
   template <class T>
   T* in_block(T* mine, int rank) const {
-    if (!cuda_on_cpu::has_met_cluster) std::abort();
-    const ptrdiff_t offset = (char*)mine - (char*)cuda_on_cpu::block->shared.data();
-    return (T*)((char*)cuda_on_cpu::cluster->blocks[rank].shared.data() + offset);
+    if (!cuda_on_cpu::self().has_met_cluster) std::abort();
+    const ptrdiff_t offset = (char*)mine - (char*)cuda_on_cpu::self().block->shared.data();
+    return (T*)((char*)cuda_on_cpu::self().cluster->blocks[rank].shared.data() + offset);
   }
 };
 
@@ -76,14 +76,8 @@ class Arrival {
   }
 
   void wait(unsigned parity) {
-    while (state().load() % 2 == parity) {
-      const std::lock_guard lock(mutex);
-      const auto copy = on_their_way.find(this);
-      if (copy == on_their_way.end()) continue;
-      std::memcpy(copy->second.shared, copy->second.global, copy->second.bytes);
-      on_their_way.erase(copy);
-      finish_phase();
-    }
+    while (state().load() % 2 == parity)
+      if (!finish_copy()) cuda_on_cpu::yield();
   }
 
  private:
@@ -94,6 +88,16 @@ class Arrival {
   };
   static inline std::mutex mutex;
   static inline std::map<Arrival*, Copy> on_their_way;
+
+  bool finish_copy() {
+    const std::lock_guard lock(mutex);
+    const auto copy = on_their_way.find(this);
+    if (copy == on_their_way.end()) return false;
+    std::memcpy(copy->second.shared, copy->second.global, copy->second.bytes);
+    on_their_way.erase(copy);
+    finish_phase();
+    return true;
+  }
 
   std::atomic_ref<uint64_t> state() { return std::atomic_ref<uint64_t>(phases_); }
   void finish_phase() { state().fetch_add(1); }

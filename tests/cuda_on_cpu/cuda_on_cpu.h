@@ -1,23 +1,26 @@
-// CUDA kernels run by host threads, one per CUDA thread and one block, or cluster of blocks, after the other: slow, but
-// with the sanitizers of the host compiler. To be included before all else. A thread that returns early drops out of
-// the barriers to come.
+// CUDA kernels run on the host, each CUDA thread as a fiber, one block or cluster of blocks after the other: slow, but
+// with the sanitizers of the host compiler, to which fibers are threads. To be included before all else. A thread that
+// returns early drops out of the barriers to come.
 #pragma once
 
 #include <math.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <bit>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <functional>
+#include <memory>
 #include <mutex>
-#include <optional>
-#include <thread>
 #include <type_traits>
 #include <vector>
+
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #ifdef CUDA_AS_COMPILED
 #include "as_compiled.h"
@@ -40,22 +43,20 @@ struct Index {
 
 constexpr unsigned kWarpSize = 32;
 
-#if defined(__SANITIZE_THREAD__)
-// In libstdc++ all barriers share counters, from which the sanitizer would conclude that threads that wait at different
-// barriers, as those of two warps do, are in order.
+void yield();
+
+// Counters are atomic for the thread sanitizer: who leaves knows what all others did before they arrived.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : threads_(threads), missing_(threads) {}
 
   void arrive_and_wait() {
-    std::unique_lock lock(mutex_);
     const unsigned phase = phase_;
     arrive();
-    complete_.wait(lock, [&] { return phase_ != phase; });
+    while (phase_ == phase) yield();
   }
 
   void arrive_and_drop() {
-    const std::lock_guard lock(mutex_);
     --threads_;
     arrive();
   }
@@ -63,18 +64,12 @@ class Barrier {
  private:
   void arrive() {
     if (--missing_ > 0) return;
-    missing_ = threads_;
+    missing_ = threads_.load();
     ++phase_;
-    complete_.notify_all();
   }
 
-  std::mutex mutex_;
-  std::condition_variable complete_;
-  unsigned threads_, missing_, phase_ = 0;
+  std::atomic<unsigned> threads_, missing_, phase_ = 0;
 };
-#else
-using Barrier = std::barrier<>;
-#endif
 
 struct Warp {
   explicit Warp(unsigned lanes) : barrier(lanes) {}
@@ -102,14 +97,72 @@ struct Cluster {
   std::deque<Block> blocks;
 };
 
-inline thread_local Index thread_index, block_index;
-inline thread_local unsigned rank_in_cluster;
-inline thread_local bool has_met_cluster;  // before its first barrier, other blocks may not have begun
-inline thread_local Cluster* cluster;
-inline thread_local Block* block;
-inline thread_local Warp* warp;
-inline thread_local unsigned turn;  // which of the slots the next shuffle uses
+// Where a fiber, or the host, goes on.
+struct Place {
+  ucontext_t context;
+  void* sanitizer;
+};
+
+struct Thread {
+  Index index, block_index;
+  unsigned rank = 0;             // of its block in the cluster
+  bool has_met_cluster = false;  // before its first barrier, other blocks may not have begun
+  Cluster* cluster = nullptr;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  unsigned turn = 0;  // which of the slots the next shuffle uses
+};
+
+struct Fiber {
+  Fiber();
+  static constexpr size_t kStackBytes = 1 << 18;
+  Place place;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Thread thread;
+  std::atomic<bool> done = true;  // also tells the thread sanitizer that the host goes before and after each kernel
+};
+
 inline Index block_size, grid_size;
+inline std::function<void()> body;  // of the threads of a launch
+inline std::deque<Fiber> fibers;    // of all launches
+inline Place host;
+inline std::atomic<Fiber*> running;
+
+inline Thread& self() { return running.load(std::memory_order_relaxed)->thread; }
+
+// The thread sanitizer learns of no order between the two.
+inline void go_on(Place& from, Place& to) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(to.sanitizer, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&from.context, &to.context);
+}
+
+inline void yield() { go_on(running.load(std::memory_order_relaxed)->place, host); }
+
+inline void run_bodies() {
+  for (;;) {
+    Fiber& fiber = *running.load(std::memory_order_relaxed);
+    if (fiber.done) std::abort();
+    body();
+    fiber.thread.warp->barrier.arrive_and_drop();
+    fiber.thread.block->barrier.arrive_and_drop();
+    fiber.thread.cluster->barrier.arrive_and_drop();
+    fiber.done = true;
+    yield();
+  }
+}
+
+inline Fiber::Fiber() {
+  getcontext(&place.context);
+  place.context.uc_stack = {stack.get(), 0, kStackBytes};
+  place.context.uc_link = nullptr;
+  makecontext(&place.context, run_bodies, 0);
+  place.context.uc_stack.ss_size = 0;  // the address sanitizer would forget its marks on this stack in every switch
+#ifdef __SANITIZE_THREAD__
+  place.sanitizer = __tsan_create_fiber(0);
+#endif
+}
 
 struct Grid {
   unsigned blocks, threads;
@@ -117,8 +170,8 @@ struct Grid {
   unsigned cluster = 1;  // blocks
 };
 
-// kernel<<<blocks, threads, shared_bytes>>>(arguments...), in clusters. By host threads; with CUDA_AS_COMPILED what
-// nvcc made of the kernel, see as_compiled.h.
+// kernel<<<blocks, threads, shared_bytes>>>(arguments...), in clusters. By fibers; with CUDA_AS_COMPILED what nvcc made
+// of the kernel, see as_compiled.h.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), const Grid& grid, const std::type_identity_t<Parameters>&... arguments) {
 #ifdef CUDA_AS_COMPILED
@@ -127,29 +180,30 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const std::type_ide
   const auto [blocks, threads, shared_bytes, cluster_size] = grid;
   block_size = {threads, 1, 1};
   grid_size = {blocks, 1, 1};
-  std::optional<Cluster> current(std::in_place, cluster_size, threads, shared_bytes);
-  std::barrier between_clusters(cluster_size * threads,
-                                [&]() noexcept { current.emplace(cluster_size, threads, shared_bytes); });
-  std::vector<std::thread> team;
-  for (unsigned member = 0; member < cluster_size * threads; ++member)
-    team.emplace_back([&, member] {
-      thread_index = {member % threads, 0, 0};
-      rank_in_cluster = member / threads;
-      for (unsigned first = 0; first < blocks; first += cluster_size) {
-        block_index = {first + rank_in_cluster, 0, 0};
-        cluster = &*current;
-        block = &cluster->blocks[rank_in_cluster];
-        warp = &block->warps[thread_index.x / kWarpSize];
-        turn = 0;
-        has_met_cluster = false;
-        kernel(arguments...);
-        warp->barrier.arrive_and_drop();
-        block->barrier.arrive_and_drop();
-        cluster->barrier.arrive_and_drop();
-        between_clusters.arrive_and_wait();
+  body = [&] { kernel(arguments...); };
+#ifdef __SANITIZE_THREAD__
+  if (fibers.empty()) host.sanitizer = __tsan_get_current_fiber();
+#endif
+  const unsigned team = cluster_size * threads;
+  while (fibers.size() < team) fibers.emplace_back();
+  for (unsigned first = 0; first < blocks; first += cluster_size) {
+    Cluster cluster(cluster_size, threads, shared_bytes);
+    for (unsigned member = 0; member < team; ++member) {
+      const unsigned rank = member / threads, index = member % threads;
+      Block& block = cluster.blocks[rank];
+      fibers[member].thread = {{index}, {first + rank}, rank, false, &cluster, &block, &block.warps[index / kWarpSize]};
+      fibers[member].done = false;
+    }
+    for (bool alive = true; alive;) {
+      alive = false;
+      for (unsigned member = 0; member < team; ++member) {
+        if (fibers[member].done) continue;
+        running = &fibers[member];
+        go_on(host, fibers[member].place);
+        alive = true;
       }
-    });
-  for (std::thread& thread : team) thread.join();
+    }
+  }
 #endif
 }
 
@@ -158,24 +212,25 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const std::type_ide
 template <class T>
 T shuffle(T value, unsigned lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t* slots = warp->slots[turn];
-  turn = 1 - turn;
-  std::memcpy(&slots[thread_index.x % kWarpSize], &value, sizeof value);
-  warp->barrier.arrive_and_wait();
+  Thread& thread = self();
+  uint64_t* slots = thread.warp->slots[thread.turn];
+  thread.turn = 1 - thread.turn;
+  std::memcpy(&slots[thread.index.x % kWarpSize], &value, sizeof value);
+  thread.warp->barrier.arrive_and_wait();
   if (lane < kWarpSize) std::memcpy(&value, &slots[lane], sizeof value);
   return value;
 }
 
 }  // namespace cuda_on_cpu
 
-#define threadIdx cuda_on_cpu::thread_index
-#define blockIdx cuda_on_cpu::block_index
+#define threadIdx cuda_on_cpu::self().index
+#define blockIdx cuda_on_cpu::self().block_index
 #define blockDim cuda_on_cpu::block_size
 #define gridDim cuda_on_cpu::grid_size
-#define DYNAMIC_SHARED(type, name) type* name = (type*)cuda_on_cpu::block->shared.data()
+#define DYNAMIC_SHARED(type, name) type* name = (type*)cuda_on_cpu::self().block->shared.data()
 
-inline void __syncthreads() { cuda_on_cpu::block->barrier.arrive_and_wait(); }
-inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::warp->barrier.arrive_and_wait(); }
+inline void __syncthreads() { cuda_on_cpu::self().block->barrier.arrive_and_wait(); }
+inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::self().warp->barrier.arrive_and_wait(); }
 inline void __threadfence() {}  // blocks run one after the other
 
 template <class T>
