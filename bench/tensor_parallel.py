@@ -323,7 +323,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     console = Console(width=None if sys.stdout.isatty() else 120)
     header = report.environment("cpu", 1)
-    found = [[launched(ranks, argv) for _ in range(arguments.processes)] for ranks in RANKS]
+    found: list[list[launch.Found]] = []
+    for ranks in RANKS:
+        found.append([])
+        for number in range(arguments.processes):
+            started = time.perf_counter()
+            found[-1].append(launched(ranks, argv))
+            taken = f"{time.perf_counter() - started:.0f} s"
+            console.print(f"TP = {ranks}, launch {number + 1} of {arguments.processes}: {taken}", highlight=False)
     rows = [row for launches in found for row in merge([one.rows for one in launches])]
     header |= {
         "huge_pages": all(one.huge_pages for launches in found for one in launches),

@@ -293,13 +293,15 @@ def groups() -> str:
 def machine(document: Document, blocks: Iterable[dict[str, Row]]) -> str:
     """Where, with what and when ``blocks`` were measured."""
     e = document["environment"]
-    packages = ("torch", "triton", "trl", "verl", "liger_kernel", "cut-cross-entropy")
+    packages = ("torch", "triton", "trl", "verl", "liger_kernel", "cut-cross-entropy", "megatron-core")
     versions = ", ".join(f"{name} {e[name]}" for name in packages if e.get(name))
-    where = e["device"] if e.get("driver") else f"{e['threads']} threads of {e['device']}, {e['capability']}"
+    threads = "a thread" if e["threads"] == 1 else f"{e['threads']} threads"
+    where = e["device"] if e.get("driver") else f"{threads} of {e['device']}, {e['capability']}"
     pages = "huge pages" if e["huge_pages"] else f"pages of 4 KiB (transparent_hugepage: {e['transparent_hugepage']})"
-    others = max((row.others for block in blocks for row in block.values() if row.others is not None), default=0)
-    busy = f"other programs used up to {others:.2f} processors" + (": **a busy machine**" if others > BUSY else "")
-    return f"{where}; {pages} for all; {versions}; {e['date']}, commit {e['commit']}; {busy}"
+    watched = [row.others for block in blocks for row in block.values() if row.others is not None]
+    busy = f"; other programs used up to {max(watched):.2f} processors" if watched else ""
+    busy += ": **a busy machine**" if max(watched, default=0) > BUSY else ""
+    return f"{where}; {pages} for all; {versions}; {e['date']}, commit {e['commit']}{busy}"
 
 
 def source(folder: Path, name: str, document: Document, blocks: Iterable[dict[str, Row]]) -> str:
