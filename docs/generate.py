@@ -113,7 +113,7 @@ def measured() -> str:
         blocks = {
             f"{dtype}, T = {any_row(block).sizes['T']:,}{BUSY_MARK * any(map(is_busy, block.values()))}": block
             for dtype in DTYPES
-            for block in cases(documents["one_pass"], f"NFPO N=4, loss and gradient, {dtype}")
+            for block in cases(documents["one_pass"], f"PPO, loss and gradient, {dtype}")
         }
         lines = []
         for name, title in IN_README.items():
