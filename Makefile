@@ -93,7 +93,7 @@ wheel: $(VENV)/.tools
 	rm -rf dist
 	$(PY) -m build --no-isolation --outdir dist
 	if [ "$$(uname)" = Linux ]; then \
-	    $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist/repaired dist/*.whl && \
+	    PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist/repaired dist/*.whl && \
 	    mv -f dist/repaired/* dist/ && rm -r dist/repaired && rm -f dist/*-linux_*.whl; fi
 	$(PY) -m twine check --strict dist/*
 
