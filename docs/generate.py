@@ -190,7 +190,7 @@ def tables() -> str:
             blocks = cases(documents[operator], group)
             if blocks:
                 where = source(folder, operator, documents[operator], blocks)
-                parts.append(f"**{title}**\n\n{rows_of(blocks, baseline)}\n\n{where}")
+                parts.append(all_rows(title, blocks, baseline, where))
         plots = {name: (folder / f"{name}.png") for name in documents}
         parts += [
             f"![{name} on {folder.name}]({path.relative_to(ROOT)})" for name, path in plots.items() if path.exists()
@@ -198,8 +198,8 @@ def tables() -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def rows_of(blocks: Iterable[dict[str, Row]], baseline: str) -> str:
-    """A table of all that was measured."""
+def all_rows(title: str, blocks: Iterable[dict[str, Row]], baseline: str, where: str) -> str:
+    """A table of all that was measured in some cases, with its title and its source."""
     header = ["", "implementation", "ms", "20th to 80th percentile", "n", "medians of the processes"]
     header += [f"speed against {baseline}", "of its lower bound", "page faults", "extra memory", "error"]
     lines = [
@@ -219,7 +219,7 @@ def rows_of(blocks: Iterable[dict[str, Row]], baseline: str) -> str:
         for block in blocks
         for row in block.values()
     ]
-    return table(header, lines)
+    return f"**{title}**\n\n{table(header, lines)}\n\n{where}"
 
 
 def tensor_parallel() -> str:
@@ -230,7 +230,7 @@ def tensor_parallel() -> str:
             for group in dict.fromkeys(row["group"] for row in document["rows"]):
                 blocks = cases(document, group)
                 where = source(folder, name, document, blocks)
-                parts.append(f"**{group}**\n\n{rows_of(blocks, 'fusedpo, logits gathered')}\n\n{where}")
+                parts.append(all_rows(group, blocks, "fusedpo, logits gathered", where))
     return "\n\n".join(parts) or NOTHING.replace("fusedpo bench", "fusedpo.bench.tensor_parallel")
 
 

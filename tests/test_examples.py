@@ -206,9 +206,8 @@ def test_the_recipe_for_a_real_model_scores_answers() -> None:
 
 def run_rank(rank: int, port: int, options: list[str]) -> None:
     """What torchrun starts on each rank."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in {**address, **here}.items()})
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks.be_started_by_torchrun(rank, 2, port)
     sys.argv = ["train_distributed.py", *options]
     sys.path.insert(0, str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / "train_distributed.py"), run_name="__main__")

@@ -35,9 +35,8 @@ def work(rank: int, port: int, path: Path) -> None:
 
 
 def share_groups(rank: int, port: int, path: Path) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
-    os.environ.update({name: str(value) for name, value in {**address, **here}.items()})
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    ranks.be_started_by_torchrun(rank, PROCESSES, port)
     build = builder(make_tokenizer(), path)
 
     for loss_type in ("grpo", "bnpo", "dapo"):  # one of each normalisation

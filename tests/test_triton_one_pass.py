@@ -10,7 +10,7 @@ import torch
 from support import policy_loss as contract
 from support.parts import REGIONS
 from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, name_of
-from support.triton_device import DEVICE, _backend, kernels, pytestmark, small, use_segments  # noqa: F401
+from support.triton_device import DEVICE, _backend, pytestmark, small, use_segments  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
@@ -252,7 +252,8 @@ def test_segments(n, packed, monkeypatch):
 @pytest.mark.parametrize("ahead", [1, 2, 5, 60])
 def test_halo(ahead, monkeypatch):
     """It consists of the live rows in windows of another segment, and no others."""
-    one_pass = kernels("one_pass")
+    from fusedpo.triton_kernels import one_pass
+
     batch = make_batch((13,), 5, lengths=[5, 1, 7])
     live = batch["mask"].nonzero().flatten().tolist()
     sequence_end = [5] * 5 + [6] + [13] * 7
@@ -308,7 +309,8 @@ def test_nan_stays_in_its_windows():
 @pytest.mark.parametrize("size", [1, 4096, 9000, 128 * 4096 + 5])
 def test_live_rows_come_first(size):
     """A program lists one block or, of many rows, several; masks begin anywhere."""
-    one_pass = kernels("one_pass")
+    from fusedpo.triton_kernels import one_pass
+
     for mask in (
         (torch.rand(size + 1) < 0.3)[1:],
         torch.zeros(size, dtype=torch.bool),
@@ -322,7 +324,8 @@ def test_live_rows_come_first(size):
 def test_number_of_segments(monkeypatch):
     """Their rows fill two thirds of the cache, and no program goes without a row."""
     monkeypatch.undo()
-    _num_segments = kernels("one_pass")._num_segments
+    from fusedpo.triton_kernels.one_pass import _num_segments
+
     device = torch.device("cpu")
     assert _num_segments(device, 8192, 151_936 * 2) == (32 << 20) // (151_936 * 2)
     assert _num_segments(device, 8192, 1000) == 128
@@ -640,7 +643,8 @@ class Computations(TorchDispatchMode):
 )
 def test_launches_of_a_step(objective, options, names, monkeypatch):
     """At most six where means are over tokens, backward included: no numbers and no zeros are filled in."""
-    one_pass, policy_loss = kernels("one_pass"), kernels("policy_loss")
+    from fusedpo.triton_kernels import one_pass, policy_loss
+
     launched = []
     for module in (one_pass, policy_loss):
 

@@ -116,6 +116,13 @@ def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
     return _pool.run(function, world, *arguments)
 
 
+def be_started_by_torchrun(rank: int, world: int, port: int) -> None:
+    """Sets the variables that a process of one machine finds then."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in {**address, **here}.items()})
+
+
 def start(function: Callable[..., None], world: int, *arguments: Any) -> None:
     """``function(rank, port, *arguments)`` in processes of its own, for what makes a process group itself."""
     forkserver()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -60,15 +58,11 @@ def _backend() -> Iterator[None]:
         yield
 
 
-def kernels(name: str) -> ModuleType:
-    """The module whose kernels the operators launch, to replace something in it."""
-    return importlib.import_module(f"fusedpo.triton_kernels.{name}")
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 128 logits have several blocks, windows of four tokens several chunks, nine rows three segments."""
-    one_pass = kernels("one_pass")
+    from fusedpo.triton_kernels import one_pass
+
     monkeypatch.setattr(_chosen, "WALK", (32, 1))
     monkeypatch.setattr(one_pass, "_BLOCK", 128)
     monkeypatch.setattr(one_pass, "_CHUNK", 4)
@@ -76,5 +70,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_segments(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    one_pass = kernels("one_pass")
+    from fusedpo.triton_kernels import one_pass
+
     monkeypatch.setattr(one_pass, "_num_segments", lambda device, num_rows, row_bytes: min(count, num_rows))
