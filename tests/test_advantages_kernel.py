@@ -119,17 +119,16 @@ def test_groups_of_4096(k):
 
 @both
 def test_every_dtype(kernels):
-    rewards = torch.tensor([0, 3, 1, 1, 2, 0, 0, 0, 5, 1, 1, 0])
-    expected = reference.maxpo(rewards, k=2, group_size=4)
-    lengths = reference.opo(rewards, lengths=rewards, group_size=4)
-    for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16):
-        torch.testing.assert_close(kernels.maxpo(rewards.to(dtype), k=2, group_size=4), expected)
-        torch.testing.assert_close(kernels.opo(rewards, lengths=rewards.to(dtype), group_size=4), lengths)
-    for dtype in (torch.bool, torch.int8, torch.float16, torch.float64):
-        mask = (torch.arange(12) % 4 != 2).to(dtype)
-        torch.testing.assert_close(
-            kernels.rloo(rewards > 0, group_size=4, mask=mask), reference.rloo(rewards > 0, group_size=4, mask=mask)
-        )
+    """Of rewards, lengths and mask, which take turns: each is read by itself."""
+    rewards, lengths, mask = torch.tensor([0, 3, 1, 1, 2, 0, 0, 0, 5, 1, 1, 0]), torch.arange(12), torch.arange(12) % 4
+    dtypes = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16)
+    masks = (torch.bool, torch.int8, torch.float16, torch.float64, torch.bool, torch.uint8, torch.int16)
+    expected = reference.opo(rewards, lengths=lengths, mask=mask, group_size=4)
+    for i, (dtype, mask_dtype) in enumerate(zip(dtypes, masks, strict=True)):
+        given = {"lengths": lengths.to(dtypes[i - 1]), "mask": mask.to(mask_dtype), "group_size": 4}
+        torch.testing.assert_close(kernels.opo(rewards.to(dtype), **given), expected)
+    best = rewards > 0
+    torch.testing.assert_close(kernels.rloo(best, group_size=4), reference.rloo(best, group_size=4))
 
 
 # ------------------------------------------------------------------------------------------------------- invariances

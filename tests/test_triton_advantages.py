@@ -72,7 +72,12 @@ def check(name: str, rewards: Tensor, close: dict[str, float] = CLOSE, **groups:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_groups(name, layout):
     check(name, MIXED, **LAYOUTS[layout])
-    check(name, REWARDS["one best"].float(), SINGLE, **LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_of_float32_rewards(name):
+    """In one layout: rewards are read in one place, whatever the layout."""
+    check(name, REWARDS["one best"].float(), SINGLE, **LAYOUTS["equal"])
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -99,7 +104,7 @@ def test_equal_rewards_get_bit_identical_advantages():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_groups_with_too_few_samples(estimator):
     """Groups of 0 to 5 kept samples for k = 3. Where the CPU raises, Triton has nan: in this group, and there alone."""
-    ids = torch.repeat_interleave(torch.arange(6), 5)
+    ids = torch.repeat_interleave(torch.arange(6, dtype=torch.int32), 5)
     kept = torch.arange(30) % 5 < ids
     rewards = (random(30) > 0).double() if estimator == "passk" else random(30)
     other = {"opo": torch.arange(30) % 4, "remax": random(6), "order_statistic": random(3)}.get(estimator)
@@ -113,7 +118,7 @@ def test_groups_with_too_few_samples(estimator):
     def run(operator: Any, chosen: Tensor) -> Tensor:
         sorted_ids, order = ids[chosen].sort(stable=True)
         lengths = other[chosen] if estimator == "opo" else other
-        return operator(rewards[chosen], sorted_ids, order, 1, lengths, kept[chosen], *numbers)
+        return operator(rewards[chosen], sorted_ids, order, 1, lengths, kept[chosen].float(), *numbers)
 
     result = run(lambda *args: torch.ops.fusedpo.group_advantages.triton(*map(move, args)).cpu(), ids >= 0)
     undefined = kept & (ids < smallest)
@@ -151,7 +156,8 @@ def test_groups_of_one(name):
 
 def test_values_outside_their_domain():
     """Where the CPU raises: a label without baseline, a step that is not there."""
-    result = KERNELS.remax(torch.arange(8.0), baselines=torch.zeros(2), group_ids=torch.arange(8) // 3)
+    rewards = torch.arange(8, dtype=torch.float64)
+    result = KERNELS.remax(rewards, baselines=torch.zeros_like(rewards[:2]), group_ids=torch.arange(8) // 3)
     assert result.isnan().tolist() == [False] * 6 + [True] * 2
     steps = KERNELS.vineppo(torch.ones(1, 3), step_rewards=torch.ones(1, 2), step_ids=torch.tensor([[0, 1, 2, -1]]))
     assert steps.isnan().tolist() == [[False, False, True, False]]
@@ -180,17 +186,39 @@ def check_tokens(name: str, batch: dict[str, Any], bootstrap: Tensor | None, clo
 def test_tokens(name, layout):
     batch = token_batches(21)[layout]
     check_tokens(name, batch, random(sequences(batch), seed=9))
-    unmasked = {key: x.nan_to_num() if x.is_floating_point() else x for key, x in without(batch, "mask").items()}
-    check_tokens(name, unmasked, None)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_without_mask_and_in_float32(name):
+    """In one layout: it decides where a sequence lies, not how its arrays are read."""
+    batch = token_batches(21)[0]
+    check_tokens(name, {key: x.nan_to_num() for key, x in without(batch, "mask").items()}, None)
     check_tokens(name, {key: x.float() if x.is_floating_point() else x for key, x in batch.items()}, None, SINGLE)
+
+
+def test_a_sequence_does_not_depend_on_the_lengths_of_others():
+    """To the bit: padded or packed, in its place among none, short and long ones."""
+    batch = token_batches(700)[0]
+    packed = {key: x.flatten()[:1402] for key, x in batch.items()}
+    padded, *others = (
+        TOKENS["gae"](KERNELS, batch | {"cu_seqlens": torch.tensor(offsets)} if offsets else batch, None)
+        for batch, offsets in (
+            ({key: x[:2] for key, x in batch.items()}, None),
+            (packed, [0, 700, 1400, 1402]),
+            (packed, [0, 1, 700, 1400, 1401, 1402]),
+        )
+    )
+    for other in others:
+        for result, expected in zip(other, padded, strict=True):
+            assert torch.equal(result[700:1400], expected[1])
 
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_more_tokens_than_a_block(name):
-    """Masked tokens at the borders of the blocks of 1,024, and a whole block of them."""
-    batch = {key: x[1:3] for key, x in token_batches(2100)[0].items()}
-    batch["mask"][0, [1023, 1024, 2047, 2048]] = False
-    batch["mask"][1, 1000:2070] = False
+    """Masked tokens at the borders of the blocks of 512, and a whole block of them."""
+    batch = {key: x[1:3] for key, x in token_batches(1100)[0].items()}
+    batch["mask"][0, [511, 512, 1023, 1024]] = False
+    batch["mask"][1, 500:1070] = False
     check_tokens(name, batch, random(2, seed=9))
 
 
@@ -198,7 +226,7 @@ def test_more_tokens_than_a_block(name):
 def test_numbers_of_arguments(number):
     """They reach a kernel as two of float32: 48 bits, and where that is out of range infinity."""
     log_ratio = torch.tensor([2.0, 50.0, -50.0, -2.0], dtype=torch.float64).repeat(2, 2)
-    ratios = {"logprobs": log_ratio, "old_logprobs": torch.zeros(2, 8)}
+    ratios = {"logprobs": log_ratio, "old_logprobs": torch.zeros_like(log_ratio)}
 
     def run(source: Any) -> list[Tensor]:
         x = random(2, 8)
@@ -220,7 +248,7 @@ def test_nan_and_inf_of_a_token(estimator):
     others = {"gae": (values, None, None), "vtrace": (values, values * 0, rewards * 0)}.get(estimator, (None,) * 3)
     for gamma, lam in ((0.9, 0.8), (0.9, 0.0), (0.0, 0.5)):
         numbers = (TOKEN_ESTIMATORS.index(estimator), gamma, lam, 1.2, 0.7, True)
-        arguments = (rewards, *others, None, None, bootstrap, *numbers)
+        arguments = (rewards, *others, torch.ones(3, 30, dtype=torch.bool), None, bootstrap, *numbers)
         expected = torch.ops.fusedpo.token_advantages.native(*arguments)
         results = torch.ops.fusedpo.token_advantages.triton(*map(move, arguments))
         for result, truth in zip(results, expected, strict=True):

@@ -67,8 +67,7 @@ CASES: dict[str, Callable[[], None]] = {
     "ranks, groups of 8": lambda: samples("maxpo", 8, mask=False),
     "ranks, ids": lambda: samples("maxpo", None, wide=True),
     "tokens, packed": lambda: tokens("vtrace", torch.zeros(64), mask=True, packed=True),
-    "tokens, long": lambda: tokens("gae", torch.zeros(1, 4096)),
-    "tokens, bfloat16": lambda: tokens("reward_to_go", torch.zeros(2, 600, dtype=torch.bfloat16), mask=True),
+    "tokens, bfloat16": lambda: tokens("gae", torch.zeros(2, 600, dtype=torch.bfloat16)),
     "steps": lambda: steps(8, 7, 8),
     "whitening": lambda: whiten(64),
 }
@@ -103,13 +102,10 @@ def test_every_kernel_compiles_for_every_target(compiled):
 
 @pytest.mark.parametrize("target", triton_aot.TARGETS)
 def test_registers_and_spills(compiled, target, record_property):
-    """At most two float64 numbers on the stack: the compiler may park there what it needs after a loop or a division.
-
-    Two programs of 8 warps fit on a multiprocessor.
-    """
+    """Nothing is spilled, and two programs of 8 warps fit on a multiprocessor."""
     results = [result for result in compiled if result["target"] == target]
     record_property("registers", {result["case"]: result["registers"] for result in results})
-    assert [result for result in results if result["stack"] > 16] == []
+    assert [result for result in results if result["stack"] > 0] == []
     at_most = 128 if target.startswith("sm_") else 256
     assert [result for result in results if result["registers"] > at_most or result["num_warps"] > 8] == []
 
@@ -128,7 +124,7 @@ def test_offsets_have_64_bits(compiled):
 
 def count_variants() -> dict[str, int]:
     def numbers() -> None:
-        """Estimators, k, factors, numbers of groups and of tokens, within one power of two."""
+        """Estimators, k, factors, numbers of groups and of tokens."""
         for i in range(8):
             for name in ("grpo", "rloo", "raft", "gpg", "maxpo", "pkpo s", "passk", "max_at_k"):
                 samples(name, 17 + i, count=(17 + i) * (1 + i), mask=False, k=1 + i)
@@ -159,11 +155,11 @@ def count_variants() -> dict[str, int]:
 
 
 def test_number_of_variants():
-    """A block holds 16 elements to 1,024, a variant per power of two; 32 where ranks are compared."""
+    """Small groups and large ones have one each; of ranks and of tokens there is one."""
     assert triton_aot.call(__name__, "count_variants") == {
         "numbers": 3,
-        "group_sizes": 7 + 1,
+        "group_sizes": 2 + 1,
         "ids": 2,
-        "lengths": 7,
+        "lengths": 1,
         "steps_and_whitening": 1 + 2,
     }

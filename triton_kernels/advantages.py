@@ -632,9 +632,11 @@ def _two_parts(number: float) -> tuple[float, float]:
     return high, number - high if math.isfinite(high) else 0.0
 
 
-def _block(elements: int, at_most: int, per_thread: int) -> dict[str, int]:
-    block = max(16, min(triton.next_power_of_2(elements), at_most))
-    return {"BLOCK": block, "num_warps": max(1, block // (32 * per_thread))}
+# A warp or eight, a thread per element, and no sizes in between: each would be a variant to compile, and to wait for.
+_SMALL: dict[str, int] = {"BLOCK": 32, "num_warps": 1}
+_LARGE: dict[str, int] = {"BLOCK": 256, "num_warps": 8}
+# Of every sequence, however short: no bit of it follows from the lengths of others.
+_TOKENS: dict[str, int] = {"BLOCK": 512, "num_warps": 8}
 
 
 def _check_order(order: Tensor, count: int) -> None:
@@ -680,11 +682,10 @@ def group_advantages(
     arguments = (*arguments, advantages)
     programs = count if ids is not None else triton.cdiv(count, group_size)
     real = _real(advantages.device)
-    likely_size = 64 if ids is not None else group_size
     if not needs.ranks:
         num_other = 0 if other is None else other.numel()
         numbers = (count, group_size, num_other, estimator, *_two_parts(number))
-        shape = _block(likely_size, 1024, per_thread=4)
+        shape = _LARGE if ids is None and group_size > 64 else _SMALL
         launch(_baseline_kernel, programs, advantages.device, *arguments, *numbers, REAL=real, **shape)
     else:
         memory = (
@@ -693,8 +694,8 @@ def group_advantages(
             advantages.new_empty(count, dtype=torch.int64),
         )
         numbers = (count, group_size, k, needs.spare, estimator, int(unbiased))
-        shape = {"BLOCK": 32, "num_warps": 1}  # a thread per element: two that hold the same would race
-        launch(_ranks_kernel, programs, advantages.device, *arguments, *memory, *numbers, CHUNK=16, REAL=real, **shape)
+        # A thread per element: two that hold the same would race.
+        launch(_ranks_kernel, programs, advantages.device, *arguments, *memory, *numbers, CHUNK=16, REAL=real, **_SMALL)
     return advantages
 
 
@@ -750,7 +751,7 @@ def token_advantages(
         estimator,
         *numbers,
         REAL=_real(rewards.device),
-        **_block(rewards.numel() // sequences, 1024, per_thread=4),
+        **_TOKENS,
     )
     return advantages, returns
 

@@ -12,7 +12,7 @@ from . import advantages, backends, objectives
 from .logprobs import token_logprobs
 from .losses import policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 
-GROUP_SIZES = (16, 32, 64)  # 16 stands for all smaller ones, 32 for those from 17 on, 64 for those from 33 on
+GROUP_SIZES = (64, 65)  # a small group and a large one
 HIDDEN = 16  # whatever the size, the kernels are the same
 
 
@@ -32,7 +32,7 @@ def warmup(
     otherwise than those of a contiguous tensor are not covered.
 
     Of the advantages those of groups are covered, for float32 rewards, with a bool mask or none: by ``group_ids``, or
-    by a ``group_size`` of at most 64. Where nothing runs on Triton, or no such device is there, nothing happens.
+    by any ``group_size``. Where nothing runs on Triton, or no such device is there, nothing happens.
     """
     device = torch.device(device)
     operators = ("token_logprobs", "policy_loss", "group_advantages")
