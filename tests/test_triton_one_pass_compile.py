@@ -220,10 +220,10 @@ def count_variants() -> dict[str, int]:
 
 
 def test_number_of_variants():
-    """The halo and the walk are one; padded or packed, with a mask or without, with an entropy bonus are apart."""
+    """The halo and the walk are one, with a mask or without; padded or packed, with an entropy bonus are apart."""
     assert triton_aot.call(__name__, "count_variants") == {
         "lengths_and_vocabularies": 3,  # with those that list the rows, and scale
         "objectives": 2,
-        "layouts": 4 + 1,
+        "layouts": 2 + 1,
         "entropy_bonus": 2 + 1,
     }

@@ -225,6 +225,7 @@ class Batch(NamedTuple):
     has_old_logprobs: Any
     advantages: Any
     mask: Any
+    has_mask: Any
     ref_logprobs: Any
     is_weights: Any
     has_is_weights: Any
@@ -243,8 +244,7 @@ def _sum_ahead(batch, token, count, CHUNK: tl.constexpr):
     for start in range(0, count, CHUNK):
         offset = start + tl.arange(0, CHUNK)
         kept = offset < count
-        if batch.mask is not None:
-            kept = kept & (tl.load(batch.mask + following + offset, mask=kept, other=0) != 0)
+        kept &= tl.load(batch.mask + following + offset, mask=only_if(batch.has_mask, kept), other=1) != 0
         logprob = tl.load(batch.logprobs + following + offset, mask=kept, other=0.0)
         total += log_ratio(logprob, tl.load(batch.old_logprobs + following + offset, mask=kept, other=0.0))
     return tl.sum(total[None, :], 1)
@@ -276,7 +276,7 @@ def _derivatives(o, batch, sequences, token, logprob, entropy, CHUNK: tl.constex
     )
     scale = tl.load(batch.scale.array + tl.where(batch.scale.per_token != 0, token, 0)) / batch.denominator
     d_logprob, d_entropy = scale * tl.sum(evaluate(o, x).d_logprob, 0), -scale * o.entropy_coef
-    if batch.mask is not None:  # rows that are given may be masked, and then hold anything
+    if batch.has_mask != 0:  # rows that are given may be masked, and then hold anything
         kept = tl.load(batch.mask + token) != 0
         d_logprob, d_entropy = tl.where(kept, d_logprob, 0.0), tl.where(kept, d_entropy, 0.0)
     return d_logprob, d_entropy
@@ -322,6 +322,7 @@ def _one_pass_kernel(
     has_denominator,
     has_old_logprobs,
     has_is_weights,
+    has_mask,
     ratio,
     back,
     ahead,
@@ -383,6 +384,7 @@ def _one_pass_kernel(
         has_old_logprobs,
         Weights(advantages, advantage_per_token),
         mask,
+        has_mask,
         ref_logprobs,
         Weights(is_weights, is_weight_per_token),
         has_is_weights,
@@ -636,7 +638,7 @@ def one_pass(
                 temperature,
                 olp,
                 advantages,
-                mask,
+                logits.new_empty(0, dtype=torch.bool) if mask is None else mask,
                 cu_seqlens,
                 ref,
                 weights,
@@ -659,6 +661,7 @@ def one_pass(
                 int(denominator is not None),
                 int(old_logprobs is not None),
                 int(is_weights is not None),
+                int(mask is not None),
                 *o,
                 BONUS=o.entropy_coef != 0,
                 CHUNK=_CHUNK,

@@ -453,6 +453,7 @@ def _longest(cu_seqlens, num_sequences, width, CHUNK: tl.constexpr):
 @triton.jit
 def _batch_scale(
     denominator,
+    has_denominator,
     loss_scale,
     tokens,
     sequences,
@@ -466,7 +467,7 @@ def _batch_scale(
     """What the loss of every token is multiplied by, beside its share in a mean over its sequence."""
     scale = tl.load(loss_scale)
     if aggregation != TOKEN_SUM:
-        if denominator is not None:
+        if has_denominator != 0:
             count = tl.load(denominator)
         else:
             count = tl.where(aggregation == TOKEN_MEAN, tokens, sequences)
@@ -523,6 +524,7 @@ def _finish_kernel(
     num_sequences,
     width,
     num_tiles,
+    has_denominator,
     has_entropy_gradient,
     per_token,
     back,
@@ -537,6 +539,7 @@ def _finish_kernel(
     tokens, sequences = _counts(statistics, num_tiles, CHUNK)
     scale = _batch_scale(
         denominator,
+        has_denominator,
         loss_scale,
         tokens,
         sequences,
@@ -623,6 +626,7 @@ def _scale_shares_kernel(
     num_sequences,
     width,
     num_tiles,
+    has_denominator,
     aggregation,
     length_norm,
     TILE: tl.constexpr,
@@ -631,6 +635,7 @@ def _scale_shares_kernel(
     tokens, sequences = _counts(statistics, num_tiles, CHUNK)
     scale = _batch_scale(
         denominator,
+        has_denominator,
         loss_scale,
         tokens,
         sequences,
@@ -808,7 +813,7 @@ def policy_loss(
         old_logprobs,
         mask,
         cu_seqlens,
-        denominator,
+        loss_scale if denominator is None else denominator,
         loss_scale,
         statistics,
         loss,
@@ -818,6 +823,7 @@ def policy_loss(
         grad_log_trace,
         *layout,
         num_tiles,
+        int(denominator is not None),
         int(o.entropy_coef != 0),
         int(per_token),
         o.back,
@@ -886,6 +892,8 @@ def token_scale(
     in_range("aggregation", aggregation, TOKEN_MEAN.value, SEQ_MEAN_TOKEN_SUM_NORM.value)
     arguments.check("logprobs", logprobs, FLOAT, shape)
     cu_seqlens = arguments.read("cu_seqlens", cu_seqlens, INT64, (layout.num_sequences + 1,))
+    denominator = arguments.read("denominator", denominator, FLOAT, ())
+    loss_scale = arguments.read("loss_scale", loss_scale, FLOAT, ())
     result = logprobs.new_empty(shape)
     statistics = logprobs.new_empty(NUM_ROWS.value * num_tiles)
     launch(
@@ -906,12 +914,13 @@ def token_scale(
         num_tiles,
         logprobs.device,
         cu_seqlens,
-        arguments.read("denominator", denominator, FLOAT, ()),
-        arguments.read("loss_scale", loss_scale, FLOAT, ()),
+        loss_scale if denominator is None else denominator,
+        loss_scale,
         statistics,
         result,
         *layout,
         num_tiles,
+        int(denominator is not None),
         aggregation,
         float(length_norm),
         TILE=_TILE,

@@ -27,9 +27,9 @@ def warmup(
 
     Otherwise the first step that needs a kernel compiles it, which takes seconds; Triton keeps it on disk. What is
     compiled depends on the dtype, the vocabulary and ``num_ids``, the ids per row, and on whether there are a mask,
-    ``cu_seqlens``, a ``denominator``, the gradient of an entropy, and whether logits or hidden states are given: all of
-    that is gone through here. It depends on no length, temperature or objective. Logits whose rows lie aligned
-    otherwise than those of a contiguous tensor are not covered.
+    ``cu_seqlens``, the gradient of an entropy, and whether logits or hidden states are given: all of that is gone
+    through here. It depends on no length, temperature or objective. Logits whose rows lie aligned otherwise than those
+    of a contiguous tensor are not covered.
 
     Of the advantages those of groups are covered, for float32 rewards, with a bool mask or none: by ``group_ids``, or
     by any ``group_size``. Where nothing runs on Triton, or no such device is there, nothing happens.
@@ -63,12 +63,8 @@ def _policy_loss(logits: torch.Tensor, layout: dict[str, Any]) -> None:
     hidden, weight = (
         logits.new_zeros(*shape, HIDDEN).requires_grad_() for shape in (logits.shape[:-1], logits.shape[-1:])
     )
-    for objective, denominator in (
-        (objectives.nfpo(2), None),
-        (objectives.nfpo(2, entropy_coef=0.1), 1.0),
-        (objectives.gspo(), None),
-    ):
-        options: dict[str, Any] = {"objective": objective, "denominator": denominator, **layout}
+    for objective in (objectives.nfpo(2), objectives.nfpo(2, entropy_coef=0.1), objectives.gspo()):
+        options: dict[str, Any] = {"objective": objective, **layout}
         policy_loss_from_logits(logits, zeros.long(), zeros, zeros, **options).loss.backward()
         policy_loss_from_hidden(hidden, weight, zeros.long(), zeros, zeros, **options).loss.backward()
     logprobs = zeros.clone().requires_grad_()
