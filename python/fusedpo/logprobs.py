@@ -253,10 +253,6 @@ def logprobs_from_hidden(
     backend = ops_hidden.choose(hidden, options.dtype, opaque=True)
     dropped = torch.zeros((), device=hidden.device)
     if backend == "reference":
-        chunk_tokens = options.chunk_tokens
-        if chunk_tokens is None:
-            row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
-            chunk_tokens = ops_hidden.chunk_rows(hidden.shape[:-1].numel(), row_bytes, hidden.device.type)
         results = reference.linear_token_logprobs(
             hidden,
             weight,
@@ -267,7 +263,7 @@ def logprobs_from_hidden(
             temperature=temperature,
             mask=mask,
             return_entropy=return_entropy,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=chunk_of_reference(hidden, weight, options),
         )
         return (results, dropped.new_empty(0), dropped) if isinstance(results, Tensor) else (*results, dropped)
     ids, temperature = ids_and_temperature(token_ids, temperature)
@@ -287,6 +283,14 @@ def logprobs_from_hidden(
         dropped=dropped,
     )
     return logprobs, entropy, dropped
+
+
+def chunk_of_reference(hidden: Tensor, weight: Tensor, options: ops_hidden.Options) -> int:
+    """How many rows the reference takes at a time."""
+    if options.chunk_tokens is not None:
+        return options.chunk_tokens
+    row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
+    return ops_hidden.chunk_rows(hidden.shape[:-1].numel(), row_bytes, hidden.device.type)
 
 
 def ids_and_temperature(token_ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -412,10 +416,12 @@ def check_linear_token_logprobs(
     _check_values(token_ids, weight.shape[0], temperature, mask)
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool = False) -> None:
+    """``split``: the head is that of a rank, which may have none of its rows."""
     _checks.floating("hidden", hidden)
     _checks.floating("weight", weight)
-    _check_whole("weight", weight)
+    if not split:
+        _check_whole("weight", weight)
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
@@ -425,7 +431,8 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, outside autocast, got {weight.dtype}")
     if bias is not None:
         _checks.floating("bias", bias)
-        _check_whole("bias", bias)
+        if not split:
+            _check_whole("bias", bias)
         _checks.shape("bias", bias, (weight.shape[0],), "one value per row of weight")
         _checks.same_device("bias", bias, "hidden", hidden)
 

@@ -82,7 +82,7 @@ def oreo_loss(
     sequences = segments_of("logprobs", logprobs, logprobs, mask, cu_seqlens, None, None)
     _tokens.check_per_token("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     _tokens.check_per_token("values", values, "logprobs", logprobs)
-    arguments.real("rewards", rewards)
+    _checks.real("rewards", rewards)
     _checks.shape("rewards", rewards, sequences.shape, "one per sequence")
     _checks.same_device("rewards", rewards, "logprobs", logprobs)
     arguments.positive("beta", beta)

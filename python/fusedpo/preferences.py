@@ -22,6 +22,7 @@ from .ops import units as ops_units
 from .preference_objectives import Preference
 from .reference import PolicyLossOutput
 from .reference.advantages.segments import group_labels, kept
+from .reference.aggregation import scaled
 from .reference.layout import layout
 from .segments import Segments, segment_sums, segments_of
 
@@ -663,9 +664,7 @@ def _or_one(number: float | Tensor, dtype: torch.dtype, device: torch.device) ->
 
 
 def _scaled(loss: Tensor, loss_scale: float | Tensor, logprobs: Tensor) -> Tensor:
-    if isinstance(loss_scale, Tensor):
-        loss_scale = loss_scale.detach().to(loss.dtype)
-    return (loss * loss_scale).to(torch.promote_types(logprobs.dtype, torch.float32))
+    return scaled(loss, loss_scale).to(torch.promote_types(logprobs.dtype, torch.float32))
 
 
 def _unit_values(tensor: Tensor, dtype: torch.dtype) -> Tensor:

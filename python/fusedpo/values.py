@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _checks, _tokens
 from .objectives import Aggregation, Objective
 from .reference.advantages.segments import result_dtype
-from .reference.aggregation import aggregate
+from .reference.aggregation import aggregate, scaled
 from .reference.layout import layout
 
 __all__ = ["ValueLossOutput", "value_loss"]
@@ -90,6 +90,4 @@ def value_loss(
         clipped = bounded > loss
         loss = loss.where(~clipped, bounded)
     total = aggregate(loss / 2, kept, where, aggregation, length_norm=length_norm, denominator=denominator)
-    if isinstance(loss_scale, Tensor):
-        loss_scale = loss_scale.detach().to(dtype)
-    return ValueLossOutput(total * loss_scale, aggregate(clipped.to(dtype), kept, where, "token-mean"))
+    return ValueLossOutput(scaled(total, loss_scale), aggregate(clipped.to(dtype), kept, where, "token-mean"))

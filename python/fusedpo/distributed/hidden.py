@@ -81,19 +81,9 @@ class _ShardedLinear(torch.autograd.Function):
     """Keeps three numbers of each row. Old-style, as all that work in place."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        temperature: Tensor,
-        rows: Tensor,
-        split: Split,
-        options: Options,
-        return_entropy: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        inputs, (split, options, return_entropy, backend) = ops_hidden.Inputs.first_of(args)
+        hidden, weight, bias, token_ids, temperature, rows = inputs
         shard, of = split.shard, operators(backend)
         if split.how == "sequence":
             assert shard.group is not None
@@ -101,21 +91,20 @@ class _ShardedLinear(torch.autograd.Function):
             hidden = torch.cat(gathered.unbind(), -2)
         leading = hidden.shape[:-1]
         ids, t = (ops_hidden._per_row(x, leading) for x in (token_ids, temperature))
-        ids_of, t_of = ids[rows], t if t.dim() == 0 else t[rows]
+        ids_of, t_of = ids[rows], ops_hidden._select(t, rows)
         valid = weight.detach()[: shard.valid], None if bias is None else bias.detach()[: shard.valid]
         header = (shard.start, shard.width, shard.vocab_size, return_entropy)
         with ops_hidden._plain(hidden):
             head = ops_hidden._Head(hidden, *valid, rows, options, gradients=False)
-            pieces = []
-            for chunk in head.chunks:
-                logits, t_chunk = head.logits(head.rows_of(rows[chunk])), t_of if t_of.dim() == 0 else t_of[chunk]
-                pieces.append(of.row_stats(logits, ids_of[chunk], t_chunk, None, *header))
+            pieces = [
+                of.row_stats(logits, ids[at], ops_hidden._select(t, at), None, *header) for at, _, logits in head.walk()
+            ]
             if not pieces:
                 nothing = head.hidden.new_empty((0, shard.valid), dtype=options.dtype)
                 pieces.append(of.row_stats(nothing, ids_of, t_of, None, *header))
         parts = torch.cat([pieces[0], *(piece[1:] for piece in pieces[1:])])
         of_ranks = parts[None] if shard.group is None else Pending(parts, shard.group).wait()
-        size = shards.check_headers(of_ranks, shard)
+        size = shards.check_headers(of_ranks)
         if size is not None:
             logprobs._check_values(ids_of, size, 1.0, None)
         found, entropies, stats_of = of.merge_row_stats(of_ranks, t_of, None, return_entropy)
@@ -314,19 +303,7 @@ def _check(
     shard: Shard,
     how: How,
 ) -> None:
-    _checks.floating("hidden", hidden)
-    _checks.floating("weight", weight)
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
-        )
-    _checks.same_device("weight", weight, "hidden", hidden)
-    if weight.dtype != hidden.dtype and not ops_hidden.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, outside autocast, got {weight.dtype}")
-    if bias is not None:
-        _checks.floating("bias", bias)
-        _checks.shape("bias", bias, (weight.shape[0],), "one value per row of weight")
-        _checks.same_device("bias", bias, "hidden", hidden)
+    logprobs._check_linear(hidden, weight, bias, split=True)
     rows = hidden.shape[:-1]
     if how == "sequence":
         assert shard.group is not None

@@ -412,26 +412,17 @@ class FusedLinearForPPO(torch.nn.Module):
         return logprobs, entropy
 
 
-_originals: dict[str, Any] = {}  # by the name that verl and this module have for it
-
-
-def _replacements() -> dict[Any, Any]:
-    functional = importlib.import_module("verl.utils.torch_functional")
-    experimental = importlib.import_module("verl.utils.experimental.torch_functional")
-    for function in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking):
-        _originals.setdefault(function.__name__, getattr(functional, function.__name__))
-    _originals.setdefault("FusedLinearForPPO", experimental.FusedLinearForPPO)
-    megatron = sys.modules.get(
-        "verl.utils.megatron.tensor_parallel"
-    )  # where Megatron is used, its engine has loaded it
-    if megatron is not None:
-        for ours in (
-            vocab_parallel_log_probs_from_logits,
-            vocab_parallel_entropy,
-            vocab_parallel_entropy_with_chunking,
-        ):
-            _originals.setdefault(ours.__name__, getattr(megatron, ours.__name__))
-    return {original: globals()[name] for name, original in _originals.items()}
+_MEGATRON = "verl.utils.megatron.tensor_parallel"  # where Megatron is used, its engine has loaded it
+_REPLACEMENTS = {
+    "verl.utils.torch_functional": (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking),
+    "verl.utils.experimental.torch_functional": (FusedLinearForPPO,),
+    _MEGATRON: (
+        vocab_parallel_log_probs_from_logits,
+        vocab_parallel_entropy,
+        vocab_parallel_entropy_with_chunking,
+    ),
+}
+_originals: dict[Any, Any] = {}  # of verl, by what replaces them
 
 
 def patch_verl() -> None:
@@ -441,9 +432,11 @@ def patch_verl() -> None:
     yours that ``model.external_lib`` names, say. Calling it again patches modules that were loaded since.
     """
     check_version("verl", *TESTED)
-    _common.swap("verl", _replacements())
+    for module, own in _REPLACEMENTS.items():
+        if module != _MEGATRON or module in sys.modules:
+            _common.put_in_place("verl", importlib.import_module(module), own, _originals)
 
 
 def unpatch_verl() -> None:
     """Undoes :func:`patch_verl`, in modules that were loaded in between too."""
-    _common.swap("verl", {ours: original for original, ours in _replacements().items()})
+    _common.put_back("verl", _originals)

@@ -19,10 +19,10 @@ from .._batch import Batch
 from ..objectives import Objective
 from ..reference import row_stats
 from ..reference.layout import layout
-from . import apply, are_batched, edge_to, is_transformed, must_be_functional, once_differentiable
+from . import apply, are_batched, is_transformed, must_be_functional, once_differentiable
 from . import policy_loss as ops_policy_loss
 from .active_columns import gradient_of_active
-from .one_pass import scaled_once
+from .one_pass import GradientsWithLoss, keep
 
 # Every chunk streams the weight and its gradient once: against that its products must be large.
 WORKSPACE_BYTES = {"cpu": 1 << 28}
@@ -50,6 +50,11 @@ class Inputs(NamedTuple):
     token_ids: Tensor
     temperature: Tensor
     rows: Tensor
+
+    @classmethod
+    def first_of(cls, args: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
+        """And the other arguments of an autograd Function, which sees the tensors that are its own arguments alone."""
+        return cls(*args[: len(cls._fields)]), args[len(cls._fields) :]
 
 
 def is_autocast_enabled(device: str) -> bool:
@@ -152,6 +157,7 @@ class _Head:
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.capped = options.softcap is not None
         self.factor = options.logit_scale / (options.softcap or 1)
+        self.rows = rows
         self.threshold = options.gradient_threshold
 
         chunk = options.chunk_tokens
@@ -162,6 +168,13 @@ class _Head:
         self.chunks = [slice(first, first + chunk) for first in range(0, rows.numel(), chunk)]
         self._workspace = weight.new_empty((chunk, size), dtype=dtype)
         self._uncapped = torch.empty_like(self._workspace) if self.capped and gradients else None
+
+    def walk(self, *, backwards: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The rows of each chunk, their hidden states, and their logits in the workspace."""
+        for chunk in reversed(self.chunks) if backwards else self.chunks:
+            rows = self.rows[chunk]
+            hidden = self.rows_of(rows)
+            yield rows, hidden, self.logits(hidden)
 
     def rows_of(self, rows: Tensor) -> Tensor:
         return self.hidden.index_select(0, rows).to(self.weight.dtype)
@@ -328,9 +341,7 @@ def logprobs_of(inputs: Inputs, options: Options, return_entropy: bool, backend:
     stats = logprobs.new_empty((ids.shape[0], 3))
     with _plain(hidden):
         head = _Head(hidden, weight, bias, rows, options, gradients=False)
-        for chunk in head.chunks:
-            at = rows[chunk]
-            logits = head.logits(head.rows_of(at))
+        for at, _, logits in head.walk():
             results = operator(logits, ids[at], _select(temperature, at), None, return_entropy)
             logprobs[at], stats[at] = results[0], results[2]
             if return_entropy:
@@ -359,10 +370,7 @@ def gradients_of_logprobs(
     with _plain(hidden):
         head = _Head(hidden, weight, bias, rows, options, gradients=True)
         gradients = sums(head, needed, hidden, weight, bias)
-        for chunk in head.chunks:
-            at = rows[chunk]
-            states = head.rows_of(at)
-            logits = head.logits(states)
+        for at, states, logits in head.walk():
             grads = [None if g is None else g[at] for g in flat]
             gradients.add_chunk(at, states, logits, grads, ids[at], _select(temperature, at), stats[at], backend)
         return gradients.rounded(), gradients.dropped
@@ -371,25 +379,13 @@ def gradients_of_logprobs(
 class _LinearTokenLogprobs(torch.autograd.Function):
     """Keeps three numbers of each row; the backward computes the logits again.
 
-    Old-style, as :class:`_OnePass` is: what must be functional does not come here. ``dropped``, if it is given, is
-    overwritten by the backward.
+    Old-style, as :class:`GradientsWithLoss`: what must be functional does not come here. ``dropped``, if it is given,
+    is overwritten by the backward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        temperature: Tensor,
-        rows: Tensor,
-        options: Options,
-        return_entropy: bool,
-        dropped: Tensor | None,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = Inputs(hidden, weight, bias, token_ids, temperature, rows)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        inputs, (options, return_entropy, dropped, backend) = Inputs.first_of(args)
         logprobs, entropy, stats = logprobs_of(inputs, options, return_entropy, backend)
         ctx.options, ctx.dropped, ctx.backend = options, dropped, backend
         ctx.save_for_backward(*inputs, stats)
@@ -441,10 +437,7 @@ def loss_and_gradients(
     with _plain(hidden):
         head = _Head(hidden, weight, bias, rows, options, gradients=True)
         gradients = _Gradients(head, needed, hidden, weight, bias)
-        for chunk in reversed(head.chunks):  # windows look ahead
-            at = rows[chunk]
-            states = head.rows_of(at)
-            logits = head.logits(states)
+        for at, states, logits in head.walk(backwards=True):  # windows look ahead
             if threshold is None:
                 getattr(operators.one_pass, backend)(
                     *(logits, logits, logprobs, entropy, at, token_ids, temperature, *batch.tokens, scale, *encoded)
@@ -463,38 +456,15 @@ def loss_and_gradients(
     return (loss, metrics, logprobs, entropy, gradients.dropped), results
 
 
-class _OnePass(torch.autograd.Function):
-    """The gradients are computed with the loss, and scaled in the backward."""
-
+class _OnePass(GradientsWithLoss):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        temperature: Tensor,
-        rows: Tensor,
-        batch: Batch,
-        objective: Objective,
-        options: Options,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        inputs = Inputs(hidden, weight, bias, token_ids, temperature, rows)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        inputs, (batch, objective, options, backend) = Inputs.first_of(args)
         encoded = ops_policy_loss.encode(objective)
         outputs, results = loss_and_gradients(inputs, batch, encoded, options, ctx.needs_input_grad[:3], backend)
-        ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(x) for x in (hidden, weight, bias)]
-        ctx.save_for_backward(*results)
+        keep(ctx, "policy_loss_from_hidden", backend, results, *inputs[:3])
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
         return outputs
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
-        none = (None,) * 7
-        if grad_loss is None:
-            return None, None, None, *none
-        return *scaled_once(ctx, "policy_loss_from_hidden", grad_loss), *none
 
 
 def _per_row(x: Tensor, leading: torch.Size) -> Tensor:
