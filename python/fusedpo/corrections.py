@@ -145,11 +145,7 @@ def rejection_mask(
     """
     where, kept, log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask, cu_seqlens)
     log_ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    estimates = {
-        "k1": -log_ratio,
-        "k2": log_ratio.square() / 2,
-        "k3": torch.expm1(log_ratio) - log_ratio,
-    }
+    estimates = {"k1": -log_ratio, "k2": log_ratio.square() / 2, "k3": torch.expm1(log_ratio) - log_ratio}
     passed = kept
     for name, bounds in criteria.items():
         low, high = _bounds(name, bounds)

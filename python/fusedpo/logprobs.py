@@ -350,12 +350,7 @@ def check_vocabulary(logits: Tensor) -> None:
 
 
 def _check_rows(
-    rows: torch.Size,
-    source: Tensor,
-    name: str,
-    token_ids: Tensor,
-    temperature: float | Tensor,
-    mask: Tensor | None,
+    rows: torch.Size, source: Tensor, name: str, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None
 ) -> None:
     _checks.integer("token_ids", token_ids)
     shape = token_ids.shape

@@ -92,11 +92,7 @@ class PolicyLoss(nn.Module):
     if TYPE_CHECKING:  # that of a Module returns Any
 
         def __call__(
-            self,
-            logprobs: Tensor,
-            old_logprobs: Tensor | None,
-            advantages: Tensor,
-            **arguments: Unpack[_FromLogprobs],
+            self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **arguments: Unpack[_FromLogprobs]
         ) -> PolicyLossOutput: ...
 
     def forward(
@@ -189,12 +185,7 @@ class LossHead(nn.Linear):
         return head
 
     def forward(  # type: ignore[override]
-        self,
-        hidden: Tensor,
-        token_ids: Tensor,
-        old_logprobs: Tensor | None,
-        advantages: Tensor,
-        **arguments: Any,
+        self, hidden: Tensor, token_ids: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **arguments: Any
     ) -> PolicyLossOutput:
         """:func:`fusedpo.policy_loss_from_hidden` with this weight and bias."""
         given = {"bias": self.bias, **self.defaults, **arguments}

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _checks, _tokens
 from ._dtypes import wide
 from .advantages import arguments
-from .preferences import _check_numbers, _mean_over, _or_one, _scaled
+from .preferences import _mean_over, _or_one, _scaled
 from .reference.layout import layout
 from .segments import segment_sums, segments_of
 
@@ -88,7 +88,8 @@ def oreo_loss(
     arguments.positive("beta", beta)
     if clip_log is not None:
         arguments.positive("clip_log", clip_log)
-    _check_numbers("logprobs", logprobs, denominator=denominator, loss_scale=loss_scale)
+    _tokens.check_count("denominator", denominator, "logprobs", logprobs)
+    _tokens.check_number("loss_scale", loss_scale, "logprobs", logprobs)
 
     where, dtype = layout(logprobs, cu_seqlens), wide(logprobs)
     kept = sequences.kept

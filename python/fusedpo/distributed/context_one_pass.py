@@ -89,8 +89,7 @@ def policy_loss_from_logits(
         logprobs, entropy, scale = where.own(logprobs), where.own(entropy), where.own(scale)
     gradient = source if inplace else source.new_empty(source.shape)
     getattr(torch.ops.fusedpo.one_pass, backend)(
-        *(source, gradient, logprobs, entropy, rows, token_ids, temperature),
-        *(*per_token, scale, *encoded, None),
+        *(source, gradient, logprobs, entropy, rows, token_ids, temperature), *(*per_token, scale, *encoded, None)
     )
     if inplace:
         torch.autograd.graph.increment_version(logits)

@@ -161,12 +161,7 @@ class Inputs(NamedTuple):
 
 
 def local_inputs(
-    hidden: Any,
-    weight: Any,
-    bias: Any,
-    tp_group: ProcessGroup | None,
-    vocab_start: int | None,
-    vocab_size: int | None,
+    hidden: Any, weight: Any, bias: Any, tp_group: ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
 ) -> Inputs:
     """From DTensors to what this rank holds; their gradients are placed as they are."""
     how: How = "replicated"

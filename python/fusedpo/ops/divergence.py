@@ -25,16 +25,7 @@ from torch import Tensor
 from .. import backends
 from . import apply, define, implement, once_differentiable, refuse_overwritten
 from .active_columns import columns_above
-from .hidden import (
-    Options,
-    _Gradients,
-    _Head,
-    _once_differentiable,
-    _per_row,
-    _plain,
-    _select,
-    _uncapped_temperature,
-)
+from .hidden import Options, _Gradients, _Head, _once_differentiable, _per_row, _plain, _select, _uncapped_temperature
 from .one_pass import GradientsWithLoss, keep
 
 # Two float32 blocks: in a core's cache on the CPU, few launches elsewhere.
@@ -85,18 +76,16 @@ def kl_rows(
     logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Literal["none", "new", "in place"]
 ) -> tuple[Tensor, Tensor | None]:
     """The divergences, and the gradient that is asked for: by a kernel, or a block of rows at a time by PyTorch."""
+    out = None if gradient == "none" else logits if gradient == "in place" else logits.new_empty(logits.shape)
     backend = backends.kernel_for("exact_kl", logits.device.type, logits.dtype)
-    if backend is not None and logits.dtype == ref_logits.dtype:
-        logits, ref_logits = (
-            x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (logits, ref_logits)
-        )
-        args = (logits, ref_logits, *rows, direction == "forward")
-        if gradient == "in place":
-            return getattr(torch.ops.fusedpo.exact_kl_out, backend)(*args, logits), logits
-        kl, grad_logits = getattr(torch.ops.fusedpo.exact_kl, backend)(*args, gradient == "new")
-        return kl, grad_logits if gradient == "new" else None
-    into = None if gradient == "none" else logits if gradient == "in place" else torch.empty_like(logits)
-    return _by_blocks(logits, ref_logits, rows, direction, into), into
+    if backend is None or logits.dtype != ref_logits.dtype:
+        return _by_blocks(logits, ref_logits, rows, direction, out), out
+    logits, ref_logits = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (logits, ref_logits))
+    args = (logits, ref_logits, *rows, direction == "forward")
+    if torch.compiler.is_compiling():  # where writing into `out` could cost a copy of it
+        kl, grad_logits = getattr(torch.ops.fusedpo.exact_kl, backend)(*args, out is not None)
+        return kl, None if out is None else grad_logits
+    return getattr(torch.ops.fusedpo.exact_kl_out, backend)(*args, out), out
 
 
 def _by_blocks(logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Tensor | None) -> Tensor:
@@ -170,12 +159,7 @@ class _Divergences(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor,
-        ref_logits: Tensor,
-        temperature: Tensor,
-        mask: Tensor | None,
-        direction: str,
-        inplace: bool,
+        logits: Tensor, ref_logits: Tensor, temperature: Tensor, mask: Tensor | None, direction: str, inplace: bool
     ) -> Tensor:
         scale = logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
         return kl_rows(logits, ref_logits, Rows(temperature, temperature, mask, scale), direction, "none")[0]

@@ -142,14 +142,7 @@ class _Head:
     """
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: Tensor,
-        options: Options,
-        *,
-        gradients: bool,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, options: Options, *, gradients: bool
     ) -> None:
         size, dtype = weight.shape[0], options.dtype
         self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])

@@ -79,12 +79,7 @@ class LinearTokenStatistics(_LinearTokenLogprobs):
 
 
 def token_statistics(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    inplace_backward: bool,
-    backend: str,
+    logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, ...]:
     """All results but the stats, by the kernels of ``backend``; arguments as the operator's schema has them."""
     inputs = (logits, token_ids, temperature, mask)

@@ -43,12 +43,7 @@ def selective_log_softmax_and_entropy(
     return logprobs, entropies if entropy_requires_grad else entropies.detach()
 
 
-_REPLACEMENTS = (
-    selective_log_softmax,
-    entropy_from_logits,
-    selective_log_softmax_and_entropy,
-    add_fused_lm_head,
-)
+_REPLACEMENTS = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy, add_fused_lm_head)
 _originals: dict[Any, Any] = {}  # by what replaces them, while patched
 
 
