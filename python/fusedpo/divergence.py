@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks, _tokens, backends, ops, reference
 from .advantages import arguments
-from .logprobs import _check_linear, _check_options, check_temperature, head_options
+from .logprobs import _check_linear, check_temperature, head_options
 from .objectives import Aggregation, Objective
 from .ops import divergence as ops_divergence
 from .ops import hidden as ops_hidden
@@ -149,11 +149,10 @@ def exact_kl_from_hidden(
             f"{weight.shape[0]} of hidden and weight, got {list(ref_hidden.shape)} and {list(ref_weight.shape)}"
         )
     head = head_options(hidden, softcap, logit_scale, chunk_tokens, gradient_threshold)
-    _check_options(softcap=ref_softcap, logit_scale=ref_logit_scale, chunk_tokens=None)
+    ref_head = head_options(ref_hidden, ref_softcap, ref_logit_scale)
     given = (direction, temperature, mask, cu_seqlens, aggregation, length_norm, denominator, loss_scale)
     tokens = _Tokens("hidden", hidden, *given)
-    ref_dtype = ops_hidden.compute_dtype(ref_hidden)
-    way = _way(hidden.device.type, head.dtype, ref_dtype, loss_scale)
+    way = _way(hidden.device.type, head.dtype, ref_head.dtype, loss_scale)
     if way == "reference" or torch.compiler.is_compiling():
         both = [
             reference.linear_logits(x, w, bias=b, softcap=cap, logit_scale=factor)
@@ -179,7 +178,7 @@ def exact_kl_from_hidden(
         tokens.rows(temperature, scale=not deferred),
         direction=direction,
         options=head,
-        ref_options=ops_hidden.Options(ref_dtype, ref_softcap, ref_logit_scale, None),
+        ref_options=ref_head,
         deferred=deferred,
     )
     return ExactKLOutput(tokens.loss(found), found.detach()) if deferred else ExactKLOutput(*found)

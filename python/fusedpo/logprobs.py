@@ -320,12 +320,19 @@ def head_options(
     hidden: Tensor,
     softcap: float | None,
     logit_scale: float,
-    chunk_tokens: int | None,
-    gradient_threshold: float | None,
+    chunk_tokens: int | None = None,
+    gradient_threshold: float | None = None,
 ) -> ops_hidden.Options:
     """Checked, and as the kernels take them."""
     _checks.floating("hidden", hidden)
-    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    if softcap is not None:
+        _check_positive("softcap", softcap, "a float or None")
+    _checks.finite("logit_scale", logit_scale)
+    _checks.in_float32("logit_scale", logit_scale)
+    if logit_scale == 0:
+        raise ValueError("logit_scale must not be 0")
+    if chunk_tokens is not None:
+        _checks.whole_number("chunk_tokens", chunk_tokens, at_least=1, expected="an int or None")
     if gradient_threshold is not None:
         _checks.number("gradient_threshold", gradient_threshold, "a float or None")
         if gradient_threshold != 0 and not 2.0**-64 <= gradient_threshold < 1:
@@ -438,14 +445,3 @@ def _check_whole(name: str, parameter: Tensor) -> None:
             f"{name} must be a whole plain tensor, got an empty one, as ZeRO-3 and FSDP leave behind: gather it, "
             f"{_checks.WAYS_TO_GATHER}"
         )
-
-
-def _check_options(*, softcap: float | None, logit_scale: float, chunk_tokens: int | None) -> None:
-    if softcap is not None:
-        _check_positive("softcap", softcap, "a float or None")
-    _checks.finite("logit_scale", logit_scale)
-    _checks.in_float32("logit_scale", logit_scale)
-    if logit_scale == 0:
-        raise ValueError("logit_scale must not be 0")
-    if chunk_tokens is not None:
-        _checks.whole_number("chunk_tokens", chunk_tokens, at_least=1, expected="an int or None")

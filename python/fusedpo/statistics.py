@@ -94,7 +94,7 @@ def linear_token_statistics(
     token_ids, temperature, mask, softcap, logit_scale, chunk_tokens = _checks.taken(
         token_ids, temperature, mask, softcap, logit_scale, chunk_tokens
     )
-    options = head_options(hidden, softcap, logit_scale, chunk_tokens, None)
+    options = head_options(hidden, softcap, logit_scale, chunk_tokens)
     check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask)
     _one_per_row(token_ids, hidden.shape[:-1])
     hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)

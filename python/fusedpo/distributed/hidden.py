@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .. import _checks, backends, logprobs, ops
 from ..ops import hidden as ops_hidden
-from ..ops.hidden import Options
 from . import shards
 from .collectives import Pending, PendingSum, gather
 from .shards import Shard
@@ -260,25 +259,29 @@ def linear_token_logprobs(
     hidden, weight, bias, (shard, how), _ = inputs
     if shard.group is not None and how == "replicated" and is_part(hidden, token_ids, shard.group.size()):
         how = "sequence"
-    _check(hidden, weight, bias, token_ids, temperature, mask, shard, how)
-    logprobs._check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    logprobs._check_linear(hidden, weight, bias, split=True)
+    logprobs._check_rows(_rows(hidden, shard, how), hidden, "hidden", token_ids, temperature, mask)
+    logprobs._check_values(torch.zeros_like(token_ids), 1, temperature, mask)  # ids once the vocabulary is known
+    options = logprobs.head_options(hidden, softcap, logit_scale, chunk_tokens)
     hidden, weight, bias = logprobs.taken_if_differentiated(hidden, weight, bias)
-    dtype = ops_hidden.compute_dtype(hidden)
-    backend = backends.choose("row_stats", hidden.device.type, dtype)
+    backend = backends.choose("row_stats", hidden.device.type, options.dtype)
     ids, t, kept = prepared(hidden, token_ids, temperature, mask)
     shards.check_same_rows(shard, ids, kept, t)
-    count = kept.numel() if kept is not None else t.numel() if t.dim() else _rows(hidden, shard, how)
+    count = kept.numel() if kept is not None else t.numel() if t.dim() else _rows(hidden, shard, how).numel()
     rows = ops_hidden.rows_where(kept, count, hidden.device, num_live)
-    options = Options(dtype, softcap, logit_scale, chunk_tokens)
     t = ops_hidden._uncapped_temperature(t, options)
     args = (hidden, weight, bias, ids, t, rows, Split(shard, how), options, return_entropy, backend)
     found, entropy = ops.apply("linear_token_logprobs", _ShardedLinear, *args)
     return (found, entropy) if return_entropy else found
 
 
-def _rows(hidden: Tensor, shard: Shard, how: How) -> int:
-    ranks = shard.group.size() if how == "sequence" and shard.group is not None else 1
-    return hidden.shape[:-1].numel() * ranks
+def _rows(hidden: Tensor, shard: Shard, how: How) -> torch.Size:
+    """Those of all ranks."""
+    rows = hidden.shape[:-1]
+    if how != "sequence":
+        return rows
+    assert shard.group is not None
+    return torch.Size((*rows[:-1], rows[-1] * shard.group.size()))
 
 
 def is_part(hidden: Tensor, token_ids: Tensor, ranks: int) -> bool:
@@ -286,22 +289,3 @@ def is_part(hidden: Tensor, token_ids: Tensor, ranks: int) -> bool:
     leading = hidden.shape[:-1]
     whole = (*leading[:-1], leading[-1] * ranks) if leading else ()
     return len(leading) > 0 and leading != token_ids.shape[: len(leading)] and token_ids.shape[: len(leading)] == whole
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: float | Tensor,
-    mask: Tensor | None,
-    shard: Shard,
-    how: How,
-) -> None:
-    logprobs._check_linear(hidden, weight, bias, split=True)
-    rows = hidden.shape[:-1]
-    if how == "sequence":
-        assert shard.group is not None
-        rows = torch.Size((*rows[:-1], rows[-1] * shard.group.size()))
-    logprobs._check_rows(rows, hidden, "hidden", token_ids, temperature, mask)
-    logprobs._check_values(torch.zeros_like(token_ids), 1, temperature, mask)  # ids once the vocabulary is known

@@ -142,7 +142,7 @@ def _statistics(
 ) -> statistics.TokenStatistics:
     if not torch.is_autocast_enabled(hidden.device.type):
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    options = head_options(hidden, softcap, scale, None, None)
+    options = head_options(hidden, softcap, scale)
     return statistics.TokenStatistics(
         *statistics._linear(hidden, weight, bias, labels, temperature, mask, options, function=_Gathered)
     )
