@@ -28,7 +28,8 @@ from .one_pass import GradientsWithLoss, keep
 WORKSPACE_BYTES = {"cpu": 1 << 28}
 OTHER_WORKSPACE_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 20  # stays in a core's L2
-GATHERED_BYTES = 1 << 25  # of a matrix whose rows are gathered for a product
+GATHERED_BYTES = 1 << 23  # of a matrix whose rows are gathered for a product, which is a sum over parts of them
+UNROUNDED_BYTES = 1 << 26  # where each part of the sum would be rounded
 
 
 class Options(NamedTuple):
@@ -229,13 +230,8 @@ class _Gradients:
     def add_columns(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor, columns: Tensor) -> None:
         """The same where the gradient of other ``columns`` of the logits than those of ``grad_logits`` is left out."""
         head, grad_logits = self.head, self.head.through_cap(grad_logits, columns)
-        if grad_logits.device.type == "cpu" and grad_logits.numel() * grad_logits.element_size() <= GATHERED_BYTES:
-            grad_logits = grad_logits.contiguous()  # in rows that are far apart, products of few columns are slow
         if self.hidden is not None:
-            product = torch.empty_like(hidden)
-            for part in _parts(hidden.shape[1], columns.numel() * hidden.element_size()):
-                weight = head.weight[:, part].index_select(0, columns)
-                product[:, part] = torch.addmm(hidden[:, part], grad_logits, weight, beta=0, alpha=head.factor)
+            product = _product_of_rows(grad_logits, head.weight, columns, head.factor)
             self.hidden.index_copy_(0, rows, product.to(self.hidden.dtype))
         self.hidden_is_there()
         if self.weight is not None:
@@ -288,10 +284,23 @@ class _Gradients:
         ]
 
 
-def _parts(size: int, bytes_each: int) -> list[slice]:
-    """Of ``size`` columns, as many at a time as fit into :data:`GATHERED_BYTES`."""
-    step = max(1, GATHERED_BYTES // max(1, bytes_each))
+def _parts(size: int, bytes_each: int, most: int = GATHERED_BYTES) -> list[slice]:
+    """Of ``size`` rows or columns, as many at a time as fit into ``most`` bytes."""
+    step = max(1, most // max(1, bytes_each))
     return [slice(first, first + step) for first in range(0, size, step)]
+
+
+def _product_of_rows(left: Tensor, matrix: Tensor, rows: Tensor, factor: float) -> Tensor:
+    """``factor * left @ matrix[rows]``."""
+    product = left.new_zeros((left.shape[0], matrix.shape[1]))
+    if left.element_size() >= 4:
+        for part in _parts(rows.numel(), matrix.shape[1] * matrix.element_size()):
+            _add_product(product, left[:, part], matrix.index_select(0, rows[part]), factor, part.start == 0)
+    else:
+        for part in _parts(matrix.shape[1], rows.numel() * matrix.element_size(), UNROUNDED_BYTES):
+            of_part = matrix[:, part].index_select(0, rows)
+            product[:, part] = torch.addmm(product[:, part], left, of_part, beta=0, alpha=factor)
+    return product
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float, first: bool) -> None:
