@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from .objectives import Aggregation
+from .reference.layout import Layout, layout
 
 
 def check_layout(
@@ -31,6 +32,13 @@ def check_layout(
         num_sequences = cu_seqlens.numel() - 1
     _checks.mask(mask, shape, f"one value per token of {name}", name, source)
     return num_sequences
+
+
+def layout_of(name: str, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Layout, Tensor]:
+    """And the kept tokens, flat, of arguments that are checked."""
+    check_layout(name, source, mask, cu_seqlens)
+    where = layout(source, cu_seqlens)
+    return where, where.kept(mask)
 
 
 def check_per_token(argument: str, tensor: Tensor, name: str, source: Tensor, shape: torch.Size | None = None) -> None:

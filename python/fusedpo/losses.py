@@ -172,9 +172,7 @@ def policy_loss_from_logits(
             objective=objective,
             temperature=temperature,
             inplace=inplace,
-            tp_group=tp_group,
-            vocab_start=vocab_start,
-            vocab_size=vocab_size,
+            split={"tp_group": tp_group, "vocab_start": vocab_start, "vocab_size": vocab_size},
             cp=cp,
         )
     batch = checked(given, "logits", logits, objective, features=1)

@@ -11,7 +11,6 @@ from . import _checks, _tokens
 from .objectives import Aggregation, Objective
 from .reference.advantages.segments import result_dtype
 from .reference.aggregation import aggregate, scaled
-from .reference.layout import layout
 
 __all__ = ["ValueLossOutput", "value_loss"]
 
@@ -60,7 +59,7 @@ def value_loss(
     )
     Objective(aggregation=aggregation, length_norm=length_norm)
     _checks.floating("values", values)
-    _tokens.check_layout("values", values, mask, cu_seqlens)
+    where, kept = _tokens.layout_of("values", values, mask, cu_seqlens)
     _tokens.check_per_token("returns", returns, "values", values)
     if old_values is not None:
         _tokens.check_per_token("old_values", old_values, "values", values)
@@ -73,8 +72,6 @@ def value_loss(
     _tokens.check_denominator(denominator, aggregation, "values", values)
     _tokens.check_number("loss_scale", loss_scale, "values", values)
 
-    where = layout(values, cu_seqlens)
-    kept = where.kept(mask)
     dtype = result_dtype(values)
 
     def tokens(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from . import hidden as of_hidden
 from .context import ContextParallel
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 
 def policy_loss(
@@ -49,9 +49,7 @@ def policy_loss_from_logits(
     objective: Objective,
     temperature: float | Tensor,
     inplace: bool,
-    tp_group: ProcessGroup | None,
-    vocab_start: int | None,
-    vocab_size: int | None,
+    split: dict[str, Any],
     cp: ContextParallel | None,
 ) -> PolicyLossOutput:
     """:func:`fusedpo.policy_loss_from_logits` where anything is split."""
@@ -64,7 +62,6 @@ def policy_loss_from_logits(
         batch = local_batch(where, batch)
         rows = logits.to_local()  # type: ignore[attr-defined]
     _checks.floating("logits", rows)
-    given: dict[str, Any] = {"tp_group": tp_group, "vocab_start": vocab_start, "vocab_size": vocab_size}
     tokens = None
     if cp is None:
         batch = check_batch(tuple(batch), "logits", rows, objective, features=1)
@@ -74,7 +71,7 @@ def policy_loss_from_logits(
     token_ids, temperature = _checks.taken(token_ids, temperature)
     _check_token_ids(token_ids, "logits", rows)
     if tokens is not None and rows is logits:
-        shard = shards.of_arguments("logits", rows.shape[-1], **given)
+        shard = shards.of_arguments("logits", rows.shape[-1], **split)
         is_whole = shard.group is None and shard.valid == shard.width
         backend = context_one_pass.backend_for(rows, batch, tokens, objective) if is_whole else None
         if backend is not None:
@@ -88,7 +85,7 @@ def policy_loss_from_logits(
         mask=batch.mask,
         return_entropy=True,
         inplace_backward=inplace,
-        **given,
+        **split,
     )
     return of_logprobs(logprobs, entropy, batch, tokens, objective)
 
