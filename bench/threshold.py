@@ -2,9 +2,10 @@
 
     python -m fusedpo.bench.threshold [--out bench/results/MACHINE]
 
-A row of a policy is a softmax of Gaussian logits, so wide that it condenses on few tokens with a power law behind them:
-their scale is the one with which the mean entropy is what the name says. ``flat`` is the scale of a model that has not
-been trained. All policies have the same weight, and take turns.
+The logits of a policy are ``s (2 z + log f)`` with Gaussian z, Zipf's frequencies f of the tokens, and the scale s with
+which the mean entropy is what the name says: a row condenses on few tokens, with a power law behind them, and rows have
+tokens in common as those of a text have. ``scattered``: logits ``s z``, and hardly two rows with a token in common.
+``flat``: ``z``, a model that has not been trained. All policies have the same weight, and take turns.
 
 ``error`` is the larger one of those of the gradients of the hidden states and of the weight, as Frobenius norms over
 those of the exact ones, for some rows of both, against float64 from the same hidden states and weight. ``active`` is
@@ -19,6 +20,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from torch import Tensor
 import fusedpo
 
 from .batch import OBJECTIVES, SEQUENCES, exact_coefficients, make_batch
-from .harness import Case, Provider
+from .harness import Case, Provider, Run
 from .hidden import ALLOWED, PRODUCTS, Exact, three_products
 from .record import THRESHOLD
 
@@ -36,13 +38,28 @@ SIZES = {
     ("cuda", False): (8192, 4096, 151_936),
     ("cuda", True): (2048, 4096, 151_936),
 }
-# By policy: its mean entropy in nats, and the exponents of the thresholds, None for the exact gradient.
-POLICIES: dict[str, tuple[float | None, Sequence[int | None]]] = {
-    "0.3 nats": (0.3, (-14,)),
-    "1 nat": (1.0, (None, -14)),
-    "2 nats": (2.0, (-14,)),
-    "flat": (None, (None, -14)),
+SPREAD = 2.0  # of z, beside log f
+
+
+class Kind(NamedTuple):
+    """Of a policy: its mean entropy in nats, whether it has frequent tokens, the exponents of the thresholds.
+
+    Without an exponent the gradient is exact.
+    """
+
+    entropy: float | None
+    frequent: bool
+    powers: Sequence[int | None]
+
+
+POLICIES = {
+    "0.3 nats": Kind(0.3, True, (-14,)),
+    "1 nat": Kind(1.0, True, (None, -14)),
+    "2 nats": Kind(2.0, True, (-14,)),
+    "2 nats scattered": Kind(2.0, False, (-14,)),
+    "flat": Kind(None, False, (None, -14)),
 }
+FLOOR = "one product and zeros"
 MASKED = ("1 nat",)
 COLUMNS = 256  # whose gradient is compared
 PATIENCE = 240.0
@@ -51,13 +68,15 @@ Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden states and weight; and th
 
 
 class Policy:
-    """Hidden states ``[B, T, H]`` that give, with this weight, rows of the entropy; and tokens that were drawn.
+    """Hidden states ``[B, T, H]`` that give, with the weight of :func:`make_weight`, such rows; and tokens drawn.
 
     ``doubled``: the weight in float64.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, doubled: Tensor, entropy: float | None) -> None:
-        scale = 1.0 if entropy is None else scale_of(hidden.flatten(0, 1), weight, entropy)
+    def __init__(self, hidden: Tensor, weight: Tensor, doubled: Tensor, kind: Kind) -> None:
+        hidden = hidden.clone()
+        hidden[..., 0] = 1 / SPREAD if kind.frequent else 0.0
+        scale = 1.0 if kind.entropy is None else scale_of(hidden.flatten(0, 1), weight, kind.entropy)
         self.hidden, self.weight = (hidden * scale).to(weight.dtype), weight
         logits = [(h @ weight.T).float() for h in self.hidden]
         self.widest = max(x.abs().max().item() for x in logits)
@@ -69,13 +88,21 @@ class Policy:
         self.exact = Exact(self.hidden, doubled, self.ids, COLUMNS)
 
 
+def make_weight(vocab: int, width: int, device: str) -> Tensor:
+    """Its first column is the logarithm of the frequency of each token, the others are random."""
+    weight = torch.randn(vocab, width, device=device) / (width - 1) ** 0.5
+    rank = torch.randperm(vocab, device=device) + 1.0
+    weight[:, 0] = rank.log().mean() - rank.log()
+    return weight
+
+
 def mean_entropy(logp: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1).mean()
 
 
 def scale_of(hidden: Tensor, weight: Tensor, entropy: float) -> float:
     """Of logits whose rows have this entropy, by some of the rows."""
-    logits = hidden[:: max(1, len(hidden) // 32)].to(weight.dtype) @ weight.T
+    logits = hidden[:: max(1, len(hidden) // 128)].to(weight.dtype) @ weight.T
     low, high = 1.0, 64.0
     while high / low > 1.01:
         middle = math.sqrt(low * high)
@@ -144,14 +171,30 @@ class Task:
         )
 
 
+def floor(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
+    """What no threshold leaves out: the product that makes the logits, and a gradient of the weight that is 0."""
+
+    def prepare() -> Run:
+        rows = hidden[mask]
+        logits = rows @ weight.T
+
+        def run() -> None:
+            torch.mm(rows, weight.T, out=logits)
+            _ = torch.zeros_like(weight)
+
+        return run
+
+    return Provider(FLOOR, prepare)
+
+
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
     tokens, width, vocab = SIZES[device, quick]
     hidden = torch.randn(SEQUENCES, tokens // SEQUENCES, width, device=device)
-    weight = torch.randn(vocab, width, device=device) / width**0.5
+    weight = make_weight(vocab, width, device)
     for dtype in dtypes:
         rounded = weight.to(dtype)
         doubled = rounded.double()
-        policies = {name: Policy(hidden, rounded, doubled, entropy) for name, (entropy, _) in POLICIES.items()}
+        policies = {name: Policy(hidden, rounded, doubled, kind) for name, kind in POLICIES.items()}
         yield _case(policies, dtype)
         yield _case({name: policies[name] for name in MASKED}, dtype, masked=0.5)
 
@@ -166,7 +209,8 @@ def _case(policies: dict[str, Policy], dtype: torch.dtype, *, masked: float = 0.
         sizes={"T": tokens, "H": width, "V": vocab},
         providers=[
             three_products(hidden, weight, mask),
-            *(task.provider(name, power) for name, task in tasks.items() for power in POLICIES[name][1]),
+            floor(hidden, weight, mask),
+            *(task.provider(name, power) for name, task in tasks.items() for power in POLICIES[name].powers),
         ],
         ceiling=PRODUCTS,
         bytes_moved=2 * (hidden.numel() + weight.numel()) * hidden.element_size(),

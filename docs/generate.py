@@ -255,6 +255,8 @@ def threshold() -> str:
 
 def _policy(row: Row) -> str:
     """Its name, with the entropy that it has, and the threshold."""
+    if not row.details:
+        return row.provider + BUSY_MARK * is_busy(row)
     name, what = row.provider.removeprefix("fusedpo, ").split(", ")
     return f"{name} ({row.details['nats']:.3g}), {what}{BUSY_MARK * is_busy(row)}"
 
@@ -262,11 +264,14 @@ def _policy(row: Row) -> str:
 def _of_products(row: Row, products: Row) -> list[str]:
     samples, unit = min(row.samples, products.samples), products.median
     ratio, low, high = (number(time / unit, samples) for time in (row.median, row.p20, row.p80))
+    times = [ratio, f"{low} to {high}", str(row.samples)]
+    if not row.details:
+        return [*times, "", "", "", ""]
     errors = (
         f"{row.details[f'error of {name}']:.1e} ({row.details[f'exact: {name}']:.1e})"
         for name in ("dHidden", "dWeight")
     )
-    return [ratio, f"{low} to {high}", str(row.samples), *_left_out(row), *errors]
+    return [*times, *_left_out(row), *errors]
 
 
 def _left_out(row: Row) -> tuple[str, str]:

@@ -102,3 +102,30 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with fusedpo.backend(request.param):
         yield
+
+
+@pytest.fixture(scope="module")
+def on_the_reference() -> Iterator[None]:
+    import fusedpo
+
+    with fusedpo.backend("reference"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def native() -> Iterator[None]:
+    """Forces the native kernels: a silent fall back to the reference would prove nothing."""
+    import fusedpo
+    from fusedpo import backends
+
+    if backends.NATIVE_MISSING is not None:
+        pytest.skip(backends.NATIVE_MISSING)
+    with fusedpo.backend("native"):
+        yield
+
+
+@pytest.fixture(params=["PTX_NOISE=1 PTX_SEED=1", "PTX_NOISE=2 PTX_SEED=2 PTX_LATE_COPIES=0"])
+def what_devices_may_do(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Approximate instructions are off, warps take turns at random, copies arrive at once."""
+    for option in request.param.split():
+        monkeypatch.setenv(*option.split("="))

@@ -162,8 +162,6 @@ def test_where_the_cpu_raises_the_result_is_nan(program):
 
 # -------------------------------------------------------------------------------------------------------- as compiled
 
-NVCC = cuda_on_cpu.NVCC
-
 
 @functools.cache
 def a_few() -> Batch:
@@ -174,22 +172,16 @@ def check_a_few(program: Path) -> None:
     a_few().check(program)
 
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
-
-
 @pytest.mark.slow
-@needs_nvcc
+@cuda_on_cpu.needs_nvcc
 def test_other_architectures(program, tmp_path):
-    for architecture in cuda_on_cpu.other_codes("advantages", 90, (80, 100, 120)):
-        check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path / str(architecture)))
+    for other in cuda_on_cpu.for_others(program, (80, 100, 120), tmp_path):
+        check_a_few(other)
 
 
-@needs_nvcc
-@pytest.mark.parametrize("options", ["PTX_NOISE=1 PTX_SEED=1", "PTX_NOISE=2 PTX_SEED=2 PTX_LATE_COPIES=0"])
-def test_what_devices_may_do(program, monkeypatch, options):
-    """Approximate instructions are off, warps take turns at random, copies arrive at once."""
-    for option in options.split():
-        monkeypatch.setenv(*option.split("="))
+@cuda_on_cpu.needs_nvcc
+@pytest.mark.usefixtures("what_devices_may_do")
+def test_what_devices_may_do(program):
     check_a_few(program)
 
 
@@ -197,7 +189,7 @@ def test_what_devices_may_do(program, monkeypatch, options):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@cuda_on_cpu.needs_nvcc
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_no_register_is_spilled(architecture):
     assert [kernel.spilled for kernel in cuda_on_cpu.kernels_of("advantages", architecture)] == [0] * 6

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.advantages import OF_EIGHT as REWARDS
 
 from fusedpo import advantages
 from fusedpo.advantages import rank_weights
@@ -17,13 +18,6 @@ pytestmark = pytest.mark.usefixtures("implementation")
 
 # Sums of at most a few hundred terms of order 1 in float64.
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
-
-REWARDS = {
-    "distinct": [0.3, -1.2, 2.5, 0.9, -0.4, 1.7, 0.1, -2.2],
-    "ties": [1.0, 0.0, 1.0, 2.0, 0.0, 2.0, 2.0, 0.5],
-    "constant": [0.1] * 8,
-    "binary": [0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
-}
 
 
 def double(x):

@@ -236,12 +236,13 @@ def test_the_gradient_threshold_is_measured(tmp_path, monkeypatch, capsys, here)
         named = [
             f"fusedpo, {name}, " + ("exact" if power is None else f"2^{power}")
             for name in policies
-            for power in threshold.POLICIES[name][1]
+            for power in threshold.POLICIES[name].powers
         ]
-        assert list(block) == ["three matrix products", *named]
+        assert list(block) == ["three matrix products", threshold.FLOOR, *named]
         assert all(row.median and row.of_ceiling for row in block.values())
-        for name, row in list(block.items())[1:]:
-            found, entropy = row.details, threshold.POLICIES[name.split(", ")[1]][0]
+        for name in named:
+            row = block[name]
+            found, entropy = row.details, threshold.POLICIES[name.split(", ")[1]].entropy
             assert entropy is None or entropy / 1.5 < found["nats"] < 1.5 * entropy
             assert row.error == max(found["error of dHidden"], found["error of dWeight"])
             left_out = found["dropped"] > 0

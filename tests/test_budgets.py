@@ -36,7 +36,7 @@ def test_kernels_of_another_triton():
     compare(budgets.by_triton(budgets.OTHER_TRITON))
 
 
-@pytest.mark.skipif(cuda_on_cpu.NVCC is None, reason="no nvcc")
+@cuda_on_cpu.needs_nvcc
 def test_cuda_kernels():
     compare(budgets.rows_of_cuda())
 

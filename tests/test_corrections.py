@@ -14,10 +14,7 @@ from fusedpo.corrections import CRITERIA, importance_weights, rejection_mask
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(autouse=True)
-def _on_the_reference():
-    with fusedpo.backend("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 
 
 def random_logprobs(rows=6, width=7, seed=0, spread=0.3):

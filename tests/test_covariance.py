@@ -14,10 +14,7 @@ from fusedpo.covariance import clip_cov_weights, kl_cov_penalty
 NAN = math.nan
 
 
-@pytest.fixture(autouse=True)
-def _on_the_reference():
-    with fusedpo.backend("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 
 
 def random_arrays(rows=6, width=9, seed=0):

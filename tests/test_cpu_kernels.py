@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.cpu_builds import BUILDS, FLAGS, OTHER_BUILDS, run_tests
+from support.cpu_builds import BUILDS, OTHER_BUILDS, output_of, run_tests
 
 from fusedpo import backends
 
@@ -21,14 +20,7 @@ def test_error_of_the_exponential(build, tmp_path):
     """At most 2 units in the last place; for 16-bit logits 3 in the sums, and 2^-18 in the gradient, of which float16
     keeps 11 bits. Sampled over every binade in use.
     """
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path / "exp2_error"
-    source = [str(TESTS / "cpp" / "exp2_error.cpp"), "-I", str(TESTS.parent / "csrc"), f"-DFUSEDPO_ISA={build}"]
-    flags = ["-std=c++17", "-O3", "-w", "-ffp-contract=off", *FLAGS[build]]
-    subprocess.run([compiler, *flags, *source, "-o", str(program)], check=True)
-    output = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    output = output_of("exp2_error", build, tmp_path, "-O3")
     ulps, of_sums, relative, corners = map(float, output.split())
     assert corners == 1
     assert ulps <= 2.0

@@ -19,7 +19,7 @@ from fusedpo import backends
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(cuda_on_cpu.NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled"),
+    cuda_on_cpu.needs_nvcc,
     pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler"),
     pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING)),
 ]

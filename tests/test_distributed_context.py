@@ -302,6 +302,14 @@ def check_groups(group):
     ):
         with pytest.raises(ValueError, match=message):
             advantages.grpo(**{"rewards": rewards[mine]} | options, dp_group=group)
+    for other, message in (
+        (None, "same baselines, got floats, nothing"),
+        (torch.ones(4).double(), "same baselines, got floats, float64"),
+        (torch.ones(2), "same number of baselines, got 4, 2"),
+        (torch.ones(2, 2), "same dimensions of baselines, got 1, 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            advantages.remax(rewards[mine], baselines=(torch.ones(4), other)[rank], dp_group=group)
     want = advantages.grpo(rewards, group_size=2 * world)
     assert torch.equal(advantages.grpo(rewards[mine], group_size=2 * world, dp_group=group), want[mine])
 

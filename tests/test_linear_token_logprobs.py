@@ -14,20 +14,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fusedpo
-from fusedpo import backends, reference
+from fusedpo import reference
 from fusedpo.ops import hidden as ops_hidden
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 T, H, V = 14, 24, 150
 
 
-@pytest.fixture(autouse=True)
-def native():
-    """Every test here runs the native kernels: a silent fall back to the reference would prove nothing."""
-    if backends.NATIVE_MISSING is not None:
-        pytest.skip(backends.NATIVE_MISSING)
-    with fusedpo.backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def inputs(tokens: int = T, size: int = H, vocab: int = V, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.advantages import OF_EIGHT
 
 from fusedpo import _checks, advantages, backends
 from fusedpo.reference.advantages import maxpo_leave_two_out, maxpo_quadratic
@@ -20,10 +21,7 @@ pytestmark = pytest.mark.usefixtures("implementation")
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
 REWARDS = {
-    "distinct": [0.3, -1.2, 2.5, 0.9, -0.4, 1.7, 0.1, -2.2],
-    "ties": [1.0, 0.0, 1.0, 2.0, 0.0, 2.0, 2.0, 0.5],
-    "constant": [0.1] * 8,
-    "binary": [0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
+    **OF_EIGHT,
     "one best": [0.0] * 7 + [1.0],
     "one worst": [1.0] * 7 + [0.0],
 }

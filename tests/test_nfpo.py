@@ -16,10 +16,7 @@ from fusedpo import objectives as O
 NAN = math.nan
 
 
-@pytest.fixture(autouse=True)
-def _on_the_reference():
-    with fusedpo.backend("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 
 
 def window(t, n, end, x):

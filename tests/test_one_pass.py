@@ -392,14 +392,19 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fusedpo.scale_.native, (batch["logits"], torch.tensor(2.0)))
 
 
+def in_one_call(ahead):
+    """A batch of 30 tokens, the arguments of an objective whose windows look ahead, and the gradient of all rows."""
+    batch = one_pass.batch((30,), 64, kept=0.6)
+    args = arguments(batch, O.Objective(O.Trace(0, ahead), O.PPOClip(), entropy_coef=0.1))
+    whole = torch.empty_like(batch["logits"])
+    torch.ops.fusedpo.one_pass.native(batch["logits"], whole, *args)
+    return batch, args, whole
+
+
 @pytest.mark.parametrize("ahead", [0, 3, 40])
 def test_rows_in_chunks_from_the_end(ahead):
     """A chunk finds the log-probs behind it where the chunk before left them."""
-    batch = one_pass.batch((30,), 64, kept=0.6)
-    objective = O.Objective(O.Trace(0, ahead), O.PPOClip(), entropy_coef=0.1)
-    args = arguments(batch, objective)
-    whole = torch.empty_like(batch["logits"])
-    torch.ops.fusedpo.one_pass.native(batch["logits"], whole, *args)
+    batch, args, whole = in_one_call(ahead)
     rows = batch["mask"].nonzero()[:, 0]
     logprobs, entropy = torch.zeros(2, 30)
     gradient = torch.zeros_like(whole)
@@ -415,11 +420,7 @@ def test_rows_in_chunks_from_the_end(ahead):
 @pytest.mark.parametrize("ahead", [3, 40])
 def test_windows_look_over_rows_that_are_not_there(ahead):
     """The log-probs of tokens that are not in `rows` are there already, whether behind the last of them or before."""
-    batch = one_pass.batch((30,), 64, kept=0.6)
-    objective = O.Objective(O.Trace(0, ahead), O.PPOClip(), entropy_coef=0.1)
-    args = arguments(batch, objective)
-    whole = torch.empty_like(batch["logits"])
-    torch.ops.fusedpo.one_pass.native(batch["logits"], whole, *args)
+    batch, args, whole = in_one_call(ahead)
     rows = batch["mask"].nonzero()[:, 0]
     rows = torch.cat((rows[2:5], rows[-5:-2]))
     logits, logprobs = batch["logits"][rows], args[0].clone()
@@ -431,10 +432,7 @@ def test_windows_look_over_rows_that_are_not_there(ahead):
 @pytest.mark.parametrize("ahead", [0, 3, 40])
 def test_rows_of_masked_tokens_have_no_gradient(ahead):
     """They hold anything, and no window counts them."""
-    batch = one_pass.batch((30,), 64, kept=0.6)
-    args = arguments(batch, O.Objective(O.Trace(0, ahead), O.PPOClip(), entropy_coef=0.1))
-    whole = torch.empty_like(batch["logits"])
-    torch.ops.fusedpo.one_pass.native(batch["logits"], whole, *args)
+    batch, args, whole = in_one_call(ahead)
     rows = torch.arange(4, 30)
     logits = batch["logits"].masked_fill(~batch["mask"][:, None], torch.nan)[rows]
     ids = args[3].masked_fill(~batch["mask"], -100)

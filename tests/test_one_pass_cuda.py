@@ -28,7 +28,6 @@ from fusedpo.ops import policy_loss as ops_policy_loss
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"
-NVCC = cuda_on_cpu.NVCC
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSSIBLE = [objective for objective in COMBINATIONS if ops_one_pass.is_possible(objective)]
 NFPO = O.nfpo(4, kl=O.KL("k3", 0.1), entropy_coef=0.1)
@@ -536,22 +535,16 @@ def check_a_few(program: Path) -> None:
         compare(call, result, expected)
 
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
-
-
 @pytest.mark.slow
-@needs_nvcc
+@cuda_on_cpu.needs_nvcc
 def test_other_architectures(program, tmp_path):
-    for architecture in cuda_on_cpu.other_codes("one_pass", 90, (100, 120)):
-        check_a_few(cuda_on_cpu.for_architecture(program, architecture, tmp_path / str(architecture)))
+    for other in cuda_on_cpu.for_others(program, (100, 120), tmp_path):
+        check_a_few(other)
 
 
-@needs_nvcc
-@pytest.mark.parametrize("options", ["PTX_NOISE=1 PTX_SEED=1", "PTX_NOISE=2 PTX_SEED=2 PTX_LATE_COPIES=0"])
-def test_what_devices_may_do(program, monkeypatch, options):
-    """Approximate instructions are off, warps take turns at random, copies arrive at once."""
-    for option in options.split():
-        monkeypatch.setenv(*option.split("="))
+@cuda_on_cpu.needs_nvcc
+@pytest.mark.usefixtures("what_devices_may_do")
+def test_what_devices_may_do(program):
     check_a_few(program)
 
 
@@ -568,7 +561,7 @@ def test_kernels_under_sanitizers(tmp_path, sanitizer):
 # ------------------------------------------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@cuda_on_cpu.needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_no_register_is_spilled(architecture, record_property):
@@ -582,7 +575,7 @@ def test_no_register_is_spilled(architecture, record_property):
         assert registers <= (8 if architecture == 80 else 128)  # 512 threads have 65,536
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@cuda_on_cpu.needs_nvcc
 @pytest.mark.slow
 def test_ptx_has_clusters_and_bulk_copies():
     ptx = cuda_on_cpu.compile_to_ptx("one_pass", 90)

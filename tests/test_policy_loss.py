@@ -11,7 +11,7 @@ from support.policy_loss import (
     EMPTY,
     KLS,
     NAN,
-    aggregate,
+    check_against_definition,
     check_clip_fractions_count_the_tokens_whose_gradient_is_cut,
     check_extreme_distances_to_the_reference,
     check_extreme_log_ratios_stay_finite,
@@ -33,11 +33,7 @@ from torch.autograd import gradcheck
 import fusedpo
 from fusedpo import objectives as O
 
-
-@pytest.fixture(autouse=True)
-def _on_the_reference():
-    with fusedpo.backend("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 
 
 # --------------------------------------------------------------------------------------------------------- combinations
@@ -83,33 +79,9 @@ def weights_of_token(ratio, x, x0, kept, t):
     return math.exp(x[t]), 1.0, math.exp(x0[t]), 1.0
 
 
-def check_against_definition(objective, batch):
-    lp, mask = batch["logprobs"], batch["mask"].tolist()
-    live, frozen = lp.tolist(), lp.tolist()
-    leaf = lp.clone().requires_grad_()
-    out = fusedpo.policy_loss(**batch | {"logprobs": leaf}, objective=objective)
-    tokens = fusedpo.policy_loss(**batch, objective=objective, reduction="none").loss
-    (gradient,) = torch.autograd.grad(out.loss, leaf)
-
-    losses = define(objective, batch, live, frozen)
-    torch.testing.assert_close(tokens, torch.tensor(losses, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-    assert out.loss.item() == pytest.approx(aggregate(objective, losses, mask), rel=1e-12, abs=1e-12)
-
-    h = 1e-5  # the error of a central difference is of the order h^2, and eps / h
-    expected = torch.zeros_like(lp)
-    for b, t in batch["mask"].nonzero().tolist():
-        values = []
-        for step in (h, -h):
-            live[b][t] = frozen[b][t] + step
-            values.append(aggregate(objective, define(objective, batch, live, frozen), mask))
-        live[b][t] = frozen[b][t]
-        expected[b, t] = (values[0] - values[1]) / (2 * h)
-    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-8)
-
-
 @every_combination
 def test_value_and_gradient_are_those_of_the_definition(objective):
-    check_against_definition(objective, random_batch())
+    check_against_definition(objective, random_batch(), define)
 
 
 @pytest.mark.parametrize("kl", KLS)
@@ -117,13 +89,13 @@ def test_value_and_gradient_are_those_of_the_definition(objective):
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 def test_kl_entropy_and_aggregation(kl, aggregation, entropy_coef):
     check_against_definition(
-        O.Objective(kl=kl, entropy_coef=entropy_coef, aggregation=aggregation), random_batch(seed=1)
+        O.Objective(kl=kl, entropy_coef=entropy_coef, aggregation=aggregation), random_batch(seed=1), define
     )
 
 
 def test_length_norm():
     batch = random_batch()
-    check_against_definition(O.dr_grpo(length_norm=40.0), batch)
+    check_against_definition(O.dr_grpo(length_norm=40.0), batch, define)
     free = fusedpo.policy_loss(**batch, objective=O.dr_grpo()).loss
     fixed = fusedpo.policy_loss(**batch, objective=O.dr_grpo(length_norm=5.0)).loss
     assert torch.equal(free, fixed)  # the padded width is 5
@@ -364,7 +336,7 @@ def test_effective_sample_size_does_not_overflow():
 )
 def test_default_aggregation_of_presets(preset, aggregation):
     assert preset().aggregation == aggregation
-    check_against_definition(preset(), random_batch(seed=4))
+    check_against_definition(preset(), random_batch(seed=4), define)
 
 
 # -------------------------------------------------------------------------------------------------------------- tracing

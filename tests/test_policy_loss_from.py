@@ -7,11 +7,7 @@ from support.policy_loss import NAN, name_of, random_batch
 import fusedpo
 from fusedpo import objectives as O
 
-
-@pytest.fixture(autouse=True)
-def _on_the_reference():
-    with fusedpo.backend("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_reference")
 
 
 # ---------------------------------------------------------------------------------------- from logits and hidden states

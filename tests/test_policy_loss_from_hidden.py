@@ -13,18 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedpo
-from fusedpo import _checks, backends
+from fusedpo import _checks
 from fusedpo import objectives as O
 from fusedpo.ops import hidden as ops_hidden
 
-
-@pytest.fixture(autouse=True)
-def native():
-    """Every test here runs the native kernels: a silent fall back to the reference would prove nothing."""
-    if backends.NATIVE_MISSING is not None:
-        pytest.skip(backends.NATIVE_MISSING)
-    with fusedpo.backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 @pytest.mark.parametrize(("packed", "chunk_tokens"), [(False, 3), (True, 1), (True, 7), (True, None)])

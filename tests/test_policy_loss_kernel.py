@@ -1,7 +1,5 @@
 """The kernel of the policy loss: against the reference in float64; bits, windows, autograd, tracing."""
 
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from support import nfpo
 from support import policy_loss as contract
 from support.combinations import COMBINATIONS, operator_arguments
-from support.cpu_builds import BUILDS, FLAGS
+from support.cpu_builds import BUILDS, output_of
 from support.parts import REGIONS
 from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, pack, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -558,14 +556,7 @@ def test_inductor():
 @pytest.mark.parametrize("build", BUILDS)
 def test_vectors_and_floats_agree(build, tmp_path):
     """csrc/core, as CUDA uses it, against what the CPU kernels use; the exponential and the logarithm they share."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path / "objective"
-    source = [str(TESTS / "cpp" / "objective.cpp"), "-I", str(TESTS.parent / "csrc"), f"-DFUSEDPO_ISA={build}"]
-    flags = ["-std=c++17", "-O2", "-w", "-ffp-contract=off", *FLAGS[build]]
-    subprocess.run([compiler, *flags, *source, "-o", str(program)], check=True)
-    output = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    output = output_of("objective", build, tmp_path, "-O2")
     exp_error, log_error, difference, corners = output.split()
     assert float(exp_error) <= 1.1
     assert float(log_error) <= 2.0

@@ -227,7 +227,25 @@ def test_opcheck(batch, forward):
     rows = (torch.tensor(0.7), batch["temperature"], batch["mask"], torch.rand(B, T), forward)
     for gradient in (False, True):
         torch.library.opcheck(torch.ops.fusedpo.exact_kl.native, (batch["logits"], batch["ref"], *rows, gradient))
-    torch.library.opcheck(torch.ops.fusedpo.exact_kl_.native, (batch["logits"].clone(), batch["ref"], *rows))
+    for out in (None, torch.empty(B, T, V)):
+        torch.library.opcheck(torch.ops.fusedpo.exact_kl_out.native, (batch["logits"], batch["ref"], *rows, out))
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("native", marks=native), pytest.param("triton", marks=pytest.mark.triton)]
+)
+def test_the_gradient_may_overwrite_the_logits_alone(batch, backend):
+    operator = getattr(torch.ops.fusedpo.exact_kl_out, backend)
+    logits, ref = batch["logits"], batch["ref"]
+    rows = (torch.tensor(1.0), torch.tensor(1.0), None, torch.rand(B, T), False)
+    before, elsewhere, of_itself = ref.clone(), torch.empty(T, B, V).transpose(0, 1), logits.clone()
+    with pytest.raises(ValueError, match="out must not be ref_logits"):
+        operator(logits, ref, *rows, ref)
+    assert torch.equal(ref, before)
+    assert (operator(of_itself, of_itself, *rows, of_itself) == 0).all()
+    kl, other = operator(logits, ref, *rows, elsewhere), operator(logits, ref, *rows, logits)
+    assert torch.equal(kl, other)
+    assert torch.equal(elsewhere, logits)
 
 
 @native

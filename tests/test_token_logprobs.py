@@ -24,20 +24,14 @@ from support.logprobs import (
 )
 
 import fusedpo
-from fusedpo import backends, reference
+from fusedpo import reference
 
 """Of float32, in a result: 2 for the exponential, 1 for each product, some for a sum, and those of the exponents of the
 probabilities that a sum is made of, which count as often as the exponents are large."""
 """Relative: where a gradient is rounded to 16 bits, its exponential has seven bits more than float16 keeps."""
 
 
-@pytest.fixture(autouse=True)
-def native():
-    """Every test here runs the native kernel: a silent fall back to the reference would prove nothing."""
-    if backends.NATIVE_MISSING is not None:
-        pytest.skip(backends.NATIVE_MISSING)
-    with fusedpo.backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 # A kind of logits meets a few vectors, a block and its rest, and many blocks; the size of sums, any kind would show.

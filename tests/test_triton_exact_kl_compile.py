@@ -16,7 +16,8 @@ def launch(dtype: torch.dtype, size: int, *, forward: bool = False, gradient: bo
 
     x, y = torch.zeros(6, size, dtype=dtype), torch.zeros(6, size, dtype=dtype)
     kept = torch.ones(6, dtype=torch.bool) if mask else None
-    exact_kl.exact_kl(x, y, torch.ones(()), torch.ones(6), kept, torch.ones(6), forward, gradient)
+    out = torch.empty_like(x) if gradient else None
+    exact_kl.exact_kl_out(x, y, torch.ones(()), torch.ones(6), kept, torch.ones(6), forward, out)
 
 
 CASES = {

@@ -13,7 +13,7 @@ if __name__ != "fusedpo.triton_kernels":  # in the root of the repository it is 
 _OPERATORS = {
     "active_columns": ("active_columns", "gradient_at_"),
     "advantages": ("group_advantages", "token_advantages", "step_advantages", "whiten"),
-    "exact_kl": ("exact_kl", "exact_kl_"),
+    "exact_kl": ("exact_kl_out",),
     "logprobs": ("token_logprobs", "token_logprobs_backward_out"),
     "one_pass": ("one_pass", "scale_"),
     "token_statistics": ("token_statistics",),

@@ -7,13 +7,13 @@ order of every sum follows from V, the block and whether rows are aligned.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import BOOL, FLOAT, LOGITS, Arguments, expect
 from .common import kernel, launch, sum_where
-from .logprobs import RowLayout, _row_pointers, _rows, row_width, with_layout
+from .logprobs import RowLayout, _row_pointers, _rows, row_width, with_layout, with_output
 from .sums import LN2, LOG2E, LOWEST, MINUS_INF, log1p, reduce_rows, words_of
 
 
@@ -114,90 +114,69 @@ def _exact_kl_kernel(
             tl.store(g_row + (start + columns), tl.where(kept[:, None], gradient, 0.0), mask=inside)
 
 
-def _run(
+def exact_kl_out(
     logits: Tensor,
-    layout: RowLayout,
     ref_logits: Tensor,
     temperature: Tensor,
     ref_temperature: Tensor,
     mask: Tensor | None,
     scale: Tensor,
     forward: bool,
-    grad_logits: Tensor | None,
-    grad_layout: RowLayout,
+    out: Tensor | None,
 ) -> Tensor:
-    kl = scale.new_empty(logits.shape[:-1], dtype=torch.float32)
-    if logits.dtype != ref_logits.dtype or logits.shape != ref_logits.shape:
-        raise ValueError("logits and ref_logits must have one dtype and one shape")
+    """The operator ``fusedpo::exact_kl_out``."""
+    expect(logits.dim() > 0, "rows must have at least one dimension")
+    arguments = Arguments("logits", logits)
+    rows, vocab_size = logits.shape[:-1], logits.shape[-1]
+    arguments.check("logits", logits, LOGITS, logits.shape)
+    arguments.check("ref_logits", ref_logits, (logits.dtype,), logits.shape)
+    temperature = arguments.read("temperature", temperature, FLOAT, rows, ())
+    ref_temperature = arguments.read("ref_temperature", ref_temperature, FLOAT, rows, ())
+    mask = arguments.read("mask", mask, BOOL, rows)
+    scale = arguments.read("scale", scale, FLOAT, rows)
+    if out is not None:
+        arguments.check("out", out, (logits.dtype,), logits.shape)
+        own = out.data_ptr() == logits.data_ptr() or out.data_ptr() != ref_logits.data_ptr()
+        expect(own or out.numel() == 0, "out must not be ref_logits")
+    kl = scale.new_empty(rows)
     if kl.numel() == 0:
         return kl
     ref_logits, ref_layout = with_layout(ref_logits)
-    vocab_size, itemsize = logits.shape[-1], logits.element_size()
-    widths = [row_width(logits, layout), row_width(ref_logits, ref_layout)]
-    if grad_logits is not None:
-        widths.append(row_width(grad_logits, grad_layout))
-    block = max(512, min(triton.next_power_of_2(vocab_size), 16384 // itemsize))
-    num_warps = min(16, max(1, block // 512))
-    launch(
-        _exact_kl_kernel,
-        kl.numel(),
-        logits.device,
-        logits,
-        ref_logits,
-        temperature.contiguous(),
-        ref_temperature.contiguous(),
-        None if mask is None else mask.contiguous(),
-        scale.contiguous(),
-        kl,
-        grad_logits,
-        kl.numel(),
-        vocab_size,
-        *layout,
-        *ref_layout,
-        *grad_layout,
-        int(temperature.dim() > 0),
-        int(ref_temperature.dim() > 0),
-        BLOCK=block,
-        LANES=128 * num_warps,
-        WIDTH=min(widths),
-        FORWARD=forward,
-        num_warps=num_warps,
-    )
-    return kl
 
+    def run(logits: Tensor, layout: RowLayout, out: Tensor | None, out_layout: RowLayout) -> None:
+        written = [] if out is None else [(out, out_layout)]
+        width = min(row_width(*of) for of in ((logits, layout), (ref_logits, ref_layout), *written))
+        block = max(512, min(triton.next_power_of_2(vocab_size), 16384 // logits.element_size()))
+        num_warps = min(16, max(1, block // 512))
+        launch(
+            _exact_kl_kernel,
+            kl.numel(),
+            logits.device,
+            logits,
+            ref_logits,
+            temperature,
+            ref_temperature,
+            mask,
+            scale,
+            kl,
+            out,
+            kl.numel(),
+            vocab_size,
+            *layout,
+            *ref_layout,
+            *out_layout,
+            int(temperature.dim() > 0),
+            int(ref_temperature.dim() > 0),
+            BLOCK=block,
+            LANES=128 * num_warps,
+            WIDTH=width,
+            FORWARD=forward,
+            num_warps=num_warps,
+        )
 
-def exact_kl(
-    logits: Tensor,
-    ref_logits: Tensor,
-    temperature: Tensor,
-    ref_temperature: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    forward: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """The operator ``fusedpo::exact_kl``."""
-    grad_logits = logits.new_empty(logits.shape if gradient else 0)
-    logits, layout = with_layout(logits)
-    size = logits.shape[-1]
-    to = RowLayout(layout.inner_rows, layout.inner_rows * size, size)
-    rows = (temperature, ref_temperature, mask, scale, forward)
-    return _run(logits, layout, ref_logits, *rows, grad_logits if gradient else None, to), grad_logits
-
-
-def exact_kl_(
-    logits: Tensor,
-    ref_logits: Tensor,
-    temperature: Tensor,
-    ref_temperature: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    forward: bool,
-) -> Tensor:
-    """The operator ``fusedpo::exact_kl_``: the gradient overwrites the logits."""
-    rows = (temperature, ref_temperature, mask, scale, forward)
-    given, (logits, layout) = logits, with_layout(logits)
-    kl = _run(logits, layout, ref_logits, *rows, logits, layout)
-    if logits is not given:
-        given.copy_(logits)
+    if out is None:
+        logits, layout = with_layout(logits)
+        run(logits, layout, None, layout)
+    else:
+        with_output(logits, out, run)
     return kl

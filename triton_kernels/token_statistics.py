@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fusedpo import _checks
 
-from .checks import BOOL, FLOAT, INT64, LOGITS, Arguments, expect
+from .checks import INT64, Arguments
 from .common import kernel, launch, sum_where
-from .logprobs import _row_pointers, _rows, check_values, row_width, with_layout
+from .logprobs import _check, _row_pointers, _rows, check_values, row_width, with_layout
 from .sums import LN2, LOG2E, LOWEST, MINUS_INF, log1p
 
 
@@ -109,13 +109,9 @@ def token_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator ``fusedpo::token_statistics``."""
     arguments = Arguments("logits", logits)
-    expect(logits.dim() > 0, "logits must have at least one dimension")
+    token_ids, temperature, mask = _check(arguments, logits, token_ids, temperature, mask)
     *shape, vocab_size = logits.shape
-    rows = logits.shape[:-1]
-    arguments.check("logits", logits, LOGITS, logits.shape)
-    token_ids = arguments.read("token_ids", token_ids, INT64, rows)
-    temperature = arguments.read("temperature", temperature, FLOAT, (), rows)
-    mask = arguments.read("mask", mask, BOOL, rows)
+    arguments.check("token_ids", token_ids, INT64, shape)
     if _checks.values_are_free(token_ids):
         check_values(vocab_size, token_ids, temperature, mask)
     logprobs, entropy, squares, mean = (logits.new_empty(shape, dtype=torch.float32) for _ in range(4))

@@ -1,6 +1,4 @@
 // The KL divergence over the vocabulary, and its gradient, on the CPU: rows over threads.
-#include <tuple>
-
 #include "logits.h"
 
 namespace fusedpo::cpu {
@@ -22,16 +20,20 @@ LogProbs logprobs_of(const RowStats& stats, float temperature) {
   return {stats.reference, (float)(kLog2e / temperature), log_sum, (float)(exact - log_sum)};
 }
 
-// `grad_logits` may be the logits.
-Tensor divergences(const Tensor& logits, const Tensor& ref_logits, const Tensor& temperature,
-                   const Tensor& ref_temperature, const OptionalTensor& mask, const Tensor& scale, bool forward,
-                   const OptionalTensor& grad_logits) {
+// logits and ref_logits [..., V] of one dtype (16-bit or 32-bit floats, any strides but 1 along V), temperatures [] or
+// [...] float32, mask [...] bool, scale [...] float32 -> kl [...] float32, 0 where masked. `forward`: KL(q || p), q
+// from ref_logits; otherwise KL(p || q). The gradient of its sum, each row times its scale, is written into `out`,
+// which may be the logits.
+Tensor exact_kl_out(Tensor logits, Tensor ref_logits, Tensor temperature, Tensor ref_temperature, OptionalTensor mask,
+                    Tensor scale, bool forward, OptionalTensor out) {
   Arguments arguments("logits", logits);
   arguments.expect_device("ref_logits", ref_logits);
-  const Rows xs("logits", logits), ys("ref_logits", ref_logits), to("logits", grad_logits ? *grad_logits : logits);
+  const Rows xs("logits", logits), ys("ref_logits", ref_logits), to = out ? output_rows(arguments, logits, *out) : xs;
   expect_shape("ref_logits", ref_logits, shape_of(logits));
   expect(logits.scalar_type() == ref_logits.scalar_type(), "ref_logits must have the dtype of logits, ",
          logits.scalar_type(), ", got ", ref_logits.scalar_type());
+  const bool own = !out || out->data_ptr() == logits.data_ptr() || out->data_ptr() != ref_logits.data_ptr();
+  expect(own || xs.count * xs.size == 0, "out must not be ref_logits");
   const RowKernels& row = row_kernels_for("logits", logits);
   const DivergenceKernels& pair = divergence_kernels_for(logits.scalar_type());
   const Shape shape(logits.sizes().begin(), logits.sizes().end() - 1);
@@ -39,7 +41,7 @@ Tensor divergences(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   const uint8_t* kept = arguments.read<uint8_t>("mask", mask, shape);
   const float* factor = arguments.read<float>("scale", scale, shape);
   const Tensor kl = torch::stable::new_empty(logits, shape, ScalarType::Float);
-  float* out = static_cast<float*>(kl.data_ptr());
+  float* kl_out = static_cast<float*>(kl.data_ptr());
 
   const auto is_kept = [&](int64_t r) { return !kept || kept[r] != 0; };
   for_each_row(rows_where(xs.count, is_kept), 2 * xs.size, [&](int64_t r) {
@@ -48,37 +50,18 @@ Tensor divergences(const Tensor& logits, const Tensor& ref_logits, const Tensor&
                    q = logprobs_of(row.reduce(ys[r], ys.size, ref_T, false, nullptr), ref_T);
     const double divergence =
         forward ? pair.divergence(ys[r], xs[r], xs.size, q, p) : pair.divergence(xs[r], ys[r], xs.size, p, q);
-    out[r] = (float)(divergence * kLn2);
-    if (!grad_logits) return;
+    kl_out[r] = (float)(divergence * kLn2);
+    if (!out) return;
     if (forward)
       pair.of_forward(xs[r], ys[r], to[r], xs.size, p, q, factor[r] / T);
     else
       pair.of_reverse(xs[r], ys[r], to[r], xs.size, p, q, (float)divergence, (float)(factor[r] / T * kLn2));
   });
   for_each_row(rows_where(xs.count, [&](int64_t r) { return !is_kept(r); }), xs.size, [&](int64_t r) {
-    out[r] = 0;
-    if (grad_logits) clear(to[r], to.bytes_per_row());
+    kl_out[r] = 0;
+    if (out) clear(to[r], to.bytes_per_row());
   });
   return kl;
-}
-
-// logits and ref_logits [..., V] of one dtype (16-bit or 32-bit floats, any strides but 1 along V), temperatures [] or
-// [...] float32, mask [...] bool, scale [...] float32 -> kl [...] float32, 0 where masked, and the gradient of its sum,
-// each row times its scale (empty if not asked for). `forward`: KL(q || p), q from ref_logits; otherwise KL(p || q).
-std::tuple<Tensor, Tensor> exact_kl(Tensor logits, Tensor ref_logits, Tensor temperature, Tensor ref_temperature,
-                                    OptionalTensor mask, Tensor scale, bool forward, bool gradient) {
-  const Tensor grad_logits =
-      gradient ? torch::stable::new_empty(logits, logits.sizes()) : torch::stable::new_empty(logits, {0});
-  if (gradient) prepare_to_overwrite(grad_logits);
-  const Tensor kl = divergences(logits, ref_logits, temperature, ref_temperature, mask, scale, forward,
-                                gradient ? OptionalTensor(grad_logits) : std::nullopt);
-  return {kl, grad_logits};
-}
-
-// The gradient is written over the logits.
-Tensor exact_kl_(Tensor logits, Tensor ref_logits, Tensor temperature, Tensor ref_temperature, OptionalTensor mask,
-                 Tensor scale, bool forward) {
-  return divergences(logits, ref_logits, temperature, ref_temperature, mask, scale, forward, logits);
 }
 
 }  // namespace
@@ -86,6 +69,5 @@ Tensor exact_kl_(Tensor logits, Tensor ref_logits, Tensor temperature, Tensor re
 
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
   using namespace fusedpo;
-  m.impl("exact_kl.native", FUSEDPO_BOX(cpu::exact_kl));
-  m.impl("exact_kl_.native", FUSEDPO_BOX(cpu::exact_kl_));
+  m.impl("exact_kl_out.native", FUSEDPO_BOX(cpu::exact_kl_out));
 }

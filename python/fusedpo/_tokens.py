@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from .objectives import Aggregation
+from .reference.layout import Layout, layout
 
 
 def check_layout(
@@ -31,6 +32,13 @@ def check_layout(
         num_sequences = cu_seqlens.numel() - 1
     _checks.mask(mask, shape, f"one value per token of {name}", name, source)
     return num_sequences
+
+
+def layout_of(name: str, source: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Layout, Tensor]:
+    """And the kept tokens, flat, of arguments that are checked."""
+    check_layout(name, source, mask, cu_seqlens)
+    where = layout(source, cu_seqlens)
+    return where, where.kept(mask)
 
 
 def check_per_token(argument: str, tensor: Tensor, name: str, source: Tensor, shape: torch.Size | None = None) -> None:
@@ -58,14 +66,18 @@ def check_weights(
 
 
 def check_denominator(denominator: float | Tensor | None, aggregation: Aggregation, name: str, source: Tensor) -> None:
-    if denominator is None:
-        return
-    if aggregation == "token-sum":
+    if denominator is not None and aggregation == "token-sum":
         raise ValueError("denominator must be None with aggregation='token-sum', which divides by nothing")
-    check_number("denominator", denominator, name, source)
-    free = not isinstance(denominator, Tensor) or _checks.values_are_free(denominator)
-    if free and not denominator >= 0:
-        raise ValueError(f"denominator must be a count >= 0, got {_checks.brief(_checks.plain(denominator))}")
+    check_count("denominator", denominator, name, source)
+
+
+def check_count(argument: str, count: float | Tensor | None, name: str, source: Tensor) -> None:
+    if count is None:
+        return
+    check_number(argument, count, name, source)
+    free = not isinstance(count, Tensor) or _checks.values_are_free(count)
+    if free and not count >= 0:
+        raise ValueError(f"{argument} must be a count >= 0, got {_checks.brief(_checks.plain(count))}")
 
 
 def check_number(argument: str, value: float | Tensor, name: str, source: Tensor) -> None:

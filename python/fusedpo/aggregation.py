@@ -65,9 +65,7 @@ def aggregate(
         from .distributed.context_loss import aggregate as share
 
         return share(tokens, aggregation, mask, cu_seqlens, length_norm, denominator, cp)
-    _tokens.check_layout("tokens", tokens, mask, cu_seqlens)
-    where = layout(tokens, cu_seqlens)
-    kept = where.kept(mask)
+    where, kept = _tokens.layout_of("tokens", tokens, mask, cu_seqlens)
     flat = tokens.reshape(-1).to(result_dtype(tokens)).masked_fill(~kept, 0)
     if aggregation == "prompt-mean":
         weights = _prompt_weights(where, kept, denominator, group_size, group_ids)
@@ -104,9 +102,8 @@ def prompt_weights(
         TypeError: types. ValueError: shapes, ``cu_seqlens`` that are no offsets, groups.
     """
     _checks.is_tensor("mask", mask)
-    _tokens.check_layout("mask", mask, mask, cu_seqlens)
-    where = layout(mask, cu_seqlens)
-    return _prompt_weights(where, where.kept(mask), denominator, group_size, group_ids).to(torch.float32)
+    where, kept = _tokens.layout_of("mask", mask, mask, cu_seqlens)
+    return _prompt_weights(where, kept, denominator, group_size, group_ids).to(torch.float32)
 
 
 def _prompt_weights(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
+from ._ranks import split_sequences
 
 if TYPE_CHECKING:
     from .distributed import ContextParallel
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["cu_seqlens", "next_tokens", "shift"]
 
 
+@split_sequences("input_ids", "mask", "attention_mask")
 def next_tokens(
     input_ids: Tensor,
     mask: Tensor | None = None,
@@ -54,11 +56,6 @@ def next_tokens(
         TypeError: dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets.
     """
     _checks.integer("input_ids", input_ids)
-    if cp is not None:
-        from .distributed.context import on_whole_sequences
-
-        given = {"input_ids": input_ids, "mask": mask, "attention_mask": attention_mask}
-        return on_whole_sequences(next_tokens, cp, cu_seqlens, given, ignore_index=ignore_index)
     _check_layout("input_ids", input_ids, cu_seqlens)
     _checks.mask(mask, tuple(input_ids.shape), "like input_ids", "input_ids", input_ids)
     kept = None if mask is None else mask != 0
@@ -76,6 +73,7 @@ def next_tokens(
     return token_ids, predicts if attention_mask is None else predicts & is_token
 
 
+@split_sequences("x")
 def shift(x: Tensor, cu_seqlens: Tensor | None = None, *, fill: float = 0, cp: ContextParallel | None = None) -> Tensor:
     """``x`` at the next token: at position t what stood at t + 1 of the same sequence, ``fill`` at its last position.
 
@@ -93,10 +91,6 @@ def shift(x: Tensor, cu_seqlens: Tensor | None = None, *, fill: float = 0, cp: C
     Raises:
         TypeError: dtypes. ValueError: shapes, devices, ``cu_seqlens`` that are no offsets.
     """
-    if cp is not None:
-        from .distributed.context import on_whole_sequences
-
-        return on_whole_sequences(shift, cp, cu_seqlens, {"x": x}, fill=fill)
     _checks.real("x", x)
     _check_layout("x", x, cu_seqlens)
     _checks.number("fill", fill)

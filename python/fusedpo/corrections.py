@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _checks, _tokens
 from .reference.advantages.segments import result_dtype
 from .reference.aggregation import aggregate
-from .reference.layout import Layout, layout
+from .reference.layout import Layout
 from .reference.losses import LOG_RATIO_CLAMP
 
 __all__ = ["CRITERIA", "importance_weights", "rejection_mask"]
@@ -145,11 +145,7 @@ def rejection_mask(
     """
     where, kept, log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask, cu_seqlens)
     log_ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    estimates = {
-        "k1": -log_ratio,
-        "k2": log_ratio.square() / 2,
-        "k3": torch.expm1(log_ratio) - log_ratio,
-    }
+    estimates = {"k1": -log_ratio, "k2": log_ratio.square() / 2, "k3": torch.expm1(log_ratio) - log_ratio}
     passed = kept
     for name, bounds in criteria.items():
         low, high = _bounds(name, bounds)
@@ -171,10 +167,8 @@ def _log_ratio(
 ) -> tuple[Layout, Tensor, Tensor]:
     """The layout, which tokens are kept, and the log-ratio, 0 where masked."""
     _checks.floating("old_logprobs", old_logprobs)
-    _tokens.check_layout("old_logprobs", old_logprobs, mask, cu_seqlens)
+    where, kept = _tokens.layout_of("old_logprobs", old_logprobs, mask, cu_seqlens)
     _tokens.check_per_token("rollout_logprobs", rollout_logprobs, "old_logprobs", old_logprobs)
-    where = layout(old_logprobs, cu_seqlens)
-    kept = where.kept(mask)
     dtype = result_dtype(old_logprobs)
     log_ratio = old_logprobs.reshape(-1).to(dtype) - rollout_logprobs.reshape(-1).to(dtype)
     return where, kept, log_ratio.masked_fill(~kept, 0)

@@ -13,7 +13,6 @@ from torch import Tensor
 from . import _checks, _tokens
 from ._dtypes import wide
 from .reference.advantages.segments import result_dtype
-from .reference.layout import layout
 from .reference.losses import LOG_RATIO_CLAMP, pessimistic_clip
 
 __all__ = ["clip_cov_weights", "kl_cov_penalty"]
@@ -107,14 +106,12 @@ def _flat(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, old log-probs, advantages, 0 where masked, and which tokens are kept."""
     _checks.floating("logprobs", logprobs)
-    num_sequences = _tokens.check_layout("logprobs", logprobs, mask, cu_seqlens)
+    where, kept = _tokens.layout_of("logprobs", logprobs, mask, cu_seqlens)
     _tokens.check_per_token("old_logprobs", old_logprobs, "logprobs", logprobs)
-    _tokens.check_weights("advantages", advantages, "logprobs", logprobs, num_sequences)
+    _tokens.check_weights("advantages", advantages, "logprobs", logprobs, where.lengths.numel())
     _checks.number("fraction", fraction)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {_checks.brief(fraction)}")
-    where = layout(logprobs, cu_seqlens)
-    kept = where.kept(mask)
 
     def tokens(x: Tensor) -> Tensor:
         return where.per_token(x).to(result_dtype(logprobs)).masked_fill(~kept, 0)

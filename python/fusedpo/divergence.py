@@ -9,11 +9,11 @@ from torch import Tensor
 
 from . import _checks, _tokens, backends, ops, reference
 from .advantages import arguments
-from .logprobs import _check_linear, _check_options, _check_positive, head_options
+from .logprobs import _check_linear, check_temperature, head_options
 from .objectives import Aggregation, Objective
 from .ops import divergence as ops_divergence
 from .ops import hidden as ops_hidden
-from .reference.aggregation import aggregate
+from .reference.aggregation import aggregate, scaled
 from .reference.layout import layout
 
 __all__ = ["ExactKLOutput", "exact_kl", "exact_kl_from_hidden"]
@@ -149,11 +149,10 @@ def exact_kl_from_hidden(
             f"{weight.shape[0]} of hidden and weight, got {list(ref_hidden.shape)} and {list(ref_weight.shape)}"
         )
     head = head_options(hidden, softcap, logit_scale, chunk_tokens, gradient_threshold)
-    _check_options(softcap=ref_softcap, logit_scale=ref_logit_scale, chunk_tokens=None)
+    ref_head = head_options(ref_hidden, ref_softcap, ref_logit_scale)
     given = (direction, temperature, mask, cu_seqlens, aggregation, length_norm, denominator, loss_scale)
     tokens = _Tokens("hidden", hidden, *given)
-    ref_dtype = ops_hidden.compute_dtype(ref_hidden)
-    way = _way(hidden.device.type, head.dtype, ref_dtype, loss_scale)
+    way = _way(hidden.device.type, head.dtype, ref_head.dtype, loss_scale)
     if way == "reference" or torch.compiler.is_compiling():
         both = [
             reference.linear_logits(x, w, bias=b, softcap=cap, logit_scale=factor)
@@ -179,7 +178,7 @@ def exact_kl_from_hidden(
         tokens.rows(temperature, scale=not deferred),
         direction=direction,
         options=head,
-        ref_options=ops_hidden.Options(ref_dtype, ref_softcap, ref_logit_scale, None),
+        ref_options=ref_head,
         deferred=deferred,
     )
     return ExactKLOutput(tokens.loss(found), found.detach()) if deferred else ExactKLOutput(*found)
@@ -238,8 +237,7 @@ class _Tokens:
             length_norm=self.length_norm,
             denominator=self.denominator,
         )
-        scale = self.loss_scale
-        return total * (scale.detach().to(total.dtype) if isinstance(scale, Tensor) else scale)
+        return scaled(total, self.loss_scale)
 
     def rows(self, temperature: float | Tensor, *, scale: bool = True) -> ops_divergence.Rows:
         """Of both models; with ``scale`` the gradient of the loss with respect to the divergences, otherwise 0."""
@@ -253,14 +251,8 @@ class _Tokens:
 
 
 def _check_temperature(temperature: float | Tensor, mask: Tensor | None, name: str, source: Tensor) -> None:
-    if not isinstance(temperature, Tensor):
-        _check_positive("temperature", temperature, "a float or a torch.Tensor")
-        return
-    _checks.floating("temperature", temperature)
-    if temperature.dim() > 0:
-        _checks.shape("temperature", temperature, source.shape[:-1], f"one value per token of {name}")
-    _checks.same_device("temperature", temperature, name, source)
-    if _checks.values_are_free(temperature):
+    check_temperature(temperature, source.shape[:-1], name, source)
+    if isinstance(temperature, Tensor) and _checks.values_are_free(temperature):
         good = temperature > 0 if mask is None or temperature.dim() == 0 else (temperature > 0) | (mask == 0)
         if not bool(good.all()):
             raise ValueError(f"temperature must be positive, got {float(temperature[~good].flatten()[0])}")

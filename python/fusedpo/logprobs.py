@@ -253,10 +253,6 @@ def logprobs_from_hidden(
     backend = ops_hidden.choose(hidden, options.dtype, opaque=True)
     dropped = torch.zeros((), device=hidden.device)
     if backend == "reference":
-        chunk_tokens = options.chunk_tokens
-        if chunk_tokens is None:
-            row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
-            chunk_tokens = ops_hidden.chunk_rows(hidden.shape[:-1].numel(), row_bytes, hidden.device.type)
         results = reference.linear_token_logprobs(
             hidden,
             weight,
@@ -267,7 +263,7 @@ def logprobs_from_hidden(
             temperature=temperature,
             mask=mask,
             return_entropy=return_entropy,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=chunk_of_reference(hidden, weight, options),
         )
         return (results, dropped.new_empty(0), dropped) if isinstance(results, Tensor) else (*results, dropped)
     ids, temperature = ids_and_temperature(token_ids, temperature)
@@ -287,6 +283,14 @@ def logprobs_from_hidden(
         dropped=dropped,
     )
     return logprobs, entropy, dropped
+
+
+def chunk_of_reference(hidden: Tensor, weight: Tensor, options: ops_hidden.Options) -> int:
+    """How many rows the reference takes at a time."""
+    if options.chunk_tokens is not None:
+        return options.chunk_tokens
+    row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
+    return ops_hidden.chunk_rows(hidden.shape[:-1].numel(), row_bytes, hidden.device.type)
 
 
 def ids_and_temperature(token_ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -316,12 +320,19 @@ def head_options(
     hidden: Tensor,
     softcap: float | None,
     logit_scale: float,
-    chunk_tokens: int | None,
-    gradient_threshold: float | None,
+    chunk_tokens: int | None = None,
+    gradient_threshold: float | None = None,
 ) -> ops_hidden.Options:
     """Checked, and as the kernels take them."""
     _checks.floating("hidden", hidden)
-    _check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    if softcap is not None:
+        _check_positive("softcap", softcap, "a float or None")
+    _checks.finite("logit_scale", logit_scale)
+    _checks.in_float32("logit_scale", logit_scale)
+    if logit_scale == 0:
+        raise ValueError("logit_scale must not be 0")
+    if chunk_tokens is not None:
+        _checks.whole_number("chunk_tokens", chunk_tokens, at_least=1, expected="an int or None")
     if gradient_threshold is not None:
         _checks.number("gradient_threshold", gradient_threshold, "a float or None")
         if gradient_threshold != 0 and not 2.0**-64 <= gradient_threshold < 1:
@@ -346,12 +357,7 @@ def check_vocabulary(logits: Tensor) -> None:
 
 
 def _check_rows(
-    rows: torch.Size,
-    source: Tensor,
-    name: str,
-    token_ids: Tensor,
-    temperature: float | Tensor,
-    mask: Tensor | None,
+    rows: torch.Size, source: Tensor, name: str, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None
 ) -> None:
     _checks.integer("token_ids", token_ids)
     shape = token_ids.shape
@@ -412,10 +418,12 @@ def check_linear_token_logprobs(
     _check_values(token_ids, weight.shape[0], temperature, mask)
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool = False) -> None:
+    """``split``: the head is that of a rank, which may have none of its rows."""
     _checks.floating("hidden", hidden)
     _checks.floating("weight", weight)
-    _check_whole("weight", weight)
+    if not split:
+        _check_whole("weight", weight)
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
@@ -425,7 +433,8 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, outside autocast, got {weight.dtype}")
     if bias is not None:
         _checks.floating("bias", bias)
-        _check_whole("bias", bias)
+        if not split:
+            _check_whole("bias", bias)
         _checks.shape("bias", bias, (weight.shape[0],), "one value per row of weight")
         _checks.same_device("bias", bias, "hidden", hidden)
 
@@ -436,14 +445,3 @@ def _check_whole(name: str, parameter: Tensor) -> None:
             f"{name} must be a whole plain tensor, got an empty one, as ZeRO-3 and FSDP leave behind: gather it, "
             f"{_checks.WAYS_TO_GATHER}"
         )
-
-
-def _check_options(*, softcap: float | None, logit_scale: float, chunk_tokens: int | None) -> None:
-    if softcap is not None:
-        _check_positive("softcap", softcap, "a float or None")
-    _checks.finite("logit_scale", logit_scale)
-    _checks.in_float32("logit_scale", logit_scale)
-    if logit_scale == 0:
-        raise ValueError("logit_scale must not be 0")
-    if chunk_tokens is not None:
-        _checks.whole_number("chunk_tokens", chunk_tokens, at_least=1, expected="an int or None")

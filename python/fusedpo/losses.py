@@ -105,12 +105,7 @@ def policy_loss(
     if entropy is not None:
         (entropy,) = _checks.taken(entropy)
         _tokens.check_per_token("entropy", entropy, "logprobs", logprobs)
-    elif objective.entropy_coef != 0:
-        raise ValueError(f"entropy is needed by objective.entropy_coef={objective.entropy_coef}, got None")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {_checks.brief(reduction)}")
-    if reduction == "none" and denominator is not None:
-        raise ValueError("denominator must be None with reduction='none', which divides by nothing")
+    _check_entropy_and_reduction(entropy, reduction, objective, denominator)
     return _policy_loss(logprobs, entropy, batch, objective, reduction)
 
 
@@ -177,9 +172,7 @@ def policy_loss_from_logits(
             objective=objective,
             temperature=temperature,
             inplace=inplace,
-            tp_group=tp_group,
-            vocab_start=vocab_start,
-            vocab_size=vocab_size,
+            split={"tp_group": tp_group, "vocab_start": vocab_start, "vocab_size": vocab_size},
             cp=cp,
         )
     batch = checked(given, "logits", logits, objective, features=1)
@@ -288,14 +281,7 @@ def policy_loss_from_hidden(
     )
     head = head_options(hidden, softcap, logit_scale, chunk_tokens, gradient_threshold)
     _check_token_ids(token_ids, "hidden", hidden)
-    if num_live is not None:
-        _check_num_live(num_live, token_ids, batch.mask)
-    if not isinstance(skip_zero_advantages, bool):
-        raise TypeError(f"skip_zero_advantages must be a bool, got {type(skip_zero_advantages).__name__}")
-    evaluated = batch.mask
-    if skip_zero_advantages:
-        evaluated = ops_hidden.evaluated_tokens(token_ids, batch, objective)
-        num_live = num_live if evaluated is batch.mask else None
+    evaluated, num_live = _evaluated(token_ids, batch, objective, num_live, skip_zero_advantages)
     backend, opaque = ops_hidden.choose(hidden, head.dtype, opaque=True), ops_hidden.is_opaque(hidden)
     of_tokens = batch.mask if backend != "reference" else evaluated
     check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=of_tokens)
@@ -319,10 +305,32 @@ def policy_loss_from_hidden(
             rows = ops_hidden.rows_where(mask, token_ids.numel(), hidden.device, num_live)
             *results, dropped = ops_hidden.policy_loss_from_hidden(inputs._replace(rows=rows), of_batch, **how)
         out = _output(*results)
-    tokens, of = out.metrics["tokens"], out.metrics
+    out = _of_evaluated(out, batch, evaluated, objective)
+    return out._replace(metrics={**out.metrics, "dropped": dropped.to(out.metrics["tokens"].dtype)})
+
+
+def _evaluated(
+    token_ids: Tensor, batch: Batch, objective: Objective, num_live: int | None, skip_zero_advantages: bool
+) -> tuple[Tensor | None, int | None]:
+    """The mask of the tokens that are evaluated, and how many these are if the caller has said it."""
+    if num_live is not None:
+        _check_num_live(num_live, token_ids, batch.mask)
+    if not isinstance(skip_zero_advantages, bool):
+        raise TypeError(f"skip_zero_advantages must be a bool, got {type(skip_zero_advantages).__name__}")
+    if not skip_zero_advantages:
+        return batch.mask, num_live
+    evaluated = ops_hidden.evaluated_tokens(token_ids, batch, objective)
+    return evaluated, num_live if evaluated is batch.mask else None
+
+
+def _of_evaluated(
+    out: PolicyLossOutput, batch: Batch, evaluated: Tensor | None, objective: Objective
+) -> PolicyLossOutput:
+    """With the metrics of the tokens that were evaluated, ``rows`` of them; ``tokens`` counts the whole batch."""
+    of = out.metrics
     if evaluated is not batch.mask:
         of = _policy_loss(out.logprobs, out.entropy, batch._replace(mask=evaluated), objective).metrics
-    return out._replace(metrics={**of, "tokens": tokens, "rows": of["tokens"], "dropped": dropped.to(tokens.dtype)})
+    return out._replace(metrics={**of, "tokens": out.metrics["tokens"], "rows": of["tokens"]})
 
 
 def _policy_loss(
@@ -368,6 +376,17 @@ def _output(loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor | N
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_entropy_and_reduction(
+    entropy: Tensor | None, reduction: str, objective: Objective, denominator: float | Tensor | None
+) -> None:
+    if entropy is None and objective.entropy_coef != 0:
+        raise ValueError(f"entropy is needed by objective.entropy_coef={objective.entropy_coef}, got None")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {_checks.brief(reduction)}")
+    if reduction == "none" and denominator is not None:
+        raise ValueError("denominator must be None with reduction='none', which divides by nothing")
 
 
 def _check_num_live(num_live: int, token_ids: Tensor, mask: Tensor | None) -> None:

@@ -52,6 +52,7 @@ class _FromHidden(_Split, total=False):
     softcap: float | None
     logit_scale: float
     chunk_tokens: int | None
+    gradient_threshold: float | None
     num_live: int | None
     skip_zero_advantages: bool
 
@@ -86,20 +87,12 @@ class PolicyLoss(nn.Module):
     def __init__(self, objective: Objective | str, **defaults: Any) -> None:
         super().__init__()
         self.objective = as_objective(objective)
-        for name in defaults:
-            if name not in self.DEFAULTS:
-                hint = _names.hint(name, self.DEFAULTS)
-                raise TypeError(f"defaults must be among {self.DEFAULTS}, got {_checks.brief(name)}{hint}")
-        self.defaults = defaults
+        self.defaults = _checked(defaults)
 
     if TYPE_CHECKING:  # that of a Module returns Any
 
         def __call__(
-            self,
-            logprobs: Tensor,
-            old_logprobs: Tensor | None,
-            advantages: Tensor,
-            **arguments: Unpack[_FromLogprobs],
+            self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **arguments: Unpack[_FromLogprobs]
         ) -> PolicyLossOutput: ...
 
     def forward(
@@ -143,6 +136,15 @@ class PolicyLoss(nn.Module):
         return {"objective": self.objective, **own, **arguments}
 
 
+def _checked(defaults: dict[str, Any]) -> dict[str, Any]:
+    known = PolicyLoss.DEFAULTS
+    for name in defaults:
+        if name not in known:
+            hint = _names.hint(name, known)
+            raise TypeError(f"defaults must be among {known}, got {_checks.brief(name)}{hint}")
+    return defaults
+
+
 class LossHead(nn.Linear):
     """A ``torch.nn.Linear``, the last layer of the model, whose forward is :func:`fusedpo.policy_loss_from_hidden`.
 
@@ -172,11 +174,8 @@ class LossHead(nn.Linear):
         **defaults: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        unknown = [name for name in defaults if name not in PolicyLoss.DEFAULTS]
-        if unknown:
-            raise TypeError(f"defaults must be among {PolicyLoss.DEFAULTS}, got {_checks.brief(unknown[0])}")
         self.objective = None if objective is None else as_objective(objective)
-        self.defaults = defaults
+        self.defaults = _checked(defaults)
 
     @classmethod
     def of(cls, linear: nn.Linear, objective: Objective | str | None = None, **defaults: Any) -> LossHead:
@@ -186,12 +185,7 @@ class LossHead(nn.Linear):
         return head
 
     def forward(  # type: ignore[override]
-        self,
-        hidden: Tensor,
-        token_ids: Tensor,
-        old_logprobs: Tensor | None,
-        advantages: Tensor,
-        **arguments: Any,
+        self, hidden: Tensor, token_ids: Tensor, old_logprobs: Tensor | None, advantages: Tensor, **arguments: Any
     ) -> PolicyLossOutput:
         """:func:`fusedpo.policy_loss_from_hidden` with this weight and bias."""
         given = {"bias": self.bias, **self.defaults, **arguments}

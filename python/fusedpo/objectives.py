@@ -856,11 +856,7 @@ def dppo_kl(
 
 @_preset
 def cppo(
-    threshold: float = 0.15,
-    budget: float = 0.015,
-    *,
-    min_weight: float = 0.8,
-    length_norm: float | None = None,
+    threshold: float = 0.15, budget: float = 0.015, *, min_weight: float = 0.8, length_norm: float | None = None
 ) -> Objective:
     """CPPO (2606.10968) with binary total variation.
 

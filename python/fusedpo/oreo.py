@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _checks, _tokens
 from ._dtypes import wide
 from .advantages import arguments
-from .preferences import _check_numbers, _mean_over, _or_one, _scaled
+from .preferences import _mean_over, _or_one, _scaled
 from .reference.layout import layout
 from .segments import segment_sums, segments_of
 
@@ -82,13 +82,14 @@ def oreo_loss(
     sequences = segments_of("logprobs", logprobs, logprobs, mask, cu_seqlens, None, None)
     _tokens.check_per_token("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     _tokens.check_per_token("values", values, "logprobs", logprobs)
-    arguments.real("rewards", rewards)
+    _checks.real("rewards", rewards)
     _checks.shape("rewards", rewards, sequences.shape, "one per sequence")
     _checks.same_device("rewards", rewards, "logprobs", logprobs)
     arguments.positive("beta", beta)
     if clip_log is not None:
         arguments.positive("clip_log", clip_log)
-    _check_numbers("logprobs", logprobs, denominator=denominator, loss_scale=loss_scale)
+    _tokens.check_count("denominator", denominator, "logprobs", logprobs)
+    _tokens.check_number("loss_scale", loss_scale, "logprobs", logprobs)
 
     where, dtype = layout(logprobs, cu_seqlens), wide(logprobs)
     kept = sequences.kept

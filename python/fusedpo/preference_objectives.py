@@ -125,12 +125,7 @@ def dpo(
     ``sft_coef``: 1 in iterative RPO, 0.005 in RPO, 0.01 in SWEET-RL (``seq-mean-token-mean``).
     """
     return Preference(
-        "sigmoid",
-        beta,
-        label_smoothing,
-        normalize=normalize,
-        sft_coef=sft_coef,
-        sft_aggregation=sft_aggregation,
+        "sigmoid", beta, label_smoothing, normalize=normalize, sft_coef=sft_coef, sft_aggregation=sft_aggregation
     )
 
 
@@ -171,12 +166,7 @@ def cpo(
 ) -> Preference:
     """CPO (2401.08417): DPO without reference, plus the NLL of the chosen completions."""
     return Preference(
-        "sigmoid",
-        beta,
-        label_smoothing,
-        reference_free=True,
-        sft_coef=sft_coef,
-        sft_aggregation=sft_aggregation,
+        "sigmoid", beta, label_smoothing, reference_free=True, sft_coef=sft_coef, sft_aggregation=sft_aggregation
     )
 
 

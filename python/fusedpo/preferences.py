@@ -22,6 +22,7 @@ from .ops import units as ops_units
 from .preference_objectives import Preference
 from .reference import PolicyLossOutput
 from .reference.advantages.segments import group_labels, kept
+from .reference.aggregation import scaled
 from .reference.layout import layout
 from .segments import Segments, segment_sums, segments_of
 
@@ -306,11 +307,12 @@ def regression_loss(
     _check_units("targets", targets, segments.shape, "logprobs", logprobs)
     if weights is not None:
         _check_units("weights", weights, segments.shape, "logprobs", logprobs)
-    _check_numbers("logprobs", logprobs, denominator=denominator, loss_scale=loss_scale)
+    _tokens.check_count("denominator", denominator, "logprobs", logprobs)
+    _tokens.check_number("loss_scale", loss_scale, "logprobs", logprobs)
 
     dtype = wide(logprobs)
     sizes = segments.sizes()
-    target = targets.detach().reshape(-1).to(dtype)
+    target = _unit_values(targets, dtype)
     counted = (sizes > 0) & ~target.isnan()
     z = segment_sums(logprobs, ref_logprobs, token_weights, segments)
     if normalize:
@@ -421,7 +423,9 @@ class _PreferenceLoss:
         for argument, tensor in (("ref_logprobs", ref_logprobs), ("token_weights", token_weights)):
             if tensor is not None:
                 _tokens.check_per_token(argument, tensor, name, source, tokens.shape)
-        _check_numbers(name, source, denominator=denominator, sft_denominator=sft_denominator, loss_scale=loss_scale)
+        _tokens.check_count("denominator", denominator, name, source)
+        _tokens.check_count("sft_denominator", sft_denominator, name, source)
+        _tokens.check_number("loss_scale", loss_scale, name, source)
         _check_objective(objective, ref_logprobs, labels, targets, margins, label_smoothing, reference_point)
         if objective.sft_coef == 0 and (sft_mask is not None or sft_denominator is not None):
             raise ValueError("sft_mask and sft_denominator have no meaning with objective.sft_coef=0")
@@ -663,9 +667,7 @@ def _or_one(number: float | Tensor, dtype: torch.dtype, device: torch.device) ->
 
 
 def _scaled(loss: Tensor, loss_scale: float | Tensor, logprobs: Tensor) -> Tensor:
-    if isinstance(loss_scale, Tensor):
-        loss_scale = loss_scale.detach().to(loss.dtype)
-    return (loss * loss_scale).to(torch.promote_types(logprobs.dtype, torch.float32))
+    return scaled(loss, loss_scale).to(torch.promote_types(logprobs.dtype, torch.float32))
 
 
 def _unit_values(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -685,16 +687,6 @@ def _check_units(argument: str, tensor: Tensor, units: tuple[int, ...], name: st
     _checks.floating(argument, tensor)
     _checks.shape(argument, tensor, units, "one per pair" if len(units) == 1 else "one per segment")
     _checks.same_device(argument, tensor, name, source)
-
-
-def _check_numbers(name: str, source: Tensor, **numbers: float | Tensor | None) -> None:
-    for argument, number in numbers.items():
-        if number is None:
-            continue
-        _tokens.check_number(argument, number, name, source)
-        free = not isinstance(number, Tensor) or _checks.values_are_free(number)
-        if argument.endswith("denominator") and free and not number >= 0:
-            raise ValueError(f"{argument} must be a count >= 0, got {float(number)}")
 
 
 def _check_smoothing(label_smoothing: Tensor, objective: Preference) -> None:

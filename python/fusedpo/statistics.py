@@ -14,6 +14,7 @@ from .logprobs import (
     as_kernels_take_them,
     check_linear_token_logprobs,
     check_token_logprobs,
+    chunk_of_reference,
     head_options,
     ids_and_temperature,
     taken_if_differentiated,
@@ -93,13 +94,11 @@ def linear_token_statistics(
     token_ids, temperature, mask, softcap, logit_scale, chunk_tokens = _checks.taken(
         token_ids, temperature, mask, softcap, logit_scale, chunk_tokens
     )
-    head_options(hidden, softcap, logit_scale, chunk_tokens, None)
+    options = head_options(hidden, softcap, logit_scale, chunk_tokens)
     check_linear_token_logprobs(hidden, weight, bias, token_ids, temperature=temperature, mask=mask)
     _one_per_row(token_ids, hidden.shape[:-1])
     hidden, weight, bias = taken_if_differentiated(hidden, weight, bias)
-    return TokenStatistics(
-        *_linear(hidden, weight, bias, token_ids, softcap, logit_scale, temperature, mask, chunk_tokens)
-    )
+    return TokenStatistics(*_linear(hidden, weight, bias, token_ids, temperature, mask, options))
 
 
 def _linear(
@@ -107,34 +106,28 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None,
     token_ids: Tensor,
-    softcap: float | None,
-    logit_scale: float,
     temperature: float | Tensor,
     mask: Tensor | None,
-    chunk_tokens: int | None,
+    options: ops_hidden.Options,
     function: type[ops_statistics.LinearTokenStatistics] = ops_statistics.LinearTokenStatistics,
 ) -> tuple[Tensor, ...]:
-    dtype = ops_hidden.compute_dtype(hidden)
-    backend = ops_hidden.choose(hidden, dtype)
+    backend = ops_hidden.choose(hidden, options.dtype)
     if backend == "reference":
-        if chunk_tokens is None:
-            row_bytes = weight.shape[0] * torch.promote_types(hidden.dtype, torch.float32).itemsize
-            chunk_tokens = ops_hidden.chunk_rows(hidden.shape[:-1].numel(), row_bytes, hidden.device.type)
         return reference.linear_token_statistics(
             hidden,
             weight,
             token_ids,
             bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
+            softcap=options.softcap,
+            logit_scale=options.logit_scale,
             temperature=temperature,
             mask=mask,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=chunk_of_reference(hidden, weight, options),
         )
     rows = ops_hidden.rows_where(as_bool(mask), hidden.shape[:-1].numel(), hidden.device)
     return ops_statistics.linear_token_statistics(
         ops_hidden.Inputs(hidden, weight, bias, *ids_and_temperature(token_ids, temperature), rows),
-        options=ops_hidden.Options(dtype, softcap, logit_scale, chunk_tokens),
+        options=options,
         backend=backend,
         function=function,
     )

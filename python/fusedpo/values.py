@@ -10,8 +10,7 @@ from torch import Tensor
 from . import _checks, _tokens
 from .objectives import Aggregation, Objective
 from .reference.advantages.segments import result_dtype
-from .reference.aggregation import aggregate
-from .reference.layout import layout
+from .reference.aggregation import aggregate, scaled
 
 __all__ = ["ValueLossOutput", "value_loss"]
 
@@ -60,7 +59,7 @@ def value_loss(
     )
     Objective(aggregation=aggregation, length_norm=length_norm)
     _checks.floating("values", values)
-    _tokens.check_layout("values", values, mask, cu_seqlens)
+    where, kept = _tokens.layout_of("values", values, mask, cu_seqlens)
     _tokens.check_per_token("returns", returns, "values", values)
     if old_values is not None:
         _tokens.check_per_token("old_values", old_values, "values", values)
@@ -73,8 +72,6 @@ def value_loss(
     _tokens.check_denominator(denominator, aggregation, "values", values)
     _tokens.check_number("loss_scale", loss_scale, "values", values)
 
-    where = layout(values, cu_seqlens)
-    kept = where.kept(mask)
     dtype = result_dtype(values)
 
     def tokens(x: Tensor) -> Tensor:
@@ -90,6 +87,4 @@ def value_loss(
         clipped = bounded > loss
         loss = loss.where(~clipped, bounded)
     total = aggregate(loss / 2, kept, where, aggregation, length_norm=length_norm, denominator=denominator)
-    if isinstance(loss_scale, Tensor):
-        loss_scale = loss_scale.detach().to(dtype)
-    return ValueLossOutput(total * loss_scale, aggregate(clipped.to(dtype), kept, where, "token-mean"))
+    return ValueLossOutput(scaled(total, loss_scale), aggregate(clipped.to(dtype), kept, where, "token-mean"))

@@ -13,11 +13,12 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import ptx
+import pytest
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ def find_nvcc() -> str | None:
 
 
 NVCC = find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: CUDA kernels are not executed as compiled")
 
 # In the order of DType in csrc/core/array.h.
 DTYPES = (
@@ -130,6 +132,12 @@ def for_architecture(program: Path, architecture: int, directory: Path) -> Path:
     other.symlink_to(program)
     other.with_suffix(".ptx").write_text(compile_to_ptx(program.name, architecture))
     return other
+
+
+def for_others(program: Path, architectures: Iterable[int], directory: Path) -> Iterator[Path]:
+    """One of build_as_compiled, for each of the architectures that has a code of its own."""
+    for architecture in other_codes(program.name, 90, architectures):
+        yield for_architecture(program, architecture, directory / str(architecture))
 
 
 def other_codes(name: str, known: int, architectures: Iterable[int]) -> list[int]:

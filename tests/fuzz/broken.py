@@ -81,6 +81,7 @@ def calls(rng: random.Random) -> list[Call]:
         ("token_logprobs", [logits, token_ids, temperature, mask, rng.random() < 0.5]),
         ("token_logprobs_backward", backward),
         ("token_logprobs_backward_out", [*backward, torch.empty_like(logits)]),
+        ("exact_kl_out", [logits, logits * 2, *[temperature] * 2, mask, floats(), True, torch.empty_like(logits)]),
         ("policy_loss", [*policy_loss, parts, values, per_token]),
         ("policy_loss_backward", [floats(), floats(), floats(), floats(), tokens[0], mask, cu_seqlens, 3, 2]),
         ("one_pass", [*one_pass, *ops_policy_loss.encode(ahead)]),

@@ -16,6 +16,13 @@ NAN = math.nan
 # Sums of at most a thousand float64 terms in another order, relative to the largest.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
+OF_EIGHT = {
+    "distinct": [0.3, -1.2, 2.5, 0.9, -0.4, 1.7, 0.1, -2.2],
+    "ties": [1.0, 0.0, 1.0, 2.0, 0.0, 2.0, 2.0, 0.5],
+    "constant": [0.1] * 8,
+    "binary": [0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
+}
+
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

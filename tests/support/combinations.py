@@ -10,22 +10,9 @@ from fusedpo import objectives as O
 from fusedpo.ops import policy_loss as ops_policy_loss
 from support import policy_loss as contract
 from support.parts import REGIONS, TRACES
-from support.policy_loss import AGGREGATIONS, KLS
 
-
-def combinations():
-    """Every ratio with every trust region that it goes with; KL, entropy and aggregation take turns."""
-    ratios = [*contract.RATIOS, *TRACES, O.Trace(9, 12), O.Trace("all", 3, differentiate=True)]
-    i = 0
-    for ratio, region in itertools.product(ratios, contract.REGIONS + REGIONS):
-        try:
-            yield O.Objective(ratio, region, KLS[i % len(KLS)], 0.1 * (i % 2), AGGREGATIONS[i % 5])
-            i += 1
-        except ValueError:
-            continue
-
-
-COMBINATIONS = list(combinations())
+RATIOS = [*contract.RATIOS, *TRACES, O.Trace(9, 12), O.Trace("all", 3, differentiate=True)]
+COMBINATIONS = list(contract.combinations(itertools.product(RATIOS, contract.REGIONS + REGIONS)))
 
 
 def operator_arguments(objective, per_token, packed=False):

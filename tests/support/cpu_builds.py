@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,18 @@ from fusedpo import _C
 assert _C.build_info()["cpu_capability"] == sys.argv[1]
 sys.exit(pytest.main(["-q", "-x", *sys.argv[2:]]))
 """
+
+
+def output_of(name: str, build: str, directory: Path, *flags: str) -> str:
+    """What the program of tests/cpp prints, compiled for an instruction set."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program, tests = directory / name, Path(__file__).parent.parent
+    source = [str(tests / "cpp" / f"{name}.cpp"), "-I", str(tests.parent / "csrc"), f"-DFUSEDPO_ISA={build}"]
+    flags = ("-std=c++17", "-w", "-ffp-contract=off", *flags, *FLAGS[build])
+    subprocess.run([compiler, *flags, *source, "-o", str(program)], check=True)
+    return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
 
 
 def run_tests(build: str, *arguments: str) -> None:

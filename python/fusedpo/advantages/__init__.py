@@ -34,17 +34,7 @@ data is checked on the CPU, elsewhere under ``FUSEDPO_DEBUG=1``.
 the names.
 """
 
-from .group import (
-    dr_grpo,
-    gpg,
-    grpo,
-    opo,
-    raft,
-    reinforce_plus_plus_baseline,
-    reinforce_rej,
-    remax,
-    rloo,
-)
+from .group import dr_grpo, gpg, grpo, opo, raft, reinforce_plus_plus_baseline, reinforce_rej, remax, rloo
 from .order import grpo_passk, max_at_k, maxpo, order_statistic, passk, pkpo, rank_weights
 from .registry import available, compute, register
 from .shaping import overlong_penalty, token_rewards

@@ -26,10 +26,6 @@ def unchecked(operator: str, *tensors: Tensor | None) -> bool:
     return not checked and _checks.values_are_free(*given)
 
 
-def real(name: str, tensor: Tensor) -> None:
-    _checks.real(name, tensor)
-
-
 def positive(name: str, value: float) -> float:
     _checks.number(name, value)
     if not value > 0:
@@ -113,7 +109,7 @@ def subset_size(
 
 
 def lengths(tensor: Tensor, rewards: Tensor, mask: Tensor | None) -> None:
-    real("lengths", tensor)
+    _checks.real("lengths", tensor)
     _checks.shape("lengths", tensor, tuple(rewards.shape), "one per sample")
     _checks.same_device("lengths", tensor, "rewards", rewards)
     if unchecked("group_advantages", tensor, mask):
@@ -134,7 +130,7 @@ def token_shape(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def tokens(name: str, tensor: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    real(name, tensor)
+    _checks.real(name, tensor)
     token_shape(name, tensor, cu_seqlens)
     _checks.mask(mask, tuple(tensor.shape), f"that of {name}", name, tensor)
 
@@ -161,7 +157,7 @@ def per_token(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
 
 def per_sequence(name: str, tensor: Tensor, of: str, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
     """One number per sequence: ``[B]``, with ``cu_seqlens`` ``[num_sequences]``, ``[1]`` for a single one."""
-    real(name, tensor)
+    _checks.real(name, tensor)
     rows = tokens.shape[0] if tokens.dim() == 2 else 1
     _checks.shape(name, tensor, (rows if cu_seqlens is None else cu_seqlens.numel() - 1,), "one per sequence")
     _checks.same_device(name, tensor, of, tokens)

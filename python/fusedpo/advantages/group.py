@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from .. import _checks
+from .._ranks import spread_over_ranks
 from ..ops.advantages import estimate
 from ..reference.advantages.group import batch_std
 from ..reference.advantages.segments import result_dtype, widened
 from . import arguments
-from .ranks import spread_over_ranks
 from .registry import register
 from .samples import Array, as_tensor, samples
 
@@ -214,7 +214,7 @@ def remax(
     if not per_prompt and len(given.shape) == 2 and tuple(as_tensor("baselines", baselines).shape) == given.shape[:1]:
         size, per_prompt = given.shape[1], True
     baselines = given.per_sample("baselines", baselines)
-    arguments.real("baselines", baselines)
+    _checks.real("baselines", baselines)
     _checks.same_device("baselines", baselines, "rewards", flat)
     if not per_prompt:
         _checks.shape("baselines", baselines, tuple(flat.shape), "one per sample, without group_size or group_ids")

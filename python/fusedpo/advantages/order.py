@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from .. import _checks
+from .._ranks import spread_over_ranks
 from . import arguments
 from .arguments import SmallGroups
-from .ranks import spread_over_ranks
 from .registry import register
 from .samples import Array, samples
 

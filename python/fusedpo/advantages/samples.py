@@ -111,7 +111,7 @@ def samples(
     """Checks the arguments that all estimators share; ``grouped`` ones compare within groups."""
     lost = None if isinstance(rewards, Tensor) else missing(rewards)
     rewards = as_tensor("rewards", rewards)
-    arguments.real("rewards", rewards)
+    _checks.real("rewards", rewards)
     shape = rewards.shape
     if len(shape) not in (1, 2):
         raise ValueError(f"rewards must have shape [G], one per sample, or [prompts, samples], got {list(shape)}")

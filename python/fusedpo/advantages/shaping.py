@@ -92,7 +92,7 @@ def overlong_penalty(lengths: Array, *, max_length: int, buffer: int, factor: fl
     Returns float32, no gradient. Raises as the package says; ``ValueError`` if not ``1 <= buffer <= max_length``.
     """
     lengths = as_tensor("lengths", lengths)
-    arguments.real("lengths", lengths)
+    _checks.real("lengths", lengths)
     _checks.whole_number("buffer", buffer, at_least=1)
     _checks.whole_number("max_length", max_length, at_least=buffer)
     _checks.finite("factor", factor)

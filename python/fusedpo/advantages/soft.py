@@ -34,17 +34,18 @@ def soft_value(
     _checks.number("beta", beta)
     if not beta >= 0:
         raise ValueError(f"beta must be >= 0, got {beta}")
+    return given.returned(_soft_value(**given.groups._asdict(), beta=beta))
 
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        highest = r[groups.start + groups.size - 1]
-        if beta == 0:
-            return highest
-        below = r - highest
-        if math.isinf(beta):
-            return highest + groups.total(below) / groups.size
-        return highest + beta * torch.log1p(groups.total(torch.expm1(below / beta)) / groups.size)
 
-    return given.returned(per_group(estimate, *given.groups))
+@per_group
+def _soft_value(r: Tensor, groups: Groups, *, beta: float) -> Tensor:
+    highest = r[groups.start + groups.size - 1]
+    if beta == 0:
+        return highest
+    below = r - highest
+    if math.isinf(beta):
+        return highest + groups.total(below) / groups.size
+    return highest + beta * torch.log1p(groups.total(torch.expm1(below / beta)) / groups.size)
 
 
 @torch.no_grad()

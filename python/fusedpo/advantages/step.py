@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from .. import _checks, backends
+from .._ranks import split_sequences
 from ..ops.advantages import estimate_tokens
 from ..reference import advantages as reference
 from ..reference.advantages import GAE as GAE
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @register("reward_to_go")
+@split_sequences("rewards", "mask")
 def reward_to_go(
     rewards: Tensor,
     *,
@@ -36,12 +38,6 @@ def reward_to_go(
     the state where a truncated sequence was cut off, 0 for one that ended; None is 0 for all.
     Raises as the package says; ``ValueError`` for ``gamma`` outside [0, 1].
     """
-    if cp is not None:
-        from ..distributed.context import on_whole_sequences
-
-        return on_whole_sequences(
-            reward_to_go, cp, cu_seqlens, {"rewards": rewards, "mask": mask}, gamma=gamma, bootstrap=bootstrap
-        )
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     gamma = arguments.unit_interval("gamma", gamma)
     if bootstrap is not None:
@@ -50,6 +46,7 @@ def reward_to_go(
 
 
 @register("gae")
+@split_sequences("rewards", "values", "mask")
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -69,18 +66,6 @@ def gae(
     Returns ``GAE(advantages, returns)``, ``returns = advantages + values``; apply :func:`whiten` to the advantages for
     verl's. Raises as the package says; ``ValueError`` for ``gamma`` or ``lam`` outside [0, 1].
     """
-    if cp is not None:
-        from ..distributed.context import on_whole_sequences
-
-        return on_whole_sequences(
-            gae,
-            cp,
-            cu_seqlens,
-            {"rewards": rewards, "values": values, "mask": mask},
-            gamma=gamma,
-            lam=lam,
-            bootstrap=bootstrap,
-        )
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.per_token("values", values, "rewards", rewards)
     gamma = arguments.unit_interval("gamma", gamma)
@@ -93,6 +78,7 @@ def gae(
 
 
 @register("vtrace")
+@split_sequences("rewards", "values", "logprobs", "old_logprobs", "mask")
 def vtrace(
     rewards: Tensor,
     values: Tensor,
@@ -123,20 +109,6 @@ def vtrace(
     :func:`gae`; so are the advantages for ``lam=1``. Raises as the package says; ``ValueError`` for ``gamma`` or
     ``lam`` outside [0, 1], ``rho_bar`` or ``c_bar`` not > 0.
     """
-    if cp is not None:
-        from ..distributed.context import on_whole_sequences
-
-        return on_whole_sequences(
-            vtrace,
-            cp,
-            cu_seqlens,
-            {"rewards": rewards, "values": values, "logprobs": logprobs, "old_logprobs": old_logprobs, "mask": mask},
-            gamma=gamma,
-            lam=lam,
-            rho_bar=rho_bar,
-            c_bar=c_bar,
-            bootstrap=bootstrap,
-        )
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     arguments.per_token("values", values, "rewards", rewards)
     arguments.per_token("logprobs", logprobs, "rewards", rewards)
@@ -164,6 +136,7 @@ def vtrace(
 
 
 @register("reinforce_plus_plus")
+@split_sequences("rewards", "mask")
 def reinforce_plus_plus(
     rewards: Tensor,
     *,
@@ -177,10 +150,6 @@ def reinforce_plus_plus(
     A nan reaches all tokens. Over several batches: ``whiten(reward_to_go(...), mask=mask, group=...)``.
     Raises as the package says; ``ValueError`` for ``gamma`` outside [0, 1].
     """
-    if cp is not None:
-        from ..distributed.context import on_whole_sequences
-
-        return on_whole_sequences(reinforce_plus_plus, cp, cu_seqlens, {"rewards": rewards, "mask": mask}, gamma=gamma)
     arguments.rewards_per_token(rewards, mask, cu_seqlens)
     gamma = arguments.unit_interval("gamma", gamma)
     return estimate_tokens("reinforce_plus_plus", rewards, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma)
@@ -211,7 +180,7 @@ def optimal_token_baseline(
     position, the baseline is 0; so it is for a group of one.
     Raises as the package says.
     """
-    arguments.real("rewards", rewards)
+    _checks.real("rewards", rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards must have shape [B, T], got {list(rewards.shape)}")
     arguments.rewards_per_token(rewards, mask)
@@ -258,7 +227,7 @@ def vineppo(values: Tensor, *, step_rewards: Tensor, step_ids: Tensor, whiten: b
     if values.dim() != 2 or values.shape[1] < 1:
         raise ValueError(f"values must have shape [B, S + 1], got {list(values.shape)}")
     batch, steps = values.shape[0], values.shape[1] - 1
-    arguments.real("step_rewards", step_rewards)
+    _checks.real("step_rewards", step_rewards)
     _checks.shape("step_rewards", step_rewards, (batch, steps), "one less per row than values")
     _checks.same_device("step_rewards", step_rewards, "values", values)
     _checks.integer("step_ids", step_ids)
@@ -277,7 +246,7 @@ def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed
     too; ``torch.distributed.group.WORLD`` is all of them, None this process alone.
     As verl's ``masked_whiten``, but a single kept element gives 0, not an error. Raises as the package says.
     """
-    arguments.real("advantages", advantages)
+    _checks.real("advantages", advantages)
     _checks.mask(mask, tuple(advantages.shape), "that of advantages", "advantages", advantages)
     if group is not None and not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
@@ -287,6 +256,7 @@ def whiten(advantages: Tensor, *, mask: Tensor | None = None, group: distributed
     return estimate_tokens("whiten", advantages, mask=mask)
 
 
+@split_sequences("rewards", "mask")
 def rewards_on_kept(
     rewards: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, cp: ContextParallel | None = None
 ) -> Tensor:
@@ -297,15 +267,12 @@ def rewards_on_kept(
     sequence does not change, unless it has no kept token at all. nan at a skipped token is no reward. Skipped tokens
     get 0, as the estimators want them. Raises as the package says.
     """
-    if cp is not None:
-        from ..distributed.context import on_whole_sequences
-
-        return on_whole_sequences(rewards_on_kept, cp, cu_seqlens, {"rewards": rewards, "mask": mask})
     _checks.is_tensor("mask", mask)
     arguments.tokens("rewards", rewards, mask, cu_seqlens)
     return reference.rewards_on_kept(rewards, mask, cu_seqlens=cu_seqlens)
 
 
+@split_sequences("mask")
 def to_tokens(
     advantages: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, cp: ContextParallel | None = None
 ) -> Tensor:
@@ -314,10 +281,6 @@ def to_tokens(
     ``advantages`` ``[B]``, packed ``[num_sequences]``. The losses do this by themselves: it is for what needs an
     array per token, such as :func:`whiten` over tokens. Raises as the package says.
     """
-    if cp is not None:
-        from ..distributed.context import on_whole_sequences
-
-        return on_whole_sequences(to_tokens, cp, cu_seqlens, {"mask": mask}, advantages=advantages)
     _checks.is_tensor("mask", mask)
     arguments.tokens("mask", mask, None, cu_seqlens)
     arguments.per_sequence("advantages", advantages, "mask", mask, cu_seqlens)

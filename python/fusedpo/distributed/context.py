@@ -205,7 +205,7 @@ def on_whole_sequences(
     function: Callable[..., Result],
     cp: ContextParallel,
     cu_seqlens: Tensor | None,
-    per_token: dict[str, Tensor | None],
+    per_token: dict[str, Any],
     **others: Any,
 ) -> Result:
     """``function`` of whole arrays, of whose results, a tensor per token or a tuple of them, this rank takes its own.
@@ -213,7 +213,6 @@ def on_whole_sequences(
     ``per_token``: arguments of this rank, the first of which says where the tokens stand.
     """
     name, first = next(iter(per_token.items()))
-    assert first is not None
     where = cp.tokens(name, first, cu_seqlens)
     for argument, x in per_token.items():
         if x is not None:

@@ -89,8 +89,7 @@ def policy_loss_from_logits(
         logprobs, entropy, scale = where.own(logprobs), where.own(entropy), where.own(scale)
     gradient = source if inplace else source.new_empty(source.shape)
     getattr(torch.ops.fusedpo.one_pass, backend)(
-        *(source, gradient, logprobs, entropy, rows, token_ids, temperature),
-        *(*per_token, scale, *encoded, None),
+        *(source, gradient, logprobs, entropy, rows, token_ids, temperature), *(*per_token, scale, *encoded, None)
     )
     if inplace:
         torch.autograd.graph.increment_version(logits)
@@ -104,12 +103,10 @@ def policy_loss_from_logits(
     return PolicyLossOutput(loss, metrics, logprobs, entropy)
 
 
-class _OnePass(ops_one_pass._OnePass):
+class _OnePass(ops_one_pass.GradientsWithLoss):
     """``loss``, whose gradient with respect to the logits was computed beside it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, gradient: Tensor, loss: Tensor, backend: str
-    ) -> Tensor:
-        ops_one_pass.keep(ctx, logits, gradient, backend)
+    def forward(ctx: Any, logits: Tensor, gradient: Tensor, loss: Tensor, backend: str) -> Tensor:
+        ops_one_pass.keep(ctx, "policy_loss_from_logits", backend, [gradient], logits)
         return loss.clone()

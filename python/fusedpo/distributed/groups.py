@@ -37,13 +37,15 @@ def over_ranks(estimator: Callable[..., Tensor], group: ProcessGroup, rewards: A
         if x.numel() != rewards.numel():
             raise ValueError(f"{name} must have {rewards.numel()} values, one per sample of this rank, got {x.numel()}")
         _checks.same_device(name, x, "rewards", rewards)
-    _check_that_ranks_agree(own, hashed, group)
-    if arguments.get("baselines") is not None:
-        baselines = as_tensor("baselines", arguments["baselines"], rewards)
-        # With labels there is one per label of the whole batch; else they belong to the samples of this rank.
-        if "group_ids" not in own and baselines.dim():
-            baselines = gather(baselines.detach(), group).flatten(0, 1)
-        arguments["baselines"] = baselines
+    baselines = arguments.get("baselines")
+    if baselines is not None:
+        baselines = arguments["baselines"] = as_tensor("baselines", baselines, rewards)
+        _checks.real("baselines", baselines)
+        _checks.same_device("baselines", baselines, "rewards", rewards)
+    _check_that_ranks_agree(own, baselines, hashed, group)
+    # With labels there is one per label of the whole batch; else they belong to the samples of this rank.
+    if baselines is not None and "group_ids" not in own and baselines.dim():
+        arguments |= _of_all_ranks({"baselines": baselines}, group)
     first, count = group.rank() * rewards.shape[0], rewards.shape[0]
     return estimator(**_of_all_ranks(own, group), **arguments)[first : first + count]
 
@@ -82,11 +84,12 @@ def _hash(label: object, hashes: dict[object, int]) -> int:
 KINDS = ("nothing", "integers", "floats", "float64", "labels that are no integers")
 
 
-def _check_that_ranks_agree(own: dict[str, Tensor], hashed: set[str], group: ProcessGroup) -> None:
+def _check_that_ranks_agree(
+    own: dict[str, Tensor], baselines: Tensor | None, hashed: set[str], group: ProcessGroup
+) -> None:
     """What one of them alone has would never arrive, and labels of two kinds never meet."""
 
-    def kind(name: str) -> int:
-        x = own.get(name)
+    def kind(name: str, x: Tensor | None) -> int:
         if x is None or name in hashed:
             return 0 if x is None else 4
         return x.is_floating_point() + 1 + (x.dtype == torch.float64)
@@ -95,11 +98,14 @@ def _check_that_ranks_agree(own: dict[str, Tensor], hashed: set[str], group: Pro
     if not _checks.values_are_free(rewards):
         return
     names = ("rewards", "mask", "lengths", "group_ids", "trajectory_ids")
-    said = [rewards.shape[0], rewards.shape[1:].numel(), *map(kind, names)]
-    of_ranks = gather(torch.tensor(said, device=rewards.device), group)
-    for what, values in zip(("samples", "samples in a row", *names), of_ranks.T.tolist(), strict=True):
+    kinds = {name: kind(name, own.get(name)) for name in names} | {"baselines": kind("baselines", baselines)}
+    said = {"samples": rewards.shape[0], "samples in a row": rewards.shape[1:].numel(), **kinds}
+    said["number of baselines"] = -1 if baselines is None else baselines.numel()
+    said["dimensions of baselines"] = -1 if baselines is None else baselines.dim()
+    of_ranks = gather(torch.tensor(list(said.values()), device=rewards.device), group)
+    for what, values in zip(said, of_ranks.T.tolist(), strict=True):
         if len(set(values)) > 1:
-            found = ", ".join(KINDS[value] if what in names else str(value) for value in values)
+            found = ", ".join(KINDS[value] if what in kinds else str(value) for value in values)
             raise ValueError(f"all ranks of dp_group must have the same {what}, got {found}")
 
 

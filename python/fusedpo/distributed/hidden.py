@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .. import _checks, backends, logprobs, ops
 from ..ops import hidden as ops_hidden
-from ..ops.hidden import Options
 from . import shards
 from .collectives import Pending, PendingSum, gather
 from .shards import Shard
@@ -81,19 +80,9 @@ class _ShardedLinear(torch.autograd.Function):
     """Keeps three numbers of each row. Old-style, as all that work in place."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        temperature: Tensor,
-        rows: Tensor,
-        split: Split,
-        options: Options,
-        return_entropy: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        inputs, (split, options, return_entropy, backend) = ops_hidden.Inputs.first_of(args)
+        hidden, weight, bias, token_ids, temperature, rows = inputs
         shard, of = split.shard, operators(backend)
         if split.how == "sequence":
             assert shard.group is not None
@@ -101,21 +90,20 @@ class _ShardedLinear(torch.autograd.Function):
             hidden = torch.cat(gathered.unbind(), -2)
         leading = hidden.shape[:-1]
         ids, t = (ops_hidden._per_row(x, leading) for x in (token_ids, temperature))
-        ids_of, t_of = ids[rows], t if t.dim() == 0 else t[rows]
+        ids_of, t_of = ids[rows], ops_hidden._select(t, rows)
         valid = weight.detach()[: shard.valid], None if bias is None else bias.detach()[: shard.valid]
         header = (shard.start, shard.width, shard.vocab_size, return_entropy)
         with ops_hidden._plain(hidden):
             head = ops_hidden._Head(hidden, *valid, rows, options, gradients=False)
-            pieces = []
-            for chunk in head.chunks:
-                logits, t_chunk = head.logits(head.rows_of(rows[chunk])), t_of if t_of.dim() == 0 else t_of[chunk]
-                pieces.append(of.row_stats(logits, ids_of[chunk], t_chunk, None, *header))
+            pieces = [
+                of.row_stats(logits, ids[at], ops_hidden._select(t, at), None, *header) for at, _, logits in head.walk()
+            ]
             if not pieces:
                 nothing = head.hidden.new_empty((0, shard.valid), dtype=options.dtype)
                 pieces.append(of.row_stats(nothing, ids_of, t_of, None, *header))
         parts = torch.cat([pieces[0], *(piece[1:] for piece in pieces[1:])])
         of_ranks = parts[None] if shard.group is None else Pending(parts, shard.group).wait()
-        size = shards.check_headers(of_ranks, shard)
+        size = shards.check_headers(of_ranks)
         if size is not None:
             logprobs._check_values(ids_of, size, 1.0, None)
         found, entropies, stats_of = of.merge_row_stats(of_ranks, t_of, None, return_entropy)
@@ -172,12 +160,7 @@ class Inputs(NamedTuple):
 
 
 def local_inputs(
-    hidden: Any,
-    weight: Any,
-    bias: Any,
-    tp_group: ProcessGroup | None,
-    vocab_start: int | None,
-    vocab_size: int | None,
+    hidden: Any, weight: Any, bias: Any, tp_group: ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
 ) -> Inputs:
     """From DTensors to what this rank holds; their gradients are placed as they are."""
     how: How = "replicated"
@@ -276,25 +259,29 @@ def linear_token_logprobs(
     hidden, weight, bias, (shard, how), _ = inputs
     if shard.group is not None and how == "replicated" and is_part(hidden, token_ids, shard.group.size()):
         how = "sequence"
-    _check(hidden, weight, bias, token_ids, temperature, mask, shard, how)
-    logprobs._check_options(softcap=softcap, logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+    logprobs._check_linear(hidden, weight, bias, split=True)
+    logprobs._check_rows(_rows(hidden, shard, how), hidden, "hidden", token_ids, temperature, mask)
+    logprobs._check_values(torch.zeros_like(token_ids), 1, temperature, mask)  # ids once the vocabulary is known
+    options = logprobs.head_options(hidden, softcap, logit_scale, chunk_tokens)
     hidden, weight, bias = logprobs.taken_if_differentiated(hidden, weight, bias)
-    dtype = ops_hidden.compute_dtype(hidden)
-    backend = backends.choose("row_stats", hidden.device.type, dtype)
+    backend = backends.choose("row_stats", hidden.device.type, options.dtype)
     ids, t, kept = prepared(hidden, token_ids, temperature, mask)
     shards.check_same_rows(shard, ids, kept, t)
-    count = kept.numel() if kept is not None else t.numel() if t.dim() else _rows(hidden, shard, how)
+    count = kept.numel() if kept is not None else t.numel() if t.dim() else _rows(hidden, shard, how).numel()
     rows = ops_hidden.rows_where(kept, count, hidden.device, num_live)
-    options = Options(dtype, softcap, logit_scale, chunk_tokens)
     t = ops_hidden._uncapped_temperature(t, options)
     args = (hidden, weight, bias, ids, t, rows, Split(shard, how), options, return_entropy, backend)
     found, entropy = ops.apply("linear_token_logprobs", _ShardedLinear, *args)
     return (found, entropy) if return_entropy else found
 
 
-def _rows(hidden: Tensor, shard: Shard, how: How) -> int:
-    ranks = shard.group.size() if how == "sequence" and shard.group is not None else 1
-    return hidden.shape[:-1].numel() * ranks
+def _rows(hidden: Tensor, shard: Shard, how: How) -> torch.Size:
+    """Those of all ranks."""
+    rows = hidden.shape[:-1]
+    if how != "sequence":
+        return rows
+    assert shard.group is not None
+    return torch.Size((*rows[:-1], rows[-1] * shard.group.size()))
 
 
 def is_part(hidden: Tensor, token_ids: Tensor, ranks: int) -> bool:
@@ -302,34 +289,3 @@ def is_part(hidden: Tensor, token_ids: Tensor, ranks: int) -> bool:
     leading = hidden.shape[:-1]
     whole = (*leading[:-1], leading[-1] * ranks) if leading else ()
     return len(leading) > 0 and leading != token_ids.shape[: len(leading)] and token_ids.shape[: len(leading)] == whole
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: float | Tensor,
-    mask: Tensor | None,
-    shard: Shard,
-    how: How,
-) -> None:
-    _checks.floating("hidden", hidden)
-    _checks.floating("weight", weight)
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
-        )
-    _checks.same_device("weight", weight, "hidden", hidden)
-    if weight.dtype != hidden.dtype and not ops_hidden.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, outside autocast, got {weight.dtype}")
-    if bias is not None:
-        _checks.floating("bias", bias)
-        _checks.shape("bias", bias, (weight.shape[0],), "one value per row of weight")
-        _checks.same_device("bias", bias, "hidden", hidden)
-    rows = hidden.shape[:-1]
-    if how == "sequence":
-        assert shard.group is not None
-        rows = torch.Size((*rows[:-1], rows[-1] * shard.group.size()))
-    logprobs._check_rows(rows, hidden, "hidden", token_ids, temperature, mask)
-    logprobs._check_values(torch.zeros_like(token_ids), 1, temperature, mask)  # ids once the vocabulary is known

@@ -12,14 +12,13 @@ from .._batch import Batch
 from .._batch import checked as check_batch
 from ..logprobs import linear_token_logprobs, token_logprobs
 from ..objectives import Objective
-from ..ops import hidden as ops_hidden
 from ..reference import PolicyLossOutput
 from . import context_loss, context_one_pass, shards
 from . import hidden as of_hidden
 from .context import ContextParallel
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 
 def policy_loss(
@@ -31,17 +30,14 @@ def policy_loss(
     cp: ContextParallel,
 ) -> PolicyLossOutput:
     """:func:`fusedpo.policy_loss` with ``cp``."""
+    from ..losses import _check_entropy_and_reduction
+
     where = cp.tokens("logprobs", logprobs, batch.cu_seqlens)
     batch = context_loss.checked(batch, where, "logprobs", logprobs, objective)
     entropy = _checks.taken(entropy)[0]
     if entropy is not None:
         where.check("entropy", entropy)
-    elif objective.entropy_coef != 0:
-        raise ValueError(f"entropy is needed by objective.entropy_coef={objective.entropy_coef}, got None")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {_checks.brief(reduction)}")
-    if reduction == "none" and batch.denominator is not None:
-        raise ValueError("denominator must be None with reduction='none', which divides by nothing")
+    _check_entropy_and_reduction(entropy, reduction, objective, batch.denominator)
     return context_loss.policy_loss(logprobs, entropy, batch, where, objective, reduction)
 
 
@@ -53,9 +49,7 @@ def policy_loss_from_logits(
     objective: Objective,
     temperature: float | Tensor,
     inplace: bool,
-    tp_group: ProcessGroup | None,
-    vocab_start: int | None,
-    vocab_size: int | None,
+    split: dict[str, Any],
     cp: ContextParallel | None,
 ) -> PolicyLossOutput:
     """:func:`fusedpo.policy_loss_from_logits` where anything is split."""
@@ -68,7 +62,6 @@ def policy_loss_from_logits(
         batch = local_batch(where, batch)
         rows = logits.to_local()  # type: ignore[attr-defined]
     _checks.floating("logits", rows)
-    given: dict[str, Any] = {"tp_group": tp_group, "vocab_start": vocab_start, "vocab_size": vocab_size}
     tokens = None
     if cp is None:
         batch = check_batch(tuple(batch), "logits", rows, objective, features=1)
@@ -78,7 +71,7 @@ def policy_loss_from_logits(
     token_ids, temperature = _checks.taken(token_ids, temperature)
     _check_token_ids(token_ids, "logits", rows)
     if tokens is not None and rows is logits:
-        shard = shards.of_arguments("logits", rows.shape[-1], **given)
+        shard = shards.of_arguments("logits", rows.shape[-1], **split)
         is_whole = shard.group is None and shard.valid == shard.width
         backend = context_one_pass.backend_for(rows, batch, tokens, objective) if is_whole else None
         if backend is not None:
@@ -92,7 +85,7 @@ def policy_loss_from_logits(
         mask=batch.mask,
         return_entropy=True,
         inplace_backward=inplace,
-        **given,
+        **split,
     )
     return of_logprobs(logprobs, entropy, batch, tokens, objective)
 
@@ -112,10 +105,8 @@ def policy_loss_from_hidden(
     cp: ContextParallel | None,
 ) -> PolicyLossOutput:
     """:func:`fusedpo.policy_loss_from_hidden` where anything is split."""
-    from ..losses import _check_num_live, _policy_loss
+    from ..losses import _evaluated, _of_evaluated
 
-    if not isinstance(skip_zero_advantages, bool):
-        raise TypeError(f"skip_zero_advantages must be a bool, got {type(skip_zero_advantages).__name__}")
     if _checks.is_dtensor(hidden):
         where = of_hidden.rows_of(hidden, weight)
         token_ids, temperature = where.local("token_ids", token_ids), where.local("temperature", temperature)
@@ -132,23 +123,14 @@ def policy_loss_from_hidden(
             raise ValueError("skip_zero_advantages must be False with cp: which tokens matter, other ranks say, too")
         tokens = cp.tokens("token_ids", token_ids, batch.cu_seqlens)
         batch = context_loss.checked(batch, tokens, "hidden", rows, objective)
-    if num_live is not None:
-        _check_num_live(num_live, token_ids, batch.mask)
-    evaluated = batch.mask
-    if skip_zero_advantages:
-        evaluated = ops_hidden.evaluated_tokens(token_ids, batch, objective)
-        num_live = num_live if evaluated is batch.mask else None
+    evaluated, num_live = _evaluated(token_ids, batch, objective, num_live, skip_zero_advantages)
     is_split = any(x is not None for x in split.values()) or _checks.is_dtensor(weight)
     function: Any = of_hidden.linear_token_logprobs if is_split else linear_token_logprobs
     given = {**head, **split, "num_live": num_live} if is_split else head
     logprobs, entropy = function(
         hidden, weight, token_ids, temperature=temperature, mask=evaluated, return_entropy=True, **given
     )
-    out = of_logprobs(logprobs, entropy, batch, tokens, objective)
-    of = out.metrics
-    if evaluated is not batch.mask:
-        of = _policy_loss(out.logprobs, out.entropy, batch._replace(mask=evaluated), objective).metrics
-    return out._replace(metrics={**of, "tokens": out.metrics["tokens"], "rows": of["tokens"]})
+    return _of_evaluated(of_logprobs(logprobs, entropy, batch, tokens, objective), batch, evaluated, objective)
 
 
 def local_batch(where: shards.Placed, batch: Batch) -> Batch:

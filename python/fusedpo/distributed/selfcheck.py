@@ -78,11 +78,7 @@ def on_two_processes() -> list[tuple[str, float, float]]:
         command = [sys.executable, "-m", "fusedpo.distributed.selfcheck", f"file://{Path(directory) / 'rendezvous'}"]
         workers = [
             subprocess.Popen(
-                [*command, str(rank), "2"],
-                env=environment,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                [*command, str(rank), "2"], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
             for rank in range(2)
         ]

@@ -119,7 +119,7 @@ def of_placement(
     return of_arguments(name, width, group, start if is_split(group) else None, vocab_size)
 
 
-def check_headers(parts: Tensor, shard: Shard) -> int | None:
+def check_headers(parts: Tensor) -> int | None:
     """The size of the vocabulary by what all ranks say, where that may be read; all raise if they disagree.
 
     Elsewhere what they disagree on gives NaN.

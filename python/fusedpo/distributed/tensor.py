@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _checks, backends, ops
 from .._batch import as_bool
 from ..logprobs import _check_rows, _check_values
-from ..ops import once_differentiable
+from ..ops import once_differentiable, refuse_overwritten
 from ..reference import row_stats as reference
 from . import shards
 from .collectives import Pending
@@ -79,7 +79,7 @@ def merged(
     for where, gathered in zip(cut, pending, strict=True):
         of_ranks = gathered if isinstance(gathered, Tensor) else gathered.wait()
         ids, t, kept = (piece(x, where) for x in (token_ids, temperature, mask))
-        size = shards.check_headers(of_ranks, shard)
+        size = shards.check_headers(of_ranks)
         if size is not None:
             assert ids is not None
             _check_values(ids, size, t if t is not None and t.dim() > 0 else 1.0, kept)
@@ -128,11 +128,7 @@ class _ShardedLogprobs(torch.autograd.Function):
             grad_entropy = None
         if grad_logprobs is None and grad_entropy is None:
             return None, *none
-        if ctx.overwritten:
-            raise RuntimeError(
-                "token_logprobs(inplace_backward=True): the first backward has overwritten the logits with their "
-                "gradient, a second one needs inplace_backward=False"
-            )
+        refuse_overwritten(ctx, "token_logprobs", "inplace_backward")
         logits, token_ids, temperature, mask, stats = ctx.saved_tensors
         upstream = (None if g is None else g.detach() for g in (grad_logprobs, grad_entropy))
         columns = logits.detach()[..., : ctx.valid]

@@ -81,11 +81,7 @@ class ChunkedDistributedHiddenStatesToLogprobs:
             )
 
 
-_LOGPROBS = (
-    _common.DistributedLogprob,
-    _common.ChunkedDistributedLogprob,
-    ChunkedDistributedHiddenStatesToLogprobs,
-)
+_LOGPROBS = (_common.DistributedLogprob, _common.ChunkedDistributedLogprob, ChunkedDistributedHiddenStatesToLogprobs)
 _originals: dict[Any, Any] = {}  # of NeMo-RL, by what replaces them
 
 
@@ -167,10 +163,7 @@ class ClippedPGLossFn:
         self.force_on_policy_ratio = get("force_on_policy_ratio", False)
         self.kl_coef = 0.0 if get("use_kl_in_reward", False) else get("reference_policy_kl_penalty", 0.01)
         self.kl_kind = get("reference_policy_kl_type", "k3")
-        self.kl_clamps = {
-            "input_clamp": get("kl_input_clamp_value", 20.0),
-            "clamp": get("kl_output_clamp_value", 10.0),
-        }
+        self.kl_clamps = {"input_clamp": get("kl_input_clamp_value", 20.0), "clamp": get("kl_output_clamp_value", 10.0)}
         by_flags = (
             ("cispo", get("use_cispo", False)),
             ("gspo", per_sequence),
@@ -276,12 +269,7 @@ class ClippedPGLossFn:
         return to_floats(metrics)
 
     def _sampling_ratio(
-        self,
-        shift: Tensor,
-        mask: Tensor,
-        mean: Callable[[Tensor], Tensor],
-        data: Any,
-        global_valid_seqs: Tensor,
+        self, shift: Tensor, mask: Tensor, mean: Callable[[Tensor], Tensor], data: Any, global_valid_seqs: Tensor
     ) -> Tensor:
         """NeMo-RL's mean of the weights: truncated as those of the loss, even where the loss takes none.
 

@@ -159,10 +159,8 @@ def _reduction(
     global_batch_size: float | None = None,
     loss_scale_factor: float | None = None,
 ) -> _Reduction:
-    name, count = {
-        "token-mean": ("batch_num_tokens", batch_num_tokens),
-        "token-sum": ("", None),
-    }.get(loss_agg_mode, ("global_batch_size", global_batch_size))
+    counts = {"token-mean": ("batch_num_tokens", batch_num_tokens), "token-sum": ("", None)}
+    name, count = counts.get(loss_agg_mode, ("global_batch_size", global_batch_size))
     if name and count is None and dp_size > 1:
         raise ValueError(f"global_batch_info must have {name} when dp_size > 1, got dp_size={dp_size}")
     length_norm = loss_scale_factor if loss_agg_mode == "seq-mean-token-sum-norm" else None
@@ -242,13 +240,7 @@ def _clip_cov(batch: _Batch, config: Any) -> tuple[Tensor, dict[str, Tensor]]:
         **_options("clip_cov", section),
     }
     weights = clip_cov_weights(
-        batch.logprobs,
-        batch.old_logprobs,
-        batch.advantages,
-        mask=batch.mask,
-        clip_low=low,
-        clip_high=high,
-        **options,
+        batch.logprobs, batch.old_logprobs, batch.advantages, mask=batch.mask, clip_low=low, clip_high=high, **options
     )
     if batch.is_weights is not None:
         weights = weights * batch.is_weights
@@ -323,11 +315,7 @@ def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
 @functools.cache
 def _advantage(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def advantage(
-        token_level_rewards: Tensor,
-        response_mask: Tensor,
-        index: Any = None,
-        config: Any = None,
-        **unused: Any,
+        token_level_rewards: Tensor, response_mask: Tensor, index: Any = None, config: Any = None, **unused: Any
     ) -> tuple[Tensor, Tensor]:
         settings = config if config is not None else {}
         return _common.estimate(
@@ -412,26 +400,13 @@ class FusedLinearForPPO(torch.nn.Module):
         return logprobs, entropy
 
 
-_originals: dict[str, Any] = {}  # by the name that verl and this module have for it
-
-
-def _replacements() -> dict[Any, Any]:
-    functional = importlib.import_module("verl.utils.torch_functional")
-    experimental = importlib.import_module("verl.utils.experimental.torch_functional")
-    for function in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking):
-        _originals.setdefault(function.__name__, getattr(functional, function.__name__))
-    _originals.setdefault("FusedLinearForPPO", experimental.FusedLinearForPPO)
-    megatron = sys.modules.get(
-        "verl.utils.megatron.tensor_parallel"
-    )  # where Megatron is used, its engine has loaded it
-    if megatron is not None:
-        for ours in (
-            vocab_parallel_log_probs_from_logits,
-            vocab_parallel_entropy,
-            vocab_parallel_entropy_with_chunking,
-        ):
-            _originals.setdefault(ours.__name__, getattr(megatron, ours.__name__))
-    return {original: globals()[name] for name, original in _originals.items()}
+_MEGATRON = "verl.utils.megatron.tensor_parallel"  # where Megatron is used, its engine has loaded it
+_REPLACEMENTS = {
+    "verl.utils.torch_functional": (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking),
+    "verl.utils.experimental.torch_functional": (FusedLinearForPPO,),
+    _MEGATRON: (vocab_parallel_log_probs_from_logits, vocab_parallel_entropy, vocab_parallel_entropy_with_chunking),
+}
+_originals: dict[Any, Any] = {}  # of verl, by what replaces them
 
 
 def patch_verl() -> None:
@@ -441,9 +416,11 @@ def patch_verl() -> None:
     yours that ``model.external_lib`` names, say. Calling it again patches modules that were loaded since.
     """
     check_version("verl", *TESTED)
-    _common.swap("verl", _replacements())
+    for module, own in _REPLACEMENTS.items():
+        if module != _MEGATRON or module in sys.modules:
+            _common.put_in_place("verl", importlib.import_module(module), own, _originals)
 
 
 def unpatch_verl() -> None:
     """Undoes :func:`patch_verl`, in modules that were loaded in between too."""
-    _common.swap("verl", {ours: original for original, ours in _replacements().items()})
+    _common.put_back("verl", _originals)

@@ -9,7 +9,7 @@ has shape and dtype of the logits and memory of its own, or is the logits themse
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
     for backend in BACKENDS:
         LIBRARY.define(f"{name}.{backend}{schema}")
         torch.library.register_fake(f"fusedpo::{name}.{backend}", fake, lib=LIBRARY)
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """``function(backend, *args)`` is the operator on every device: it is made of other operators of the backend."""
+    for backend in BACKENDS:
+        for key in DEVICES:
+            LIBRARY.impl(f"{name}.{backend}", partial(function, backend), key)
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
@@ -146,6 +153,15 @@ def once_differentiable(name: str, gradient: Tensor, *sources: Tensor | None) ->
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return apply(name, _NoDoubleBackward, gradient, name, *sources)
     return gradient
+
+
+def refuse_overwritten(ctx: Any, name: str, option: str) -> None:
+    """Raises in a second backward, where the first one has put the gradient in the place of the logits."""
+    if ctx.overwritten:
+        raise RuntimeError(
+            f"{name}({option}=True): the first backward has overwritten the logits with their gradient, a second one "
+            f"needs {option}=False"
+        )
 
 
 def edge_to(x: Tensor | None) -> Tensor | None:

@@ -2,13 +2,13 @@
 
 ::
 
-    exact_kl(logits, ref_logits, temperature, ref_temperature, mask?, scale, forward, gradient) -> kl, grad_logits
+    exact_kl_out(logits, ref_logits, temperature, ref_temperature, mask?, scale, forward, out?) -> kl
 
 * ``logits`` and ``ref_logits`` ``[*tokens, V]``, both float16, bfloat16 or float32, unit stride along V.
 * ``temperature`` and ``ref_temperature``, ``[]`` or ``[*tokens]``, and ``scale`` ``[*tokens]`` float32; ``mask`` bool.
 * ``kl`` ``[*tokens]`` float32, 0 where masked: ``KL(p || q)``, or ``KL(q || p)`` if ``forward``.
-* ``grad_logits`` (``[0]`` unless ``gradient``): that of the sum of ``kl``, each row times its scale. ``exact_kl_``
-  writes it over the logits and returns ``kl``.
+* ``out``: the gradient of the sum of ``kl``, each row times its scale, which may overwrite the logits, not the
+  ``ref_logits``. ``exact_kl`` returns it as a second result, ``[0]`` unless its last argument asks for it.
 
 With ``a = log p`` and ``b = log q``, of ``x / T``: the gradient of ``KL(p || q)`` with respect to ``x`` is
 ``p (a - b - KL) / T``, that of ``KL(q || p)`` is ``(p - q) / T``.
@@ -23,19 +23,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import apply, define, edge_to, once_differentiable
+from . import apply, define, implement, once_differentiable, refuse_overwritten
 from .active_columns import columns_above
-from .hidden import (
-    Options,
-    _Gradients,
-    _Head,
-    _once_differentiable,
-    _per_row,
-    _plain,
-    _select,
-    _uncapped_temperature,
-)
-from .one_pass import scaled_once
+from .hidden import Options, _Gradients, _Head, _once_differentiable, _per_row, _plain, _select, _uncapped_temperature
+from .one_pass import GradientsWithLoss, keep
 
 # Two float32 blocks: in a core's cache on the CPU, few launches elsewhere.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
@@ -52,10 +43,20 @@ define(
     ),
 )
 define(
-    "exact_kl_",
-    f"(Tensor(a!) logits, {_ARGUMENTS}) -> Tensor",
+    "exact_kl_out",
+    f"(Tensor logits, {_ARGUMENTS}, Tensor(a!)? out) -> Tensor kl",
     lambda logits, *_: logits.new_empty(logits.shape[:-1], dtype=torch.float32),
 )
+
+
+def _exact_kl(backend: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, gradient = args
+    out = logits.new_empty(logits.shape) if gradient else None
+    kl = getattr(torch.ops.fusedpo.exact_kl_out, backend)(logits, *rest, out)
+    return kl, logits.new_empty(0) if out is None else out
+
+
+implement("exact_kl", _exact_kl)
 
 
 class Rows(NamedTuple):
@@ -75,18 +76,16 @@ def kl_rows(
     logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Literal["none", "new", "in place"]
 ) -> tuple[Tensor, Tensor | None]:
     """The divergences, and the gradient that is asked for: by a kernel, or a block of rows at a time by PyTorch."""
+    out = None if gradient == "none" else logits if gradient == "in place" else logits.new_empty(logits.shape)
     backend = backends.kernel_for("exact_kl", logits.device.type, logits.dtype)
-    if backend is not None and logits.dtype == ref_logits.dtype:
-        logits, ref_logits = (
-            x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (logits, ref_logits)
-        )
-        args = (logits, ref_logits, *rows, direction == "forward")
-        if gradient == "in place":
-            return getattr(torch.ops.fusedpo.exact_kl_, backend)(*args), logits
-        kl, grad_logits = getattr(torch.ops.fusedpo.exact_kl, backend)(*args, gradient == "new")
-        return kl, grad_logits if gradient == "new" else None
-    into = None if gradient == "none" else logits if gradient == "in place" else torch.empty_like(logits)
-    return _by_blocks(logits, ref_logits, rows, direction, into), into
+    if backend is None or logits.dtype != ref_logits.dtype:
+        return _by_blocks(logits, ref_logits, rows, direction, out), out
+    logits, ref_logits = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (logits, ref_logits))
+    args = (logits, ref_logits, *rows, direction == "forward")
+    if torch.compiler.is_compiling():  # where writing into `out` could cost a copy of it
+        kl, grad_logits = getattr(torch.ops.fusedpo.exact_kl, backend)(*args, out is not None)
+        return kl, None if out is None else grad_logits
+    return getattr(torch.ops.fusedpo.exact_kl_out, backend)(*args, out), out
 
 
 def _by_blocks(logits: Tensor, ref_logits: Tensor, rows: Rows, direction: str, gradient: Tensor | None) -> Tensor:
@@ -135,11 +134,8 @@ def _matrix(x: Tensor, y: Tensor, rows: Rows, direction: str, gradient: Tensor |
             gradient[block] = slope if mask is None else slope.masked_fill_(~mask[:, None], 0)
 
 
-class _FromLogits(torch.autograd.Function):
-    """The gradient is computed with the loss, and scaled in the backward.
-
-    ``divergences`` is the result, ``loss`` the sum of it times the scale of every row.
-    """
+class _FromLogits(GradientsWithLoss):
+    """The sum of the divergences times the scale of every row, and the divergences."""
 
     @staticmethod
     def forward(
@@ -149,14 +145,9 @@ class _FromLogits(torch.autograd.Function):
         kl, gradient = kl_rows(logits.detach(), ref_logits.detach(), rows, direction, how)
         if how == "in place":
             torch.autograd.graph.increment_version(logits)
-        ctx.backend, ctx.taken, ctx.sources = None, False, [edge_to(logits)]
-        ctx.save_for_backward(gradient)
+        keep(ctx, "exact_kl", None, [gradient], logits)
         ctx.mark_non_differentiable(kl)
         return (kl * rows.scale).sum(), kl
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
-        return *scaled_once(ctx, "exact_kl", grad_loss), None, None, None, None
 
 
 class _Divergences(torch.autograd.Function):
@@ -168,12 +159,7 @@ class _Divergences(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor,
-        ref_logits: Tensor,
-        temperature: Tensor,
-        mask: Tensor | None,
-        direction: str,
-        inplace: bool,
+        logits: Tensor, ref_logits: Tensor, temperature: Tensor, mask: Tensor | None, direction: str, inplace: bool
     ) -> Tensor:
         scale = logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
         return kl_rows(logits, ref_logits, Rows(temperature, temperature, mask, scale), direction, "none")[0]
@@ -186,11 +172,7 @@ class _Divergences(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
-        if ctx.overwritten:
-            raise RuntimeError(
-                "exact_kl(inplace=True): the first backward has overwritten the logits with their gradient, a second "
-                "one needs inplace=False"
-            )
+        refuse_overwritten(ctx, "exact_kl", "inplace")
         logits, ref_logits, temperature, mask = ctx.saved_tensors
         rows = Rows(temperature, temperature, mask, grad_kl.float())
         how: Any = "in place" if ctx.inplace and not torch.compiler.is_compiling() else "new"
@@ -224,12 +206,9 @@ def _walk(
         chunk = max(1, head.chunks[0].stop) if head.chunks else 1
         ref_head = _Head(*ref, at, ref_options._replace(chunk_tokens=chunk), gradients=False)
         gradients = _Gradients(head, needed, hidden, weight, bias)
-        of_ref = (ref_head.logits(ref_head.rows_of(at[chunk])) for chunk in head.chunks)
+        of_ref = (logits for *_, logits in ref_head.walk())
         ref_logits: Any = next(of_ref, None)
-        for chunk_rows in head.chunks:
-            of_chunk = at[chunk_rows]
-            states = head.rows_of(of_chunk)
-            logits = head.logits(states)
+        for of_chunk, states, logits in head.walk():
             t, ref_t = _select(temperature, of_chunk), _select(ref_temperature, of_chunk)
             part = Rows(t, ref_t, None, scale[of_chunk])
             kl[of_chunk], grad_logits = kl_rows(
@@ -250,20 +229,15 @@ def _walk(
     return kl.reshape(leading), results
 
 
-class _FromHidden(torch.autograd.Function):
+class _FromHidden(GradientsWithLoss):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref: Any, at: Tensor, rows: Rows, *others: Any
     ) -> tuple[Tensor, Tensor]:
         kl, results = _walk(ctx.needs_input_grad[:3], hidden, weight, bias, ref, at, rows, *others)
-        ctx.backend, ctx.taken, ctx.sources = None, False, [edge_to(x) for x in (hidden, weight)]
-        ctx.save_for_backward(*results)
+        keep(ctx, "exact_kl_from_hidden", None, results, hidden, weight, bias)
         ctx.mark_non_differentiable(kl)
         return (kl * rows.scale).sum(), kl
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
-        return *scaled_once(ctx, "exact_kl_from_hidden", grad_loss), *(None,) * 6
 
 
 class _DivergencesFromHidden(torch.autograd.Function):

@@ -19,16 +19,17 @@ from .._batch import Batch
 from ..objectives import Objective
 from ..reference import row_stats
 from ..reference.layout import layout
-from . import apply, are_batched, edge_to, is_transformed, must_be_functional, once_differentiable
+from . import apply, are_batched, is_transformed, must_be_functional, once_differentiable
 from . import policy_loss as ops_policy_loss
 from .active_columns import gradient_of_active
-from .one_pass import scaled_once
+from .one_pass import GradientsWithLoss, keep
 
 # Every chunk streams the weight and its gradient once: against that its products must be large.
 WORKSPACE_BYTES = {"cpu": 1 << 28}
 OTHER_WORKSPACE_BYTES = 1 << 30
-BLOCK_BYTES = 1 << 20  # stays in a core's L2
-GATHERED_BYTES = 1 << 25  # of a matrix whose rows are gathered for a product
+BLOCK_BYTES = 1 << 21  # stays in a core's L2
+GATHERED_BYTES = 1 << 23  # of a matrix whose rows are gathered for a product, which is a sum over parts of them
+UNROUNDED_BYTES = 1 << 26  # where each part of the sum would be rounded
 
 
 class Options(NamedTuple):
@@ -50,6 +51,11 @@ class Inputs(NamedTuple):
     token_ids: Tensor
     temperature: Tensor
     rows: Tensor
+
+    @classmethod
+    def first_of(cls, args: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
+        """And the other arguments of an autograd Function, which sees the tensors that are its own arguments alone."""
+        return cls(*args[: len(cls._fields)]), args[len(cls._fields) :]
 
 
 def is_autocast_enabled(device: str) -> bool:
@@ -137,14 +143,7 @@ class _Head:
     """
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: Tensor,
-        options: Options,
-        *,
-        gradients: bool,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, options: Options, *, gradients: bool
     ) -> None:
         size, dtype = weight.shape[0], options.dtype
         self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -152,6 +151,7 @@ class _Head:
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.capped = options.softcap is not None
         self.factor = options.logit_scale / (options.softcap or 1)
+        self.rows = rows
         self.threshold = options.gradient_threshold
 
         chunk = options.chunk_tokens
@@ -162,6 +162,13 @@ class _Head:
         self.chunks = [slice(first, first + chunk) for first in range(0, rows.numel(), chunk)]
         self._workspace = weight.new_empty((chunk, size), dtype=dtype)
         self._uncapped = torch.empty_like(self._workspace) if self.capped and gradients else None
+
+    def walk(self, *, backwards: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The rows of each chunk, their hidden states, and their logits in the workspace."""
+        for chunk in reversed(self.chunks) if backwards else self.chunks:
+            rows = self.rows[chunk]
+            hidden = self.rows_of(rows)
+            yield rows, hidden, self.logits(hidden)
 
     def rows_of(self, rows: Tensor) -> Tensor:
         return self.hidden.index_select(0, rows).to(self.weight.dtype)
@@ -223,13 +230,8 @@ class _Gradients:
     def add_columns(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor, columns: Tensor) -> None:
         """The same where the gradient of other ``columns`` of the logits than those of ``grad_logits`` is left out."""
         head, grad_logits = self.head, self.head.through_cap(grad_logits, columns)
-        if grad_logits.device.type == "cpu" and grad_logits.numel() * grad_logits.element_size() <= GATHERED_BYTES:
-            grad_logits = grad_logits.contiguous()  # in rows that are far apart, products of few columns are slow
         if self.hidden is not None:
-            product = torch.empty_like(hidden)
-            for part in _parts(hidden.shape[1], columns.numel() * hidden.element_size()):
-                weight = head.weight[:, part].index_select(0, columns)
-                product[:, part] = torch.addmm(hidden[:, part], grad_logits, weight, beta=0, alpha=head.factor)
+            product = _product_of_rows(grad_logits, head.weight, columns, head.factor)
             self.hidden.index_copy_(0, rows, product.to(self.hidden.dtype))
         self.hidden_is_there()
         if self.weight is not None:
@@ -282,10 +284,23 @@ class _Gradients:
         ]
 
 
-def _parts(size: int, bytes_each: int) -> list[slice]:
-    """Of ``size`` columns, as many at a time as fit into :data:`GATHERED_BYTES`."""
-    step = max(1, GATHERED_BYTES // max(1, bytes_each))
+def _parts(size: int, bytes_each: int, most: int = GATHERED_BYTES) -> list[slice]:
+    """Of ``size`` rows or columns, as many at a time as fit into ``most`` bytes."""
+    step = max(1, most // max(1, bytes_each))
     return [slice(first, first + step) for first in range(0, size, step)]
+
+
+def _product_of_rows(left: Tensor, matrix: Tensor, rows: Tensor, factor: float) -> Tensor:
+    """``factor * left @ matrix[rows]``."""
+    product = left.new_zeros((left.shape[0], matrix.shape[1]))
+    if left.element_size() >= 4:
+        for part in _parts(rows.numel(), matrix.shape[1] * matrix.element_size()):
+            _add_product(product, left[:, part], matrix.index_select(0, rows[part]), factor, part.start == 0)
+    else:
+        for part in _parts(matrix.shape[1], rows.numel() * matrix.element_size(), UNROUNDED_BYTES):
+            of_part = matrix[:, part].index_select(0, rows)
+            product[:, part] = torch.addmm(product[:, part], left, of_part, beta=0, alpha=factor)
+    return product
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float, first: bool) -> None:
@@ -297,13 +312,18 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float, firs
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, alpha=factor, out=total)
     else:
         # No product of bfloat16 matrices gives float32 on the CPU. One of float32 copies takes 4.6x as long as the bare
-        # one (512 rows, AVX-512 BF16). Adding rounded products in float32, while they are in L2, takes 1.4x, and loses
-        # no more than the rounding of the logits' gradient did before.
+        # one (512 rows, AVX-512 BF16). Adding rounded products in float32, while they are in L2, takes 1.2x to 1.4x,
+        # and loses no more than the rounding of the logits' gradient did before.
         step = max(1, BLOCK_BYTES // (right.shape[1] * right.element_size()))
+        rounded = right.new_empty((min(step, total.shape[0]), right.shape[1]))
         for block, rows in zip(total.split(step), left.split(step), strict=True):
+            product = torch.mm(rows, right, out=rounded[: rows.shape[0]])
             if first:
-                block.zero_()
-            block.add_(torch.mm(rows, right), alpha=factor)
+                block.copy_(product)
+                if factor != 1:
+                    block.mul_(factor)
+            else:
+                block.add_(product, alpha=factor)
 
 
 def _add_rows(total: Tensor, rows: Tensor, left: Tensor, right: Tensor, factor: float, first: bool) -> None:
@@ -328,9 +348,7 @@ def logprobs_of(inputs: Inputs, options: Options, return_entropy: bool, backend:
     stats = logprobs.new_empty((ids.shape[0], 3))
     with _plain(hidden):
         head = _Head(hidden, weight, bias, rows, options, gradients=False)
-        for chunk in head.chunks:
-            at = rows[chunk]
-            logits = head.logits(head.rows_of(at))
+        for at, _, logits in head.walk():
             results = operator(logits, ids[at], _select(temperature, at), None, return_entropy)
             logprobs[at], stats[at] = results[0], results[2]
             if return_entropy:
@@ -359,10 +377,7 @@ def gradients_of_logprobs(
     with _plain(hidden):
         head = _Head(hidden, weight, bias, rows, options, gradients=True)
         gradients = sums(head, needed, hidden, weight, bias)
-        for chunk in head.chunks:
-            at = rows[chunk]
-            states = head.rows_of(at)
-            logits = head.logits(states)
+        for at, states, logits in head.walk():
             grads = [None if g is None else g[at] for g in flat]
             gradients.add_chunk(at, states, logits, grads, ids[at], _select(temperature, at), stats[at], backend)
         return gradients.rounded(), gradients.dropped
@@ -371,25 +386,13 @@ def gradients_of_logprobs(
 class _LinearTokenLogprobs(torch.autograd.Function):
     """Keeps three numbers of each row; the backward computes the logits again.
 
-    Old-style, as :class:`_OnePass` is: what must be functional does not come here. ``dropped``, if it is given, is
-    overwritten by the backward.
+    Old-style, as :class:`GradientsWithLoss`: what must be functional does not come here. ``dropped``, if it is given,
+    is overwritten by the backward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        temperature: Tensor,
-        rows: Tensor,
-        options: Options,
-        return_entropy: bool,
-        dropped: Tensor | None,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = Inputs(hidden, weight, bias, token_ids, temperature, rows)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        inputs, (options, return_entropy, dropped, backend) = Inputs.first_of(args)
         logprobs, entropy, stats = logprobs_of(inputs, options, return_entropy, backend)
         ctx.options, ctx.dropped, ctx.backend = options, dropped, backend
         ctx.save_for_backward(*inputs, stats)
@@ -441,10 +444,7 @@ def loss_and_gradients(
     with _plain(hidden):
         head = _Head(hidden, weight, bias, rows, options, gradients=True)
         gradients = _Gradients(head, needed, hidden, weight, bias)
-        for chunk in reversed(head.chunks):  # windows look ahead
-            at = rows[chunk]
-            states = head.rows_of(at)
-            logits = head.logits(states)
+        for at, states, logits in head.walk(backwards=True):  # windows look ahead
             if threshold is None:
                 getattr(operators.one_pass, backend)(
                     *(logits, logits, logprobs, entropy, at, token_ids, temperature, *batch.tokens, scale, *encoded)
@@ -463,38 +463,15 @@ def loss_and_gradients(
     return (loss, metrics, logprobs, entropy, gradients.dropped), results
 
 
-class _OnePass(torch.autograd.Function):
-    """The gradients are computed with the loss, and scaled in the backward."""
-
+class _OnePass(GradientsWithLoss):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        temperature: Tensor,
-        rows: Tensor,
-        batch: Batch,
-        objective: Objective,
-        options: Options,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        inputs = Inputs(hidden, weight, bias, token_ids, temperature, rows)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        inputs, (batch, objective, options, backend) = Inputs.first_of(args)
         encoded = ops_policy_loss.encode(objective)
         outputs, results = loss_and_gradients(inputs, batch, encoded, options, ctx.needs_input_grad[:3], backend)
-        ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(x) for x in (hidden, weight, bias)]
-        ctx.save_for_backward(*results)
+        keep(ctx, "policy_loss_from_hidden", backend, results, *inputs[:3])
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
         return outputs
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
-        none = (None,) * 7
-        if grad_loss is None:
-            return None, None, None, *none
-        return *scaled_once(ctx, "policy_loss_from_hidden", grad_loss), *none
 
 
 def _per_row(x: Tensor, leading: torch.Size) -> Tensor:

@@ -28,6 +28,7 @@ reads on the device: a factor of 1 costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,19 +68,34 @@ def is_possible(objective: Objective) -> bool:
     )
 
 
-def scaled_once(ctx: Any, name: str, grad_loss: Tensor, *, one: bool = False) -> list[Any]:
-    """The gradients that ``ctx`` saved, of which there may be ``one``, times ``grad_loss``. They are overwritten: a
-    second backward raises.
+class GradientsWithLoss(torch.autograd.Function):
+    """The gradients are computed with the loss, the first result; the backward scales what :func:`keep` was given.
+
+    It overwrites them: a second backward raises. Old-style: what goes through functorch takes two passes.
     """
-    if ctx.taken:
-        gradients, them = ("gradient was", "it") if one else ("gradients were", "them")
-        raise RuntimeError(
-            f"{name}: the {gradients} computed with the loss and the first backward has taken {them}; a second one "
-            "needs a second call"
-        )
-    ctx.taken = True
-    saved = [None if x is None else _scaled(x.detach(), grad_loss, ctx.backend) for x in ctx.saved_tensors]
-    return [None if x is None else once_differentiable(name, x, *ctx.sources, grad_loss) for x in saved]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
+        inputs = len(ctx.needs_input_grad)
+        if grad_loss is None:
+            return (None,) * inputs
+        if ctx.taken:
+            gradients, them = ("gradient was", "it") if len(ctx.sources) == 1 else ("gradients were", "them")
+            raise RuntimeError(
+                f"{ctx.name}: the {gradients} computed with the loss and the first backward has taken {them}; a second "
+                "one needs a second call"
+            )
+        ctx.taken = True
+        saved = [None if x is None else _scaled(x.detach(), grad_loss, ctx.backend) for x in ctx.saved_tensors]
+        results = [None if x is None else once_differentiable(ctx.name, x, *ctx.sources, grad_loss) for x in saved]
+        return *results, *(None,) * (inputs - len(results))
+
+
+def keep(ctx: Any, name: str, backend: str | None, gradients: Sequence[Tensor | None], *sources: Tensor | None) -> None:
+    """For :class:`GradientsWithLoss`: the gradients of the first inputs, the ``sources``. ``name`` is for errors."""
+    ctx.name, ctx.backend, ctx.taken, ctx.sources = name, backend, False, [edge_to(x) for x in sources]
+    ctx.save_for_backward(*gradients)
+    ctx.set_materialize_grads(False)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, backend: str | None) -> Tensor:
@@ -93,16 +109,7 @@ def _scaled(gradient: Tensor, factor: Tensor, backend: str | None) -> Tensor:
     return gradient
 
 
-def keep(ctx: Any, logits: Tensor, gradient: Tensor, backend: str) -> None:
-    """What the backward of :class:`_OnePass` needs: the gradient of the ``logits``, which were the first input."""
-    ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(logits)]
-    ctx.save_for_backward(gradient)
-    ctx.set_materialize_grads(False)
-
-
-class _OnePass(torch.autograd.Function):
-    """Old-style: what goes through functorch takes two passes."""
-
+class _OnePass(GradientsWithLoss):
     @staticmethod
     def forward(
         ctx: Any,
@@ -132,16 +139,9 @@ class _OnePass(torch.autograd.Function):
         loss, metrics = ops_policy_loss.policy_loss(
             logprobs, entropy, batch, objective=objective, per_token=False, backend=backend
         )
-        keep(ctx, logits, gradient, backend)
+        keep(ctx, "policy_loss_from_logits", backend, [gradient], logits)
         ctx.mark_non_differentiable(metrics, logprobs, entropy)
         return loss, metrics, logprobs, entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
-        none = (None,) * (len(ctx.needs_input_grad) - 1)
-        if grad_loss is None:
-            return None, *none
-        return *scaled_once(ctx, "policy_loss_from_logits", grad_loss, one=True), *none
 
 
 def policy_loss_from_logits(

@@ -30,7 +30,7 @@ from torch import Tensor
 from .._batch import Batch
 from ..objectives import Objective
 from ..reference import METRICS
-from . import BACKENDS, DEVICES, LIBRARY, define
+from . import BACKENDS, LIBRARY, define, implement
 from . import hidden as ops_hidden
 from . import policy_loss as ops_policy_loss
 from .hidden import Inputs, Options
@@ -159,11 +159,10 @@ def _backward_of_loss(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
     return *gradients, *(None,) * (ctx.count - 3)
 
 
+implement("linear_token_logprobs", _logprobs)
+implement("linear_token_logprobs_backward", _logprobs_backward)
+implement("policy_loss_from_hidden", _loss)
 for _backend in BACKENDS:
-    for _key in DEVICES:
-        LIBRARY.impl(f"linear_token_logprobs.{_backend}", partial(_logprobs, _backend), _key)
-        LIBRARY.impl(f"linear_token_logprobs_backward.{_backend}", partial(_logprobs_backward, _backend), _key)
-        LIBRARY.impl(f"policy_loss_from_hidden.{_backend}", partial(_loss, _backend), _key)
     torch.library.register_autograd(
         f"fusedpo::linear_token_logprobs.{_backend}",
         partial(_backward_of_logprobs, _backend),

@@ -186,6 +186,5 @@ def token_scale(
     """What the loss of each token is multiplied by, by the kernels of ``backend``; ``encoded``: see :func:`encode`."""
     parts, values = encoded
     return getattr(torch.ops.fusedpo.token_scale, backend)(
-        *(logprobs, batch.mask, batch.cu_seqlens, batch.denominator, batch.loss_scale),
-        *(parts[6], values[3]),
+        logprobs, batch.mask, batch.cu_seqlens, batch.denominator, batch.loss_scale, parts[6], values[3]
     )

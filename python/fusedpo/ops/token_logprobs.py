@@ -18,23 +18,21 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import (
-    BACKENDS,
-    DEVICES,
-    LIBRARY,
     apply,
     are_batched,
     define,
+    implement,
     is_differentiated,
     may_overlap,
     must_be_functional,
     once_differentiable,
+    refuse_overwritten,
 )
 from . import row_stats as row_stats  # the same operator in two halves: whoever has one has the other
 
@@ -85,9 +83,7 @@ def _token_logprobs_backward(
     return out
 
 
-for _backend in BACKENDS:
-    for _key in DEVICES:
-        LIBRARY.impl(f"token_logprobs_backward.{_backend}", partial(_token_logprobs_backward, _backend), _key)
+implement("token_logprobs_backward", _token_logprobs_backward)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -113,11 +109,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_entropy = None  # torch.compile passes an empty tensor
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, *nothing
-        if ctx.overwritten:
-            raise RuntimeError(
-                "token_logprobs(inplace_backward=True): the first backward has overwritten the logits with their "
-                "gradient, a second one needs inplace_backward=False"
-            )
+        refuse_overwritten(ctx, "token_logprobs", "inplace_backward")
         logits, *rest = ctx.saved_tensors
         args = (grad_logprobs, grad_entropy, logits, *rest)
         if must_be_functional() or are_batched(grad_logprobs, grad_entropy):

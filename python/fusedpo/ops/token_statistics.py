@@ -55,18 +55,9 @@ class LinearTokenStatistics(_LinearTokenLogprobs):
     """Of hidden states; the statistics of a chunk are taken while its logits are there."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        temperature: Tensor,
-        rows: Tensor,
-        options: Options,
-        return_entropy: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        inputs, (options, backend) = Inputs.first_of(args)
+        hidden, weight, bias, token_ids, temperature, rows = inputs
         operator = getattr(torch.ops.fusedpo.token_statistics, backend)
         leading = hidden.shape[:-1]
         ids, temperature = _per_row(token_ids, leading), _per_row(temperature, leading)
@@ -75,14 +66,12 @@ class LinearTokenStatistics(_LinearTokenLogprobs):
         stats = results[0].new_empty((ids.shape[0], 3))
         with _plain(hidden):
             head = _Head(hidden, weight, bias, rows, options, gradients=False)
-            for chunk in head.chunks:
-                at = rows[chunk]
-                logits = head.logits(head.rows_of(at))
+            for at, _, logits in head.walk():
                 *first, stats[at], squares, mean, top1 = operator(logits, ids[at], _select(temperature, at), None)
                 for result, values in zip(results, (*first, squares, mean, top1), strict=True):
                     result[at] = values
         ctx.options, ctx.dropped, ctx.backend = options, None, backend
-        ctx.save_for_backward(hidden, weight, bias, ids, temperature, rows, stats)
+        ctx.save_for_backward(*inputs, stats)
         ctx.set_materialize_grads(False)
         results = [result.reshape(leading) for result in results]
         ctx.mark_non_differentiable(*results[2:])
@@ -90,12 +79,7 @@ class LinearTokenStatistics(_LinearTokenLogprobs):
 
 
 def token_statistics(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    inplace_backward: bool,
-    backend: str,
+    logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, ...]:
     """All results but the stats, by the kernels of ``backend``; arguments as the operator's schema has them."""
     inputs = (logits, token_ids, temperature, mask)
@@ -112,4 +96,4 @@ def linear_token_statistics(
     inputs: Inputs, *, options: Options, backend: str, function: type[LinearTokenStatistics] = LinearTokenStatistics
 ) -> tuple[Tensor, ...]:
     """As :func:`token_statistics`, of the rows, 0 elsewhere. ``function`` computes it."""
-    return apply("linear_token_statistics", function, *_uncapped(inputs, options), options, True, backend)
+    return apply("linear_token_statistics", function, *_uncapped(inputs, options), options, backend)

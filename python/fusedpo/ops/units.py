@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import apply, edge_to
+from . import apply
 from .hidden import (
     OTHER_WORKSPACE_BYTES,
     WORKSPACE_BYTES,
@@ -24,7 +24,7 @@ from .hidden import (
     _select,
     _uncapped_temperature,
 )
-from .one_pass import scaled_once
+from .one_pass import GradientsWithLoss, keep
 
 
 def chunks_of_units(
@@ -53,9 +53,7 @@ def chunks_of_units(
     return [chunk.sort().values for chunk in order.split([*lengths, length])]
 
 
-class _ByUnits(torch.autograd.Function):
-    """The gradients are computed with the loss, and scaled in the backward."""
-
+class _ByUnits(GradientsWithLoss):
     @staticmethod
     def forward(
         ctx: Any,
@@ -92,18 +90,9 @@ class _ByUnits(torch.autograd.Function):
                 gradients.add_chunk(at, states, logits, upstream, *of_rows, stats, backend)
             results = gradients.rounded()
         loss = loss_of(logprobs)
-        ctx.backend, ctx.taken, ctx.sources = backend, False, [edge_to(x) for x in (hidden, weight, bias)]
-        ctx.save_for_backward(*results)
+        keep(ctx, "preference_loss_from_hidden", backend, results, hidden, weight, bias)
         ctx.mark_non_differentiable(logprobs, entropy, gradients.dropped)
-        ctx.set_materialize_grads(False)
         return loss, logprobs, entropy, gradients.dropped
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
-        none = (None,) * 6
-        if grad_loss is None:
-            return None, None, None, *none
-        return *scaled_once(ctx, "preference_loss_from_hidden", grad_loss), *none
 
 
 def loss_from_hidden(
@@ -126,16 +115,5 @@ def loss_from_hidden(
     chunk must not depend on those of the chunks after it.
     """
     temperature = _uncapped_temperature(temperature, options)
-    return apply(
-        "preference_loss_from_hidden",
-        _ByUnits,
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        temperature,
-        chunks,
-        loss_of,
-        options,
-        backend,
-    )
+    args = (hidden, weight, bias, token_ids, temperature, chunks, loss_of, options, backend)
+    return apply("preference_loss_from_hidden", _ByUnits, *args)

@@ -3,8 +3,8 @@
 Results are float64 for float64 input, float32 otherwise. Arguments are not checked.
 """
 
-from .divergence import exact_kl, linear_logits
-from .logprobs import linear_token_logprobs, next_tokens, shift, token_logprobs
+from .divergence import exact_kl
+from .logprobs import linear_logits, linear_token_logprobs, next_tokens, shift, token_logprobs
 from .losses import METRICS, PolicyLossOutput, policy_loss
 from .statistics import linear_token_statistics, token_statistics
 

@@ -33,6 +33,11 @@ def aggregate(
     return _divide(sums.sum(), (counts > 0).sum() if denominator is None else denominator)
 
 
+def scaled(loss: Tensor, factor: float | Tensor) -> Tensor:
+    """``loss`` times a number, or a 0-d tensor that has no gradient."""
+    return loss * (factor.detach().to(loss.dtype) if isinstance(factor, Tensor) else factor)
+
+
 def _divide(total: Tensor, count: float | Tensor) -> Tensor:
     """``total / count``; nothing, counted as 0, divides by 1."""
     if isinstance(count, Tensor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .logprobs import _compute_dtype, _drop
@@ -31,14 +30,3 @@ def exact_kl(
         logp, logq = logq, logp
     difference = (logp - logq).masked_fill(logp == -torch.inf, 0)  # 0 * -inf is NaN, in the value and in the gradient
     return _drop((logp.exp() * difference).sum(-1), mask)
-
-
-def linear_logits(
-    hidden: Tensor, weight: Tensor, *, bias: Tensor | None, softcap: float | None, logit_scale: float
-) -> Tensor:
-    """``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; after the product in float32."""
-    logits = F.linear(hidden, weight).to(_compute_dtype(hidden))
-    if bias is not None:
-        logits = logits + bias.to(logits.dtype)
-    logits = logits * logit_scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

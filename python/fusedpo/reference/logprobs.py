@@ -68,12 +68,7 @@ def linear_token_logprobs(
     def rows(
         hidden: Tensor, token_ids: Tensor, temperature: float | Tensor, mask: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        logits = F.linear(_drop(hidden, mask), weight).to(_compute_dtype(hidden))
-        if bias is not None:
-            logits = logits + bias.to(logits.dtype)
-        logits = logits * logit_scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = linear_logits(_drop(hidden, mask), weight, bias=bias, softcap=softcap, logit_scale=logit_scale)
         return token_logprobs(logits, token_ids, temperature=temperature, mask=mask, return_entropy=return_entropy)
 
     leading = hidden.shape[:-1]
@@ -98,6 +93,17 @@ def linear_token_logprobs(
         return torch.cat(chunks).reshape(token_ids.shape)
     logp, entropy = zip(*chunks, strict=True)
     return torch.cat(logp).reshape(token_ids.shape), torch.cat(entropy).reshape(leading)
+
+
+def linear_logits(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; after the product in float32."""
+    logits = F.linear(hidden, weight).to(_compute_dtype(hidden))
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def next_tokens(

@@ -33,7 +33,7 @@ from ..objectives import (
     TokenRatio,
     Trace,
 )
-from .aggregation import aggregate
+from .aggregation import aggregate, scaled
 from .layout import Layout, layout
 
 LOG_RATIO_CLAMP = 20.0
@@ -125,14 +125,11 @@ def policy_loss(
             loss, kept, where, objective.aggregation, length_norm=objective.length_norm, denominator=denominator
         )
 
-    if isinstance(loss_scale, Tensor):
-        loss_scale = loss_scale.detach().to(dtype)
-
     with torch.no_grad():
         clamped = clamped | ((lp - olp).abs() > LOG_RATIO_CLAMP)
         metrics = _metrics(kept, log_ratio, ratio, trace, clipped_low, clipped_high, kl, entropies, clamped)
     return PolicyLossOutput(
-        loss * loss_scale, metrics, logprobs.detach(), None if entropy is None else entropy.detach()
+        scaled(loss, loss_scale), metrics, logprobs.detach(), None if entropy is None else entropy.detach()
     )
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import linear_logits
-from .logprobs import _compute_dtype, _drop, linear_token_logprobs, token_logprobs
+from .logprobs import _compute_dtype, _drop, linear_logits, linear_token_logprobs, token_logprobs
 
 
 def token_statistics(

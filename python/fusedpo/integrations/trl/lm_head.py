@@ -16,6 +16,7 @@ from trl import kernels
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from ... import statistics
+from ...logprobs import head_options
 from ...ops.token_statistics import LinearTokenStatistics
 from .heads import add_forward, logit_scale, whole
 
@@ -141,6 +142,7 @@ def _statistics(
 ) -> statistics.TokenStatistics:
     if not torch.is_autocast_enabled(hidden.device.type):
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    options = head_options(hidden, softcap, scale)
     return statistics.TokenStatistics(
-        *statistics._linear(hidden, weight, bias, labels, softcap, scale, temperature, mask, None, function=_Gathered)
+        *statistics._linear(hidden, weight, bias, labels, temperature, mask, options, function=_Gathered)
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from trl.trainer import utils
 
 from ... import token_logprobs
-from .._common import entropy, swap
+from .._common import entropy, put_back, put_in_place
 from .._versions import check_version
 from .lm_head import TRLS, ChunkedLogProbFunction, add_fused_lm_head
 from .versions import TESTED
@@ -43,12 +43,7 @@ def selective_log_softmax_and_entropy(
     return logprobs, entropies if entropy_requires_grad else entropies.detach()
 
 
-_REPLACEMENTS = (
-    selective_log_softmax,
-    entropy_from_logits,
-    selective_log_softmax_and_entropy,
-    add_fused_lm_head,
-)
+_REPLACEMENTS = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy, add_fused_lm_head)
 _originals: dict[Any, Any] = {}  # by what replaces them, while patched
 
 
@@ -70,13 +65,9 @@ class patch_trl:
     def __init__(self) -> None:
         check_version("trl", *TESTED)
         self._undo = not _originals
-        if not _originals:
-            _originals.update(
-                {new: getattr(utils, new.__name__) for new in _REPLACEMENTS if hasattr(utils, new.__name__)}
-            )
-            if TRLS is not None:
-                _originals[ChunkedLogProbFunction] = TRLS
-        swap("trl", {original: new for new, original in _originals.items()})
+        if TRLS is not None:
+            _originals.setdefault(ChunkedLogProbFunction, TRLS)
+        put_in_place("trl", utils, _REPLACEMENTS, _originals)
 
     def __enter__(self) -> None:
         pass
@@ -90,5 +81,4 @@ class patch_trl:
 
 def unpatch_trl() -> None:
     """Gives every ``trl`` module TRL's own functions back, those too that were imported since; undoes nothing twice."""
-    swap("trl", _originals)
-    _originals.clear()
+    put_back("trl", _originals)

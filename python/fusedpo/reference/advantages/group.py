@@ -36,36 +36,26 @@ def batch_std(rewards: Tensor, mask: Tensor | None) -> Tensor:
     return (squares / (number - 1).clamp(min=1)).sqrt()
 
 
-def grpo(
-    rewards: Tensor,
-    *,
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    std: bool = True,
-    eps: float = 1e-6,
-    mask: Tensor | None = None,
-) -> Tensor:
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        advantages = _minus_mean(r, groups, torch.ones_like(r))
-        return advantages / (unbiased_std(r, groups) + eps) if std else advantages
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+@per_group
+def grpo(r: Tensor, groups: Groups, *, std: bool = True, eps: float = 1e-6) -> Tensor:
+    advantages = _minus_mean(r, groups, torch.ones_like(r))
+    return advantages / (unbiased_std(r, groups) + eps) if std else advantages
 
 
-def dr_grpo(
-    rewards: Tensor, *, group_size: int | None = None, group_ids: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    return grpo(rewards, group_size=group_size, group_ids=group_ids, std=False, mask=mask)
+@per_group
+def dr_grpo(r: Tensor, groups: Groups) -> Tensor:
+    return _minus_mean(r, groups, torch.ones_like(r))
 
 
-def rloo(
-    rewards: Tensor, *, group_size: int | None = None, group_ids: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        # r - mean of the others = n / (n - 1) (r - mean of all)
-        return _minus_mean(r, groups, torch.ones_like(r)) * groups.size / (groups.size - 1).clamp(min=1)
+@per_group
+def rloo(r: Tensor, groups: Groups) -> Tensor:
+    # r - mean of the others = n / (n - 1) (r - mean of all)
+    return _minus_mean(r, groups, torch.ones_like(r)) * groups.size / (groups.size - 1).clamp(min=1)
 
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+
+@per_group
+def _opo(r: Tensor, groups: Groups, *, lengths: Tensor) -> Tensor:
+    return _minus_mean(r, groups, widened(lengths)[groups.order])
 
 
 def opo(
@@ -79,25 +69,13 @@ def opo(
 ) -> Tensor:
     if scope == "batch":
         group_size = max(1, rewards.numel())
-
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        return _minus_mean(r, groups, widened(lengths)[groups.order])
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+    return _opo(rewards, group_size=group_size, group_ids=group_ids, mask=mask, lengths=lengths)
 
 
-def reinforce_rej(
-    rewards: Tensor,
-    *,
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        equal = r[groups.start] == r[groups.start + groups.size - 1]
-        return r.where(~equal | (groups.size == 1), 0)
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+@per_group
+def reinforce_rej(r: Tensor, groups: Groups) -> Tensor:
+    equal = r[groups.start] == r[groups.start + groups.size - 1]
+    return r.where(~equal | (groups.size == 1), 0)
 
 
 @torch.no_grad()
@@ -116,11 +94,8 @@ def gpg(
 ) -> Tensor:
     counted = kept(rewards, mask)
     alpha = counted.sum() / widened((counted & (rewards != 0)).sum().clamp(min=1))
-
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        return alpha * _minus_mean(r, groups, torch.ones_like(r)) / f_norm
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+    centred = dr_grpo(widened(rewards), group_size=group_size, group_ids=group_ids, mask=mask)
+    return (alpha * centred / f_norm).to(result_dtype(rewards))
 
 
 @torch.no_grad()

@@ -68,35 +68,16 @@ def _scaled(advantages: Tensor, scale: str, k: int, groups: Groups) -> Tensor:
     return advantages.where(groups.size > k, nan)
 
 
-def max_at_k(
-    rewards: Tensor,
-    *,
-    k: int,
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        n, _ = _sizes(groups)
-        below = groups.total(_all_below(k, groups) * _gaps(r, groups))
-        return (_highest(r, groups) - (n - k) / n * below).where(n >= k, nan)
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+@per_group
+def max_at_k(r: Tensor, groups: Groups, *, k: int) -> Tensor:
+    n, _ = _sizes(groups)
+    below = groups.total(_all_below(k, groups) * _gaps(r, groups))
+    return (_highest(r, groups) - (n - k) / n * below).where(n >= k, nan)
 
 
-def maxpo(
-    rewards: Tensor,
-    *,
-    k: int,
-    scale: str = "mean",
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        return _scaled(_leave_one_out(r, groups, _all_below(k, groups)), scale, k, groups)  # q_i - U_k(-i)
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+@per_group
+def maxpo(r: Tensor, groups: Groups, *, k: int, scale: str = "mean") -> Tensor:
+    return _scaled(_leave_one_out(r, groups, _all_below(k, groups)), scale, k, groups)  # q_i - U_k(-i)
 
 
 @torch.no_grad()
@@ -161,16 +142,8 @@ def _number_below(k: int, groups: Groups) -> Tensor:
     return relative / relative.sum(1, keepdim=True)
 
 
-def order_statistic(
-    rewards: Tensor,
-    *,
-    k: int,
-    weights: Sequence[float],
-    scale: str = "mean",
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
+@per_group
+def order_statistic(r: Tensor, groups: Groups, *, k: int, weights: Sequence[float], scale: str = "mean") -> Tensor:
     """``f = sum_j w_j s_(j)`` of a subset, sorted: the mean over those of size k with i, minus over those without i.
 
     That is the mean of what f gains when i takes the place of another sample j, the k - 1 other ones staying. With b of
@@ -178,75 +151,42 @@ def order_statistic(
     ``g / (n - 1)``, the reverse with ``(n - g) / (n - 1)``, and b has the same distribution in both. So
     ``alpha_g = g / (n - 1) E[w_b]``; weights 0, ..., 0, 1 give :func:`maxpo`.
     """
-
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        n, g = _sizes(groups)
-        # Asynchronous: a blocking copy would be a host sync.
-        w = torch.tensor([float(w) for w in weights], dtype=r.dtype, device="cpu").to(r.device, non_blocking=True)
-        alpha = g / (n - 1) * (_number_below(k, groups) * w).sum(1)
-        return _scaled(_leave_one_out(r, groups, alpha), scale, k, groups)
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+    n, g = _sizes(groups)
+    # Asynchronous: a blocking copy would be a host sync.
+    w = torch.tensor([float(w) for w in weights], dtype=r.dtype, device="cpu").to(r.device, non_blocking=True)
+    alpha = g / (n - 1) * (_number_below(k, groups) * w).sum(1)
+    return _scaled(_leave_one_out(r, groups, alpha), scale, k, groups)
 
 
-def pkpo(
-    rewards: Tensor,
-    *,
-    k: int,
-    variant: str = "sloo-1",
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        n, g = _sizes(groups)
-        zero = torch.zeros_like(r)
-        if variant == "sloo-1":  # k / n EI_i
-            return (_gap_sums(r, groups, _all_below(k - 1, groups), zero) * k / n).where(n >= k, nan)
-        alpha = _all_below(k, groups)
-        short = (n - k) / g * alpha  # C(g-1, k-1) / C(n-1, k-1)
-        if variant == "s":  # k / n q_i
-            return ((_highest(r, groups) + _gap_sums(r, groups, zero, -short)) * k / n).where(n >= k, nan)
-        # k / n q_i - k / (n-1) U_k(-i)
-        gaps = _gap_sums(r, groups, k / (n - 1) * alpha, k / (n - 1) * (g - k) / g * alpha - k / n * short)
-        return (gaps - k / (n * (n - 1)) * _highest(r, groups)).where(n > k, nan)
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+@per_group
+def pkpo(r: Tensor, groups: Groups, *, k: int, variant: str = "sloo-1") -> Tensor:
+    n, g = _sizes(groups)
+    zero = torch.zeros_like(r)
+    if variant == "sloo-1":  # k / n EI_i
+        return (_gap_sums(r, groups, _all_below(k - 1, groups), zero) * k / n).where(n >= k, nan)
+    alpha = _all_below(k, groups)
+    short = (n - k) / g * alpha  # C(g-1, k-1) / C(n-1, k-1)
+    if variant == "s":  # k / n q_i
+        return ((_highest(r, groups) + _gap_sums(r, groups, zero, -short)) * k / n).where(n >= k, nan)
+    # k / n q_i - k / (n-1) U_k(-i)
+    gaps = _gap_sums(r, groups, k / (n - 1) * alpha, k / (n - 1) * (g - k) / g * alpha - k / n * short)
+    return (gaps - k / (n * (n - 1)) * _highest(r, groups)).where(n > k, nan)
 
 
-def passk(
-    rewards: Tensor,
-    *,
-    k: int,
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        n, _ = _sizes(groups)
-        beta = (n - k) / n * _all_below(k, groups)  # C(g, k) / C(n, k)
-        fail = groups.total(beta * _gaps(r, groups))  # 1 - U_k, or 0 where all samples are wrong
-        sigma = (fail * (1 - fail)).sqrt()
-        advantages = _leave_one_out(r, groups, beta) / sigma  # (q_i - U_k) / sigma
-        return advantages.where(sigma > 0, 0).where(n >= k, nan)
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+@per_group
+def passk(r: Tensor, groups: Groups, *, k: int) -> Tensor:
+    n, _ = _sizes(groups)
+    beta = (n - k) / n * _all_below(k, groups)  # C(g, k) / C(n, k)
+    fail = groups.total(beta * _gaps(r, groups))  # 1 - U_k, or 0 where all samples are wrong
+    sigma = (fail * (1 - fail)).sqrt()
+    advantages = _leave_one_out(r, groups, beta) / sigma  # (q_i - U_k) / sigma
+    return advantages.where(sigma > 0, 0).where(n >= k, nan)
 
 
-def grpo_passk(
-    rewards: Tensor,
-    *,
-    std: bool = True,
-    eps: float = 1e-6,
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    def estimate(r: Tensor, groups: Groups) -> Tensor:
-        advantages = _gaps(r, groups).where(groups.rank == groups.size - 1, 0)
-        if std:
-            advantages = advantages / (unbiased_std(r, groups) + eps)
-        advantages = advantages.where(~_highest(r, groups).isnan(), nan)
-        return advantages.where(groups.size > 1, nan)
-
-    return per_group(estimate, rewards, group_size, group_ids, mask)
+@per_group
+def grpo_passk(r: Tensor, groups: Groups, *, std: bool = True, eps: float = 1e-6) -> Tensor:
+    advantages = _gaps(r, groups).where(groups.rank == groups.size - 1, 0)
+    if std:
+        advantages = advantages / (unbiased_std(r, groups) + eps)
+    advantages = advantages.where(~_highest(r, groups).isnan(), nan)
+    return advantages.where(groups.size > 1, nan)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import update_wrapper
+from inspect import Signature, signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,17 +90,25 @@ class Groups(NamedTuple):
         return self.suffix_sum(x)[..., self.start]
 
 
-@torch.no_grad()
-def per_group(
-    estimate: Callable[[Tensor, Groups], Tensor],
-    rewards: Tensor,
-    group_size: int | None,
-    group_ids: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """``estimate(sorted rewards, groups)``, its results in the order of the samples and 0 where the mask is."""
-    counted = kept(rewards, mask)
-    r = widened(rewards)
-    groups = Groups.of(r, group_labels(rewards, group_size, group_ids), counted)
-    result = torch.empty_like(r).index_copy(0, groups.order, estimate(r[groups.order], groups))
-    return result.where(counted, 0).to(result_dtype(rewards))
+def per_group(estimate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator: from ``estimate(sorted rewards, groups, ...)`` to a function of rewards in any order and of a mask."""
+
+    @torch.no_grad()
+    def of_samples(
+        rewards: Tensor,
+        *,
+        group_size: int | None = None,
+        group_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        counted = kept(rewards, mask)
+        r = widened(rewards)
+        groups = Groups.of(r, group_labels(rewards, group_size, group_ids), counted)
+        result = torch.empty_like(r).index_copy(0, groups.order, estimate(r[groups.order], groups, **options))
+        return result.where(counted, 0).to(result_dtype(rewards))
+
+    *common, _ = signature(of_samples).parameters.values()
+    _, _, *own = signature(estimate).parameters.values()
+    of_samples.__signature__ = Signature([*common, *own])  # type: ignore[attr-defined]
+    return update_wrapper(of_samples, estimate)
