@@ -467,10 +467,9 @@ def _batch_scale(
     """What the loss of every token is multiplied by, beside its share in a mean over its sequence."""
     scale = tl.load(loss_scale)
     if aggregation != TOKEN_SUM:
+        count = tl.where(aggregation == TOKEN_MEAN, tokens, sequences)
         if has_denominator != 0:
             count = tl.load(denominator)
-        else:
-            count = tl.where(aggregation == TOKEN_MEAN, tokens, sequences)
         scale /= tl.where(count == 0, 1.0, count)
     if aggregation == SEQ_MEAN_TOKEN_SUM_NORM:
         norm = length_norm
