@@ -322,3 +322,22 @@ def test_bounds():
     logp, entropy = fusedpo.token_logprobs(x, torch.randint(0, 333, (50,)), return_entropy=True)
     assert (logp <= 0).all()
     assert ((entropy >= -4 * EPS) & (entropy <= math.log(333) + 4 * EPS)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_gradient_makes_products_subnormal(dtype, entropy):
+    """What is below 2^-100 is 0: in a matrix product on the CPU it would cost a hundred times as much."""
+    x = -torch.arange(0, 130, 0.5).repeat(4, 1)
+    x[2, 7] = torch.nan
+    x = x.to(dtype).requires_grad_()
+    logprobs, entropies = fusedpo.token_logprobs(x, torch.tensor([0, 1, 2, 3]), return_entropy=True)
+    (entropies.sum() if entropy else logprobs.sum()).backward()
+    p = torch.softmax(x.detach().double(), -1)
+    exact = p * (p.log() - (p * p.log()).nansum(-1, keepdim=True)) if entropy else p
+    size = x.grad.double().abs()
+    assert x.grad[2].isnan().all()
+    rows = [0, 1, 3]
+    assert (size[rows][exact[rows].abs() < 2**-101] == 0).all()
+    assert (size[rows][exact[rows].abs() > 2**-99] > 0).all()
+    assert 0.1 < (size[rows] == 0).double().mean() < 0.6

@@ -98,7 +98,7 @@ void of_reverse(const void* x, const void* y, void* grad, int64_t size, LogProbs
                load(from_x, u);
                load(from_y, v);
                terms(u, v, p, q, polynomial, probability, difference);
-               for (int k = 0; k < kVecs; ++k) u[k] = constant * probability[k] * (difference[k] - mean);
+               for (int k = 0; k < kVecs; ++k) u[k] = without_tiny(constant * probability[k] * (difference[k] - mean));
                store(to, u);
              });
 }
@@ -118,7 +118,7 @@ void of_forward(const void* x, const void* y, void* grad, int64_t size, LogProbs
                }
                exp2(u, polynomial, a);
                exp2(v, polynomial, b);
-               for (int k = 0; k < kVecs; ++k) a[k] = constant * (a[k] - b[k]);
+               for (int k = 0; k < kVecs; ++k) a[k] = without_tiny(constant * (a[k] - b[k]));
                store(to, a);
              });
 }

@@ -308,7 +308,7 @@ bool gradient_sweep_by_exponents(const T*, T*, const T*, int64_t, Exponents<kFus
   return false;
 }
 
-// Writes constant * 2^t; nan everywhere if the constant is (AVX-512 makes nan * 2^-inf 0).
+// Writes constant * 2^t, 0 where that is tiny; nan everywhere if the constant is (AVX-512 makes nan * 2^-inf 0).
 template <bool kFused, class T>
 void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float constant) {
   if (constant != constant) {
@@ -326,11 +326,12 @@ void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponent
       if constexpr (!kExp2TakesInfinity) x = max(lowest, x);
     }
     exp2(t, times_constant, e);
+    for (Vec& x : e) x = without_tiny(x);
     store<target()>(to, e);
   });
 }
 
-// Writes (constant + slope * t) * 2^t.
+// Writes (constant + slope * t) * 2^t, 0 where that is tiny.
 template <bool kFused, class T>
 void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float constant_,
                     float slope_) {
@@ -341,7 +342,7 @@ void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponent
     load(from, t);
     for (Vec& x : t) x = max(lowest, exponents(x));
     exp2(t, polynomial, e);
-    for (int k = 0; k < kVecs; ++k) e[k] *= fma(slope, t[k], constant);
+    for (int k = 0; k < kVecs; ++k) e[k] = without_tiny(e[k] * fma(slope, t[k], constant));
     store<target()>(to, e);
   });
 }
