@@ -327,7 +327,7 @@ def test_bounds():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("entropy", [False, True])
 def test_no_gradient_makes_products_subnormal(dtype, entropy):
-    """What is below 2^-100 is 0: in a matrix product on the CPU it would cost a hundred times as much."""
+    """What is below 2^-90 of the row's size is 0: in a matrix product on the CPU it would cost a hundred times as much."""
     x = -torch.arange(0, 130, 0.5).repeat(4, 1)
     x[2, 7] = torch.nan
     x = x.to(dtype).requires_grad_()
@@ -338,6 +338,6 @@ def test_no_gradient_makes_products_subnormal(dtype, entropy):
     size = x.grad.double().abs()
     assert x.grad[2].isnan().all()
     rows = [0, 1, 3]
-    assert (size[rows][exact[rows].abs() < 2**-101] == 0).all()
-    assert (size[rows][exact[rows].abs() > 2**-99] > 0).all()
+    assert (size[rows][exact[rows].abs() < 2**-91] == 0).all()
+    assert (size[rows][exact[rows].abs() > 2**-89] > 0).all()
     assert 0.1 < (size[rows] == 0).double().mean() < 0.6

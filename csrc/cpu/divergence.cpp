@@ -6,6 +6,8 @@
 
 #include "divergence.h"
 
+#include <cmath>
+
 #include "vec.h"
 
 namespace fusedpo::FUSEDPO_ISA {
@@ -92,13 +94,15 @@ void of_reverse(const void* x, const void* y, void* grad, int64_t size, LogProbs
                 float constant_) {
   const Exp2Polynomial<kDegree<T>> polynomial(1.0f);
   const Vec mean = splat(divergence + (p.lack - q.lack)), constant = splat(constant_);
+  const Vec least = splat(kTiny * (float)std::fabs((double)constant_));
   map_chunks(static_cast<const T*>(x), static_cast<const T*>(y), static_cast<T*>(grad), size,
              [&](const T* from_x, const T* from_y, T* to) {
                Vecs u, v, probability, difference;
                load(from_x, u);
                load(from_y, v);
                terms(u, v, p, q, polynomial, probability, difference);
-               for (int k = 0; k < kVecs; ++k) u[k] = without_tiny(constant * probability[k] * (difference[k] - mean));
+               for (int k = 0; k < kVecs; ++k)
+                 u[k] = without_tiny(constant * probability[k] * (difference[k] - mean), least);
                store(to, u);
              });
 }
@@ -106,7 +110,8 @@ void of_reverse(const void* x, const void* y, void* grad, int64_t size, LogProbs
 template <class T>
 void of_forward(const void* x, const void* y, void* grad, int64_t size, LogProbs p, LogProbs q, float constant_) {
   const Exp2Polynomial<kDegree<T>> polynomial(1.0f);
-  const Vec constant = splat(constant_), lowest = splat(kLowest);
+  const Vec constant = splat(constant_), lowest = splat(kLowest),
+            least = splat(kTiny * (float)std::fabs((double)constant_));
   map_chunks(static_cast<const T*>(x), static_cast<const T*>(y), static_cast<T*>(grad), size,
              [&](const T* from_x, const T* from_y, T* to) {
                Vecs u, v, a, b;
@@ -118,7 +123,7 @@ void of_forward(const void* x, const void* y, void* grad, int64_t size, LogProbs
                }
                exp2(u, polynomial, a);
                exp2(v, polynomial, b);
-               for (int k = 0; k < kVecs; ++k) a[k] = without_tiny(constant * (a[k] - b[k]));
+               for (int k = 0; k < kVecs; ++k) a[k] = without_tiny(constant * (a[k] - b[k]), least);
                store(to, a);
              });
 }

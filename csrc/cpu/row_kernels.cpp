@@ -287,12 +287,12 @@ RowStatistics statistics(const void* logits, int64_t size, float temperature, in
 // Writes constant * 2^t in bfloat16 with fewer instructions: the constant is moved into the exponents. False, and
 // nothing is written, where they do not take it: where it costs digits, or exponents up to 64 more leave the range.
 bool gradient_sweep_by_exponents(const BFloat16* row, BFloat16* grad, const BFloat16* next, int64_t size,
-                                 Exponents<true> exponents, float constant) {
+                                 Exponents<true> exponents, float constant, float least) {
   const double power = std::log2(std::fabs((double)constant)), exact = power - exponents.origin;
   const float minus = (float)exact;
   if (!(power > -62 && power < 62 && std::fabs(exact - minus) < 0x1p-17)) return false;
   exponents.minus = splat(minus);
-  const Exp2ToBFloat16 exp2_to(constant < 0);
+  const Exp2ToBFloat16 exp2_to(constant < 0, (float)std::fmax(std::log2((double)least), -127.0));
   map_chunks(row, grad, next, size, [&](const BFloat16* from, BFloat16* to, auto target) {
     Vecs t;
     load(from, t);
@@ -304,20 +304,22 @@ bool gradient_sweep_by_exponents(const BFloat16* row, BFloat16* grad, const BFlo
 #endif
 
 template <bool kFused, class T>
-bool gradient_sweep_by_exponents(const T*, T*, const T*, int64_t, Exponents<kFused>, float) {
+bool gradient_sweep_by_exponents(const T*, T*, const T*, int64_t, Exponents<kFused>, float, float) {
   return false;
 }
 
-// Writes constant * 2^t, 0 where that is tiny; nan everywhere if the constant is (AVX-512 makes nan * 2^-inf 0).
+// Writes constant * 2^t, 0 where that is below `least`; nan everywhere if the constant is (AVX-512 makes nan * 2^-inf
+// 0).
 template <bool kFused, class T>
-void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float constant) {
+void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float least_,
+                    float constant) {
   if (constant != constant) {
     for (int64_t i = 0; i < size; ++i) grad[i] = from_float<T>(constant);
     return;
   }
-  if (gradient_sweep_by_exponents(row, grad, next, size, exponents, constant)) return;
+  if (gradient_sweep_by_exponents(row, grad, next, size, exponents, constant, least_)) return;
   const Exp2Polynomial<kDegreeOfGradient<T>> times_constant(constant);
-  const Vec lowest = splat(kLowest);
+  const Vec lowest = splat(kLowest), least = splat(least_);
   map_chunks(row, grad, next, size, [&](const T* from, T* to, auto target) {
     Vecs t, e;
     load(from, t);
@@ -326,23 +328,23 @@ void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponent
       if constexpr (!kExp2TakesInfinity) x = max(lowest, x);
     }
     exp2(t, times_constant, e);
-    for (Vec& x : e) x = without_tiny(x);
+    for (Vec& x : e) x = without_tiny(x, least);
     store<target()>(to, e);
   });
 }
 
-// Writes (constant + slope * t) * 2^t, 0 where that is tiny.
+// Writes (constant + slope * t) * 2^t, 0 where that is below `least`.
 template <bool kFused, class T>
-void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float constant_,
-                    float slope_) {
+void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float least_,
+                    float constant_, float slope_) {
   const Exp2Polynomial<kDegreeOfGradient<T>> polynomial(1.0f);
-  const Vec constant = splat(constant_), slope = splat(slope_), lowest = splat(kLowest);
+  const Vec constant = splat(constant_), slope = splat(slope_), lowest = splat(kLowest), least = splat(least_);
   map_chunks(row, grad, next, size, [&](const T* from, T* to, auto target) {
     Vecs t, e;
     load(from, t);
     for (Vec& x : t) x = max(lowest, exponents(x));
     exp2(t, polynomial, e);
-    for (int k = 0; k < kVecs; ++k) e[k] = without_tiny(e[k] * fma(slope, t[k], constant));
+    for (int k = 0; k < kVecs; ++k) e[k] = without_tiny(e[k] * fma(slope, t[k], constant), least);
     store<target()>(to, e);
   });
 }
@@ -371,12 +373,14 @@ void gradient_row(const T* row, T* grad, const T* next, int64_t size, const RowS
 
   const double sum = stats.rest > -1 ? 1.0 + stats.rest : NAN;  // a row of -inf has no softmax
   const double normaliser = exponents.unshift() / (up.temperature * sum);
+  const float least = (float)(kTiny * (std::fabs(total) + std::fabs((double)up.grad_entropy)) / up.temperature);
   if constexpr (kEntropy) {
     const double slope = -up.grad_entropy * kLn2;
     const double constant = -total - up.grad_entropy * (entropy - log_sum) - slope * exponents.shift;
-    gradient_sweep(row, grad, next, size, exponents, (float)(normaliser * constant), (float)(normaliser * slope));
+    gradient_sweep(row, grad, next, size, exponents, least, (float)(normaliser * constant),
+                   (float)(normaliser * slope));
   } else {
-    gradient_sweep(row, grad, next, size, exponents, (float)(normaliser * -total));
+    gradient_sweep(row, grad, next, size, exponents, least, (float)(normaliser * -total));
   }
   for (int64_t k = 0; k < up.num_ids; ++k)
     if (up.is_here(k, size)) grad[up.token_ids[k]] = from_float<T>(up.scratch[k]);

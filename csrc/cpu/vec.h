@@ -98,11 +98,14 @@ FUSEDPO_INLINE float reduce_max(Vec v) {
   return m;
 }
 
-// 0 where |x| < 2^-100, and NaN stays. Gradients enter matrix products: those of such numbers would be subnormal, and
-// each costs a processor a hundred times as much.
-FUSEDPO_INLINE Vec without_tiny(Vec x) {
-  const Int magnitude = (Int)x & 0x7fffffff, least = Int{} + ((127 - 100) << 23);
-  return magnitude < least ? Vec{} : x;
+// Of the size of a row's gradient, what is smaller is written as 0. Gradients enter matrix products, and those of such
+// numbers would be subnormal: each costs a processor a hundred times as much.
+inline constexpr float kTiny = 0x1p-90f;
+
+// 0 where |x| < least, which is not negative; NaN stays.
+FUSEDPO_INLINE Vec without_tiny(Vec x, Vec least) {
+  const Int magnitude = (Int)x & 0x7fffffff;
+  return magnitude < (Int)least ? Vec{} : x;
 }
 
 // factor * 2^f for f in [0, 1]: the minimax polynomial with constant term 1. Its relative error before rounding
@@ -313,13 +316,14 @@ FUSEDPO_INLINE void store2(Half* p, Vec a, Vec b) {
 }
 
 #if defined(__AVX2__)
-// Stores +-2^t in bfloat16, rounded to the nearest, for t < 128; 0 from t = -127 down.
+// Stores +-2^t in bfloat16, rounded to the nearest, for t < 128; 0 where t < least, which is -127 or more.
 //
 // The exponent and the seven digits of a bfloat16 lie side by side: with t = n + f, 0 <= f < 1, its word is the number
 // 127 + n + (2^f - 1) in units of 2^-7. Here it is 127 + (t + (2^f - 1 - f)), as the last bits of a float between 2^16
 // and 2^17, so that the addition of 127 both rounds and puts the word together.
 struct Exp2ToBFloat16 {
-  explicit Exp2ToBFloat16(bool negative) : polynomial(1.0f), bias(splat(98304.0f + (negative ? 256 + 127 : 127))) {
+  Exp2ToBFloat16(bool negative, float least_)
+      : polynomial(1.0f), bias(splat(98304.0f + (negative ? 256 + 127 : 127))), least(splat(least_)) {
     polynomial.c[1] -= 1.0f;
   }
 
@@ -341,7 +345,7 @@ struct Exp2ToBFloat16 {
   }
 
   Exp2Polynomial<4> polynomial;
-  const Vec bias, least = splat(-100.0f), lowest = splat(-127.0f);  // see without_tiny
+  const Vec bias, least, lowest = splat(-127.0f);
 };
 #endif
 
