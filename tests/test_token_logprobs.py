@@ -327,7 +327,7 @@ def test_bounds():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("entropy", [False, True])
 def test_no_gradient_makes_products_subnormal(dtype, entropy):
-    """What is below 2^-90 of the row's size is 0: in a matrix product on the CPU it would cost a hundred times as much."""
+    """What is below 2^-90 of the row's size is 0: in a matrix product it would cost a hundred times as much."""
     x = -torch.arange(0, 130, 0.5).repeat(4, 1)
     x[2, 7] = torch.nan
     x = x.to(dtype).requires_grad_()
