@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -135,21 +135,26 @@ def _case(dtype: torch.dtype, tokens: int, width: int, vocab: int, device: str, 
     )
 
 
-def three_products(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
-    """The logits of the kept tokens, and the two gradients from a gradient of theirs: 6 H V flops per token."""
+def logits_and(
+    name: str, hidden: Tensor, weight: Tensor, mask: Tensor, others: Callable[[Tensor, Tensor], object]
+) -> Provider:
+    """The product that makes the logits of the kept tokens, in memory that is there, and ``others(rows, logits)``."""
 
     def prepare() -> Run:
         rows = hidden[mask]
         logits = rows @ weight.T
 
         def run() -> None:
-            torch.mm(rows, weight.T, out=logits)
-            _ = logits @ weight
-            _ = logits.T @ rows
+            others(rows, torch.mm(rows, weight.T, out=logits))
 
         return run
 
-    return Provider(PRODUCTS, prepare)
+    return Provider(name, prepare)
+
+
+def three_products(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
+    """The logits of the kept tokens, and the two gradients from a gradient of theirs: 6 H V flops per token."""
+    return logits_and(PRODUCTS, hidden, weight, mask, lambda rows, logits: (logits @ weight, logits.T @ rows))
 
 
 class Exact:

@@ -28,8 +28,8 @@ from torch import Tensor
 import fusedpo
 
 from .batch import OBJECTIVES, SEQUENCES, exact_coefficients, make_batch
-from .harness import Case, Provider, Run
-from .hidden import ALLOWED, PRODUCTS, Exact, three_products
+from .harness import Case, Provider
+from .hidden import ALLOWED, PRODUCTS, Exact, logits_and, three_products
 from .record import THRESHOLD
 
 SIZES = {
@@ -173,18 +173,7 @@ class Task:
 
 def floor(hidden: Tensor, weight: Tensor, mask: Tensor) -> Provider:
     """What no threshold leaves out: the product that makes the logits, and a gradient of the weight that is 0."""
-
-    def prepare() -> Run:
-        rows = hidden[mask]
-        logits = rows @ weight.T
-
-        def run() -> None:
-            torch.mm(rows, weight.T, out=logits)
-            _ = torch.zeros_like(weight)
-
-        return run
-
-    return Provider(FLOOR, prepare)
+    return logits_and(FLOOR, hidden, weight, mask, lambda *_: torch.zeros_like(weight))
 
 
 def cases(device: str, quick: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:

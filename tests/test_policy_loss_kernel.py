@@ -16,19 +16,12 @@ from support.policy_loss import AGGREGATIONS, INF, KLS, NAN, pack, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
-from fusedpo import backends
 from fusedpo import objectives as O
 
-pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+pytestmark = pytest.mark.usefixtures("native")
 
 TESTS = Path(__file__).parent
 U = 2.0**-24  # the unit roundoff of float32
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_kernel():
-    with fusedpo.backend("native"):
-        yield
 
 
 # ------------------------------------------------------------------------------------------------ against the reference

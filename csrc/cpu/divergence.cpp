@@ -6,8 +6,6 @@
 
 #include "divergence.h"
 
-#include <cmath>
-
 #include "vec.h"
 
 namespace fusedpo::FUSEDPO_ISA {
@@ -94,7 +92,7 @@ void of_reverse(const void* x, const void* y, void* grad, int64_t size, LogProbs
                 float constant_) {
   const Exp2Polynomial<kDegree<T>> polynomial(1.0f);
   const Vec mean = splat(divergence + (p.lack - q.lack)), constant = splat(constant_);
-  const Vec least = splat(kTiny * (float)std::fabs((double)constant_));
+  const Vec least = splat(tiny_beside(constant_));
   map_chunks(static_cast<const T*>(x), static_cast<const T*>(y), static_cast<T*>(grad), size,
              [&](const T* from_x, const T* from_y, T* to) {
                Vecs u, v, probability, difference;
@@ -110,8 +108,7 @@ void of_reverse(const void* x, const void* y, void* grad, int64_t size, LogProbs
 template <class T>
 void of_forward(const void* x, const void* y, void* grad, int64_t size, LogProbs p, LogProbs q, float constant_) {
   const Exp2Polynomial<kDegree<T>> polynomial(1.0f);
-  const Vec constant = splat(constant_), lowest = splat(kLowest),
-            least = splat(kTiny * (float)std::fabs((double)constant_));
+  const Vec constant = splat(constant_), lowest = splat(kLowest), least = splat(tiny_beside(constant_));
   map_chunks(static_cast<const T*>(x), static_cast<const T*>(y), static_cast<T*>(grad), size,
              [&](const T* from_x, const T* from_y, T* to) {
                Vecs u, v, a, b;

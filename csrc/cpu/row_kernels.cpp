@@ -308,8 +308,8 @@ bool gradient_sweep_by_exponents(const T*, T*, const T*, int64_t, Exponents<kFus
   return false;
 }
 
-// Writes constant * 2^t, 0 where that is below `least`; nan everywhere if the constant is (AVX-512 makes nan * 2^-inf
-// 0).
+// Writes constant * 2^t, 0 where that is below `least`; nan everywhere if the constant is, for AVX-512 makes
+// nan * 2^-inf 0.
 template <bool kFused, class T>
 void gradient_sweep(const T* row, T* grad, const T* next, int64_t size, Exponents<kFused> exponents, float least_,
                     float constant) {
@@ -373,7 +373,7 @@ void gradient_row(const T* row, T* grad, const T* next, int64_t size, const RowS
 
   const double sum = stats.rest > -1 ? 1.0 + stats.rest : NAN;  // a row of -inf has no softmax
   const double normaliser = exponents.unshift() / (up.temperature * sum);
-  const float least = (float)(kTiny * (std::fabs(total) + std::fabs((double)up.grad_entropy)) / up.temperature);
+  const float least = tiny_beside((float)((std::fabs(total) + std::fabs((double)up.grad_entropy)) / up.temperature));
   if constexpr (kEntropy) {
     const double slope = -up.grad_entropy * kLn2;
     const double constant = -total - up.grad_entropy * (entropy - log_sum) - slope * exponents.shift;

@@ -98,9 +98,9 @@ FUSEDPO_INLINE float reduce_max(Vec v) {
   return m;
 }
 
-// Of the size of a row's gradient, what is smaller is written as 0. Gradients enter matrix products, and those of such
-// numbers would be subnormal: each costs a processor a hundred times as much.
-inline constexpr float kTiny = 0x1p-90f;
+// What is smaller in a gradient whose elements are up to about `size` is written as 0. Gradients enter matrix products,
+// and those of such numbers would be subnormal: each costs a processor a hundred times as much.
+FUSEDPO_INLINE float tiny_beside(float size) { return 0x1p-90f * (size < 0 ? -size : size); }
 
 // 0 where |x| < least, which is not negative; NaN stays.
 FUSEDPO_INLINE Vec without_tiny(Vec x, Vec least) {

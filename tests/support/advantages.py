@@ -16,6 +16,7 @@ NAN = math.nan
 # Sums of at most a thousand float64 terms in another order, relative to the largest.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
+# Of eight samples.
 OF_EIGHT = {
     "distinct": [0.3, -1.2, 2.5, 0.9, -0.4, 1.7, 0.1, -2.2],
     "ties": [1.0, 0.0, 1.0, 2.0, 0.0, 2.0, 2.0, 0.5],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from ..reference import PolicyLossOutput
 from . import context_loss, context_one_pass, shards
 from . import hidden as of_hidden
 from .context import ContextParallel
-
-if TYPE_CHECKING:
-    pass
 
 
 def policy_loss(
